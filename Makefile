@@ -1,0 +1,40 @@
+# Everything happens in .venv, made with plain venv and pip; nothing else has to be there.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(STAMP)
+	$(BIN)/mlx-redrafter demo
+
+test: $(STAMP)-torch
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)-torch
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[linux,bench,dev]'
+	touch $@
+
+# The PyTorch reference is for parity tests only; it is large, so the demo does without.
+$(STAMP)-torch: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[torch]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Speed, measured side by side on the device at hand."""

@@ -1,0 +1,1 @@
+"""Hugging Face weights to MLX weights."""

@@ -1,0 +1,193 @@
+"""Grows a beam over a drafter and keeps everything it visited as one tree.
+
+A beam step's W entries are W different prefixes, so the back-pointers already are the
+merged tree: entry w of step k is one node, its parent the entry it grew from, and no
+prefixes are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import mlx.core as mx
+
+from .drafter import RecurrentDrafter
+from .tree import CandidateTree, ranks
+
+BEAMS, BEST_FIRST = "beams", "best-first"
+POLICIES = (BEST_FIRST, BEAMS)
+
+_NEVER = -1e30  # the key of a node that no policy keeps; finite, so that keys can be compared
+
+
+class Embedder(Protocol):
+    def __call__(self, tokens: mx.array) -> mx.array: ...
+
+
+@dataclasses.dataclass
+class Beam:
+    """Everything a beam search visited, step by step; node (k, w) has index k * W + w.
+
+    Attributes:
+        tokens: (B, L - 1, W) int32 drafted tokens.
+        origins: (B, L - 1, W) int32 entry of the step before that each grew from; zeros in
+            the first step, whose entries all grow from the root.
+        log_probs: (B, L - 1, W) float32 cumulative log-probability from the root.
+    """
+
+    tokens: mx.array
+    origins: mx.array
+    log_probs: mx.array
+
+    def sequences(self) -> mx.array:
+        """The final beams' tokens, (B, W, L - 1), most probable beam first (the root left out)."""
+        steps = self.tokens.shape[1]
+        entry = mx.broadcast_to(mx.arange(self.tokens.shape[2], dtype=mx.int32), self.tokens[:, 0].shape)
+        columns = []
+        for step in reversed(range(steps)):
+            columns.insert(0, mx.take_along_axis(self.tokens[:, step], entry, axis=1))
+            entry = mx.take_along_axis(self.origins[:, step], entry, axis=1)
+        return mx.stack(columns, axis=-1)
+
+
+def beam_search(
+    drafter: RecurrentDrafter, embed: Embedder, context: mx.array, root: mx.array, width: int, length: int
+) -> Beam:
+    """Beam search over the drafter (paper, section 3.2), as one lazy graph.
+
+    Args:
+        drafter: the head.
+        embed: the target's embedding.
+        context: (B, hidden_size) the target's last hidden state.
+        root: (B,) int32 the token that the target has chosen and not yet read.
+        width: W beams.
+        length: L tokens per beam, the root included.
+
+    Returns:
+        The L - 1 steps; within a step the entries are in order of falling log-probability.
+    """
+    batch = root.shape[0]
+    projected = drafter.project_context(context)[:, None]
+    state = drafter.advance(embed(root)[:, None], None)
+    scores = _log_softmax(drafter.logits(projected, state))
+    vocab = scores.shape[-1]
+    tokens, log_probs = _top(scores.reshape(batch, vocab), width)
+    origins = mx.zeros(tokens.shape, mx.int32)
+    steps = [(tokens, origins, log_probs)]
+    for _ in range(length - 2):
+        state = mx.take_along_axis(state, origins[..., None], axis=1)
+        state = drafter.advance(embed(tokens), state)
+        scores = _log_softmax(drafter.logits(projected, state)) + log_probs[..., None]
+        best, log_probs = _top(scores.reshape(batch, width * vocab), width)
+        origins, tokens = best // vocab, best % vocab
+        steps.append((tokens, origins, log_probs))
+    return Beam(*(mx.stack(parts, axis=1) for parts in zip(*steps, strict=True)))
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _top(scores: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """The `count` largest of each row, in falling order, without sorting all of it.
+
+    The winners lie in the `count` blocks with the largest maxima, so only those are
+    ranked. MLX's argpartition sorts the whole row on Metal.
+
+    Args:
+        scores: (B, n).
+        count: at most n.
+
+    Returns:
+        indices (B, count) int32 and values (B, count).
+    """
+    batch, n = scores.shape
+    if count == 1:
+        best = mx.argmax(scores, axis=-1, keepdims=True).astype(mx.int32)
+        return best, mx.take_along_axis(scores, best, axis=-1)
+    size = 1
+    while size * size < n:
+        size *= 2
+    blocks = -(-n // size)
+    if blocks <= count:
+        order = mx.argsort(-scores, axis=-1)[:, :count].astype(mx.int32)
+        return order, mx.take_along_axis(scores, order, axis=-1)
+    if blocks * size != n:
+        scores = mx.pad(scores, [(0, 0), (0, blocks * size - n)], constant_values=-mx.inf)
+    table = scores.reshape(batch, blocks, size)
+    leaders = mx.argsort(-mx.max(table, axis=-1), axis=-1)[:, :count].astype(mx.int32)
+    # In order of index, so that equal scores keep the lower index, as in a full sort.
+    leaders = mx.sort(leaders, axis=-1)
+    short = mx.take_along_axis(table, leaders[..., None], axis=1).reshape(batch, count * size)
+    order = mx.argsort(-short, axis=-1)[:, :count].astype(mx.int32)
+    indices = mx.take_along_axis(leaders, order // size, axis=-1) * size + order % size
+    return indices, mx.take_along_axis(short, order, axis=-1)
+
+
+def candidate_tree(beam: Beam, root: mx.array, num_draft_tokens: int, policy: str) -> CandidateTree:
+    """Chooses N nodes of a beam search for the target to check.
+
+    `best-first` keeps the N nodes of highest cumulative log-probability, whether their
+    beam survived or not. `beams` keeps nodes that final beams pass through (the paper's
+    tree), those of better beams first. A parent is never less probable than its child and
+    lies on at least as good a beam, so with ties going to the parent any N make a tree.
+
+    Args:
+        beam: from `beam_search`.
+        root: (B,) int32.
+        num_draft_tokens: N, at most W (L - 1).
+        policy: "best-first" or "beams".
+
+    Returns:
+        A tree of 1 + N rows in order of depth. With `beams`, rows beyond the final beams'
+        nodes are not valid.
+    """
+    batch, steps, width = beam.tokens.shape
+    count = steps * width
+    if policy == BEAMS:
+        keys = _beam_keys(beam)
+    else:
+        keys = beam.log_probs.reshape(batch, count)
+        keys = mx.where(mx.isnan(keys), _NEVER, keys)  # a broken drafter costs speed, not correctness
+    if num_draft_tokens == count and policy == BEST_FIRST:
+        kept = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (batch, count))
+        rank = kept
+    else:
+        chosen = ranks(keys) < num_draft_tokens
+        # Seats in order of index, which is the order of depth: parents before children.
+        rank = mx.cumsum(chosen.astype(mx.int32), axis=-1) - 1
+        seats = mx.arange(num_draft_tokens, dtype=mx.int32)[:, None]
+        kept = mx.argmax((seats == rank[:, None, :]) & chosen[:, None, :], axis=-1).astype(mx.int32)
+    # Rows of the tree: the root is 0, node i of the beam that was kept is 1 + rank[i].
+    above = mx.arange(0, count, width, dtype=mx.int32)[:, None] - width + beam.origins
+    parent_node = above.reshape(batch, count)
+    parent_row = mx.where(parent_node < 0, 0, 1 + mx.take_along_axis(rank, mx.maximum(parent_node, 0), axis=-1))
+    tokens = mx.take_along_axis(beam.tokens.reshape(batch, count), kept, axis=-1)
+    parents = mx.take_along_axis(parent_row, kept, axis=-1)
+    first = mx.zeros((batch, 1), mx.int32)
+    valid = None
+    if policy == BEAMS:
+        on_beam = mx.take_along_axis(keys, kept, axis=-1) > _NEVER
+        parents = mx.where(on_beam, parents, 0)
+        valid = mx.concatenate([mx.ones((batch, 1), mx.bool_), on_beam], axis=1)
+    return CandidateTree.from_parents(
+        mx.concatenate([root[:, None].astype(mx.int32), tokens], axis=1),
+        mx.concatenate([first, parents], axis=1),
+        max_depth=min(steps, num_draft_tokens),
+        valid=valid,
+    )
+
+
+def _beam_keys(beam: Beam) -> mx.array:
+    """(B, (L - 1) W): nodes of better final beams first, shallow ones before deep ones; _NEVER off all beams."""
+    batch, steps, width = beam.tokens.shape
+    entry = mx.arange(width, dtype=mx.int32)
+    best = mx.broadcast_to(entry, (batch, width))  # the best final beam through each entry of this step
+    keys = []
+    for step in reversed(range(steps)):
+        keys.insert(0, mx.where(best < width, -(best * steps + step).astype(mx.float32), _NEVER))
+        grew_here = beam.origins[:, step][:, None, :] == entry[:, None]
+        best = mx.min(mx.where(grew_here, best[:, None, :], width), axis=-1)
+    return mx.concatenate(keys, axis=1)

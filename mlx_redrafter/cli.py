@@ -1,0 +1,43 @@
+"""`mlx-redrafter`: one command, a module per subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .errors import UserError
+
+# Name: module with HELP, add_arguments(parser) and run(args). Imported when needed, so
+# that a wrong flag is reported without waiting for MLX and transformers.
+COMMANDS = {
+    "generate": "mlx_redrafter.generate_command",
+    "chat": "mlx_redrafter.chat",
+    "demo": "mlx_redrafter.demo",
+    "train": "mlx_redrafter.training.command",
+    "convert": "mlx_redrafter.convert.command",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="mlx-redrafter", description=__doc__.split(":")[0].strip("`"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        child = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(child)
+        child.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"mlx-redrafter: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

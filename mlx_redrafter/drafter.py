@@ -1,0 +1,239 @@
+"""The recurrent head: a small network that guesses what the target will say next.
+
+Notation of the paper (arXiv 2403.09919, section 3.1) with the details of Apple's weights:
+
+    s_0 = 0,   s_k = SiLU(W e(x_k) + U s_{k-1} + b)      (rnn; b sits on U)
+               s_k = e(x_k) + s_{k-1}                    (no rnn)
+    z = [h ; s_k];  z = P z + p   only if exit_dim != 2 * hidden_size
+    z = z + SiLU(A_i z + a_i)     for i in 1..num_draft_layers
+    logits = O z
+
+e is the target's embedding, h the context: the target's last hidden state, the same for
+all steps of one beam. P is kept as its two column halves, so that the half that reads h
+is computed once per step, and so that each half can be quantised on its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .errors import UserError
+from .files import read_json, read_safetensors, replace_file
+
+MODEL_TYPE = "recurrent_drafting_drafter"
+
+
+@dataclasses.dataclass
+class DrafterConfig:
+    """Shape of a drafter; the names are those of Apple's config.json.
+
+    Args:
+        vocab_size: tokens the head scores; equal to the target's.
+        hidden_size: width of the target's hidden state, and of the recurrent state.
+        exit_dim: width of the residual blocks.
+        num_draft_layers: number of residual blocks, 0 or more.
+        rnn: the gated recurrence, or (False) the sum of embeddings.
+        quantization: {"group_size": int, "bits": int} of a quantised drafter, else None.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    exit_dim: int
+    num_draft_layers: int
+    rnn: bool = True
+    quantization: dict[str, int] | None = None
+
+    @property
+    def has_input_proj(self) -> bool:
+        return self.exit_dim != 2 * self.hidden_size
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], source: str) -> DrafterConfig:
+        """Reads and checks the keys of a config.json.
+
+        Args:
+            fields: the parsed file; unknown keys are ignored.
+            source: where it came from, for messages.
+
+        Raises:
+            UserError: a missing key, or a value of the wrong type or range.
+        """
+        found = fields.get("model_type", MODEL_TYPE)
+        if found != MODEL_TYPE:
+            raise UserError(f"{source}: model_type is {found!r}, expected {MODEL_TYPE!r} (is this a drafter?)")
+        if fields.get("emb_norm"):
+            raise UserError(f"{source}: emb_norm is {fields['emb_norm']!r}; only drafters without it can be read")
+        values: dict[str, Any] = {}
+        for key, least in (("vocab_size", 1), ("hidden_size", 1), ("exit_dim", 1), ("num_draft_layers", 0)):
+            if key not in fields:
+                raise UserError(f"{source}: key {key!r} is missing")
+            value = fields[key]
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{source}: {key} is {value!r}, expected a whole number of at least {least}")
+            values[key] = value
+        values["rnn"] = fields.get("rnn", False)
+        if not isinstance(values["rnn"], bool):
+            raise UserError(f"{source}: rnn is {values['rnn']!r}, expected true or false")
+        quantization = fields.get("quantization")
+        if quantization is not None and not (
+            isinstance(quantization, dict) and all(isinstance(quantization.get(k), int) for k in ("group_size", "bits"))
+        ):
+            raise UserError(f"{source}: quantization is {quantization!r}, expected group_size and bits")
+        return cls(**values, quantization=quantization)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+        if self.quantization is None:
+            del fields["quantization"]
+        return fields
+
+
+class ResidualBlock(nn.Module):
+    """z + SiLU(A z + a)."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = nn.Linear(dims, dims)
+
+    def __call__(self, z: mx.array) -> mx.array:
+        return z + nn.silu(self.linear(z))
+
+
+class RecurrentDrafter(nn.Module):
+    """The drafter's weights and its three pieces: context half, recurrence, head."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.config = config
+        hidden, exit_dim = config.hidden_size, config.exit_dim
+        if config.rnn:
+            self.rnn_w = nn.Linear(hidden, hidden, bias=False)
+            self.rnn_u = nn.Linear(hidden, hidden)
+        if config.has_input_proj:
+            self.input_proj_context = nn.Linear(hidden, exit_dim)
+            self.input_proj_state = nn.Linear(hidden, exit_dim, bias=False)
+        self.blocks = [ResidualBlock(exit_dim) for _ in range(config.num_draft_layers)]
+        self.lm_head = nn.Linear(exit_dim, config.vocab_size, bias=False)
+
+    def project_context(self, context: mx.array) -> mx.array:
+        """The part of the head that reads only the context h; once per step.
+
+        Args:
+            context: (..., hidden_size).
+
+        Returns:
+            P_h h + p of shape (..., exit_dim), or h itself where there is no projection.
+        """
+        return self.input_proj_context(context) if self.config.has_input_proj else context
+
+    def advance(self, embedding: mx.array, state: mx.array | None) -> mx.array:
+        """One step of the recurrence.
+
+        Args:
+            embedding: e(x_k), (..., hidden_size).
+            state: s_{k-1} of the same shape; None stands for s_0 = 0.
+
+        Returns:
+            s_k, same shape.
+        """
+        if not self.config.rnn:
+            return embedding if state is None else embedding + state
+        carried = self.rnn_u.bias if state is None else self.rnn_u(state)
+        return nn.silu(self.rnn_w(embedding) + carried)
+
+    def logits(self, projected_context: mx.array, state: mx.array) -> mx.array:
+        """Scores of the next draft token.
+
+        Args:
+            projected_context: from `project_context`, broadcastable against the state.
+            state: s_k, (..., hidden_size).
+
+        Returns:
+            (..., vocab_size), unnormalised.
+        """
+        if self.config.has_input_proj:
+            z = projected_context + self.input_proj_state(state)
+        else:
+            shape = (*state.shape[:-1], projected_context.shape[-1])
+            z = mx.concatenate([mx.broadcast_to(projected_context, shape), state], axis=-1)
+        for block in self.blocks:
+            z = block(z)
+        return self.lm_head(z)
+
+
+def quantize_drafter(drafter: RecurrentDrafter, group_size: int = 64, bits: int = 4) -> None:
+    """Quantises all matrices in place with mlx's affine scheme and notes it in the config.
+
+    Raises:
+        UserError: a width that the group size does not divide, or a scheme mlx does not have.
+    """
+    config = drafter.config
+    for name in ("hidden_size", "exit_dim"):
+        if getattr(config, name) % group_size:
+            raise UserError(
+                f"--q-group-size is {group_size}, which does not divide the drafter's {name} {getattr(config, name)}"
+            )
+    try:
+        nn.quantize(drafter, group_size=group_size, bits=bits)
+    except ValueError as error:
+        raise UserError(f"--q-bits {bits} with --q-group-size {group_size}: {error}") from error
+    config.quantization = {"group_size": group_size, "bits": bits}
+
+
+def save_drafter(drafter: RecurrentDrafter, path: str | pathlib.Path) -> None:
+    """Writes config.json and model.safetensors into a directory, each whole or not at all.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    folder = pathlib.Path(path)
+    weights = dict(tree_flatten(drafter.parameters()))
+    with replace_file(folder / "model.safetensors") as file:
+        mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
+    with replace_file(folder / "config.json") as file:
+        file.write_text(json.dumps(drafter.config.to_dict(), indent=2) + "\n")
+
+
+def load_drafter(path: str | pathlib.Path) -> RecurrentDrafter:
+    """Reads a directory written by `save_drafter`.
+
+    Raises:
+        UserError: naming the missing or damaged file, key or tensor.
+    """
+    folder = pathlib.Path(path)
+    config_file = folder / "config.json"
+    config = DrafterConfig.from_dict(read_json(config_file), str(config_file))
+    weights_file = folder / "model.safetensors"
+    weights = read_safetensors(weights_file)
+    if any(name.startswith(("lm_head.0.", "0.0.", "lm_heads.", "input_proj.", "input_projs.")) for name in weights):
+        raise UserError(f"{weights_file}: Hugging Face layout; run `mlx-redrafter convert drafter` on it first")
+    return build_drafter(config, weights, str(weights_file))
+
+
+def build_drafter(config: DrafterConfig, weights: dict[str, mx.array], source: str) -> RecurrentDrafter:
+    """A drafter of this config with these weights, every name and shape checked.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unknown or of another shape.
+    """
+    drafter = RecurrentDrafter(config)
+    if config.quantization is not None:
+        nn.quantize(drafter, **config.quantization)
+    expected = dict(tree_flatten(drafter.parameters()))
+    for name, value in expected.items():
+        if name not in weights:
+            raise UserError(f"{source}: tensor {name!r} is missing")
+        if weights[name].shape != value.shape:
+            raise UserError(f"{source}: tensor {name!r} has shape {weights[name].shape}, expected {value.shape}")
+    if unknown := sorted(set(weights) - set(expected)):
+        raise UserError(f"{source}: tensor {unknown[0]!r} does not belong to a drafter of this config")
+    drafter.load_weights(list(weights.items()))
+    drafter.freeze()
+    return drafter

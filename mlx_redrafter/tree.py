@@ -1,0 +1,80 @@
+"""CandidateTree: continuations that share a prefix, folded together, with static shapes.
+
+Rows are numbered so that a parent comes before its children; row 0 is the root.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mlx.core as mx
+
+
+@dataclasses.dataclass
+class CandidateTree:
+    """1 + N rows: the root and N nodes.
+
+    Attributes:
+        tokens: (B, 1 + N) int32 token ids.
+        parents: (B, 1 + N) int32 row of each row's parent; the root is its own.
+        depths: (B, 1 + N) int32 distance from the root.
+        ancestors: (B, 1 + N, 1 + N) bool; [b, i, j] is True where j lies on the path from
+            the root to i, i included: the attention mask inside the tree.
+        valid: (B, 1 + N) bool; False for rows that only fill the shape.
+        max_depth: the largest depth a row can have (known to the host).
+    """
+
+    tokens: mx.array
+    parents: mx.array
+    depths: mx.array
+    ancestors: mx.array
+    valid: mx.array
+    max_depth: int
+
+    @classmethod
+    def from_parents(
+        cls, tokens: mx.array, parents: mx.array, max_depth: int, valid: mx.array | None = None
+    ) -> CandidateTree:
+        """Builds depths and the ancestor mask from each row's parent.
+
+        Args:
+            tokens, parents: (B, M) int32, a parent before its children.
+            max_depth: no path is longer than this.
+            valid: (B, M) bool, all True if left out.
+        """
+        rows = tokens.shape[1]
+        index = mx.arange(rows, dtype=mx.int32)
+        # One hop up, or staying; each squaring doubles the hops that are covered.
+        reach = (index == parents[..., None]) | (index == index[:, None])
+        hops = 1
+        while hops < max_depth:
+            floats = reach.astype(mx.float32)
+            reach = (floats @ floats) > 0
+            hops *= 2
+        depths = mx.sum(reach.astype(mx.int32), axis=-1) - 1
+        if valid is None:
+            valid = mx.ones(tokens.shape, mx.bool_)
+        return cls(tokens, parents, depths, reach, valid, max_depth)
+
+    @property
+    def rows(self) -> int:
+        """1 + N, the rows that one verification reads."""
+        return self.tokens.shape[1]
+
+
+def ranks(keys: mx.array) -> mx.array:
+    """Ranks a few values without sorting; ties go to the lower index.
+
+    A comparison of all pairs, n^2 of them for the few dozen nodes of a tree, costs less
+    than MLX's sort and is stable on every backend, which keeps parents before children.
+
+    Args:
+        keys: (B, n), larger is better.
+
+    Returns:
+        (B, n) int32, 0 for the best.
+    """
+    index = mx.arange(keys.shape[1], dtype=mx.int32)
+    mine, other = keys[:, :, None], keys[:, None, :]
+    ahead = (other > mine) | ((other == mine) & (index < index[:, None]))
+    return mx.sum(ahead.astype(mx.int32), axis=-1)
