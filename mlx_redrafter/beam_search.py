@@ -44,7 +44,7 @@ class Beam:
         """The final beams' tokens, (B, W, L - 1), most probable beam first (the root left out)."""
         steps = self.tokens.shape[1]
         entry = mx.broadcast_to(mx.arange(self.tokens.shape[2], dtype=mx.int32), self.tokens[:, 0].shape)
-        columns = []
+        columns: list[mx.array] = []
         for step in reversed(range(steps)):
             columns.insert(0, mx.take_along_axis(self.tokens[:, step], entry, axis=1))
             entry = mx.take_along_axis(self.origins[:, step], entry, axis=1)
@@ -82,7 +82,7 @@ def beam_search(
         best, log_probs = _top(scores.reshape(batch, width * vocab), width)
         origins, tokens = best // vocab, best % vocab
         steps.append((tokens, origins, log_probs))
-    return Beam(*(mx.stack(parts, axis=1) for parts in zip(*steps, strict=True)))
+    return Beam(*(mx.stack(list(parts), axis=1) for parts in zip(*steps, strict=True)))
 
 
 def _log_softmax(logits: mx.array) -> mx.array:
@@ -185,7 +185,7 @@ def _beam_keys(beam: Beam) -> mx.array:
     batch, steps, width = beam.tokens.shape
     entry = mx.arange(width, dtype=mx.int32)
     best = mx.broadcast_to(entry, (batch, width))  # the best final beam through each entry of this step
-    keys = []
+    keys: list[mx.array] = []
     for step in reversed(range(steps)):
         keys.insert(0, mx.where(best < width, -(best * steps + step).astype(mx.float32), _NEVER))
         grew_here = beam.origins[:, step][:, None, :] == entry[:, None]

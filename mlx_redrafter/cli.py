@@ -8,8 +8,7 @@ import sys
 
 from .errors import UserError
 
-# Name: module with HELP, add_arguments(parser) and run(args). Imported when needed, so
-# that a wrong flag is reported without waiting for MLX and transformers.
+# Name: module with HELP, add_arguments(parser) and run(args).
 COMMANDS = {
     "generate": "mlx_redrafter.generate_command",
     "chat": "mlx_redrafter.chat",
@@ -21,7 +20,9 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="mlx-redrafter", description=__doc__.split(":")[0].strip("`"))
+    parser = argparse.ArgumentParser(
+        prog="mlx-redrafter", description="The same text from a language model, in fewer steps of it."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(module_name)

@@ -7,7 +7,7 @@ root stay on the device, so building one graph hides behind the run of the one b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import mlx.core as mx
@@ -37,7 +37,7 @@ class DraftShape:
 
     beam_width: int = 4
     beam_length: int = 5
-    num_draft_tokens: int = 12
+    num_draft_tokens: int = 7
     tree_policy: str = BEST_FIRST
 
     def check(self, vocab_size: int) -> None:
@@ -61,7 +61,9 @@ def check_pair(target: Target, drafter: RecurrentDrafter, name: str = "drafter")
     for field in ("hidden_size", "vocab_size"):
         found, expected = getattr(drafter.config, field), getattr(target, field)
         if found != expected:
-            raise UserError(f"{name}: {field} is {found}, but the target's is {expected}; it was made for another model")
+            raise UserError(
+                f"{name}: {field} is {found}, but the target's is {expected}; it was made for another model"
+            )
 
 
 @dataclasses.dataclass
@@ -94,7 +96,7 @@ class _Submitted:
 
 def prefill(
     target: Target, prompt: mx.array, cache: list[Any], step_size: int, progress: Progress | None = None
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array | None, mx.array]:
     """Reads a prompt in chunks, as mlx-lm does.
 
     Args:
@@ -105,7 +107,8 @@ def prefill(
         progress: called with the tokens read so far and in all.
 
     Returns:
-        hidden (B, hidden_size) and logits (B, vocab_size) of the last prompt token; lazy.
+        hidden (B, hidden_size), where the target gives one, and logits (B, vocab_size) of
+        the last prompt token; lazy.
     """
     total = prompt.shape[1]
     read = 0
@@ -121,7 +124,7 @@ def prefill(
     if progress is not None:
         mx.eval(logits)
         progress(total, total)
-    return hidden[:, -1], logits[:, -1]
+    return None if hidden is None else hidden[:, -1], logits[:, -1]
 
 
 class SpeculativeStep:
@@ -185,7 +188,7 @@ def speculative(
     max_tokens: int,
     prefill_step_size: int = 2048,
     progress: Progress | None = None,
-) -> Iterator[Produced]:
+) -> Generator[Produced]:
     """Decodes with drafts (batch size 1).
 
     Args:
@@ -203,7 +206,7 @@ def speculative(
         shape = DraftShape(1, length, length - 1, shape.tree_policy)
     hidden, logits = prefill(verifier.target, prompt, cache.layers, prefill_step_size, progress)
     cache.begin_trees()
-    assert cache.length is not None
+    assert cache.length is not None and hidden is not None
     root = choose(logits[:, None], cache.length[:, None])[:, 0]
     step = SpeculativeStep(verifier, drafter, shape, choose, cache, hidden, root)
     mx.async_eval(root, hidden)
@@ -211,7 +214,7 @@ def speculative(
     if max_tokens != 1:
         ahead = step()
         mx.async_eval(step.results(ahead))
-    yield Produced([int(root.item())], logits, [False], from_prompt=True)
+    yield Produced(_wait_for(root), logits, [False], from_prompt=True)
     made, length = 1, int(cache.layers[0].offset)
     while made != max_tokens and ahead is not None:
         current, ahead = ahead, None
@@ -219,8 +222,8 @@ def speculative(
         if max_tokens < 0 or made + 1 < max_tokens:
             ahead = step()
             mx.async_eval(step.results(ahead))
-        count = int(current.count.item())
-        tokens = current.tokens[0, : count + 1].tolist()
+        [count] = _wait_for(current.count)
+        tokens = _wait_for(current.tokens[0, : count + 1])
         length += count + 1
         cache.tighten(length + (0 if ahead is None else 1 + step.most))
         yield Produced(tokens, current.logits[0], [True] * count + [False])
@@ -237,12 +240,11 @@ def autoregressive(
     max_tokens: int,
     prefill_step_size: int = 2048,
     progress: Progress | None = None,
-) -> Iterator[Produced]:
+) -> Generator[Produced]:
     """Decodes plainly, one token per call of the target (batch size 1).
 
     Args:
-        cache: mlx-lm caches of any kind; they hold one token more than were taken from
-            the iterator, as in mlx-lm.
+        cache: mlx-lm caches of any kind; they hold the prompt and every token yielded.
 
     Yields:
         One token at a time.
@@ -260,7 +262,7 @@ def autoregressive(
         logits = logits[:, -1]
         token = choose(logits[:, None], mx.array([[position]]))
         mx.async_eval(token)
-        yield Produced([int(current.item())], current_logits, [False], from_prompt=made == 1)
+        yield Produced(_wait_for(current[0]), current_logits, [False], from_prompt=made == 1)
         if made % 256 == 0:
             mx.clear_cache()
 
@@ -268,3 +270,9 @@ def autoregressive(
 def _cached(cache: list[Any]) -> int:
     """Tokens that mlx-lm caches hold."""
     return max((int(c.offset) for c in cache if isinstance(getattr(c, "offset", None), int)), default=0)
+
+
+def _wait_for(tokens: mx.array) -> list[int]:
+    """The host's copy of a few whole numbers, (n,), once the device has them."""
+    values: Any = tokens.tolist()
+    return values

@@ -168,22 +168,28 @@ class RecurrentDrafter(nn.Module):
         return self.lm_head(z)
 
 
+def check_quantization(bits: int, group_size: int) -> None:
+    """Raises UserError unless mlx has an affine quantisation of this kind."""
+    if bits not in (2, 3, 4, 5, 6, 8):
+        raise UserError(f"--q-bits is {bits}, expected 2, 3, 4, 5, 6 or 8")
+    if group_size not in (32, 64, 128):
+        raise UserError(f"--q-group-size is {group_size}, expected 32, 64 or 128")
+
+
 def quantize_drafter(drafter: RecurrentDrafter, group_size: int = 64, bits: int = 4) -> None:
     """Quantises all matrices in place with mlx's affine scheme and notes it in the config.
 
     Raises:
         UserError: a width that the group size does not divide, or a scheme mlx does not have.
     """
+    check_quantization(bits, group_size)
     config = drafter.config
     for name in ("hidden_size", "exit_dim"):
         if getattr(config, name) % group_size:
             raise UserError(
                 f"--q-group-size is {group_size}, which does not divide the drafter's {name} {getattr(config, name)}"
             )
-    try:
-        nn.quantize(drafter, group_size=group_size, bits=bits)
-    except ValueError as error:
-        raise UserError(f"--q-bits {bits} with --q-group-size {group_size}: {error}") from error
+    nn.quantize(drafter, group_size=group_size, bits=bits)
     config.quantization = {"group_size": group_size, "bits": bits}
 
 
@@ -225,7 +231,7 @@ def build_drafter(config: DrafterConfig, weights: dict[str, mx.array], source: s
     """
     drafter = RecurrentDrafter(config)
     if config.quantization is not None:
-        nn.quantize(drafter, **config.quantization)
+        nn.quantize(drafter, config.quantization["group_size"], config.quantization["bits"])
     expected = dict(tree_flatten(drafter.parameters()))
     for name, value in expected.items():
         if name not in weights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import mlx.core as mx
@@ -93,7 +93,7 @@ def stream_generate(
     prompt_cache: list[Any] | None = None,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Progress | None = None,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse]:
     """Generates text, drafting where a drafter is given.
 
     Args:
@@ -181,7 +181,7 @@ def summary(response: GenerationResponse) -> str:
 def encode(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> list[int]:
     """Token ids of a prompt, special tokens added to text as mlx-lm does. Raises UserError if empty."""
     if isinstance(prompt, mx.array):
-        ids = prompt.tolist()
+        ids = [int(token) for token in prompt]
     elif isinstance(prompt, str):
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         ids = tokenizer.encode(prompt, add_special_tokens=special)
@@ -224,7 +224,7 @@ def _plainly(
     max_tokens: int,
     step_size: int,
     progress: Progress | None,
-) -> Iterator[Produced]:
+) -> Generator[Produced]:
     cache = make_prompt_cache(target.model) if prompt_cache is None else prompt_cache
     return autoregressive(target, ids, cache, choose, max_tokens, step_size, progress)
 
@@ -239,10 +239,11 @@ def _drafting(
     max_tokens: int,
     step_size: int,
     progress: Progress | None,
-) -> Iterator[Produced]:
+) -> Generator[Produced]:
     """Speculative decoding whose rows end up in the caller's cache, exactly those of what was yielded."""
     cache = verifier.make_cache() if prompt_cache is None else KVCache.adopt(prompt_cache)
-    held, yielded = _held(prompt_cache), []
+    held = _held(prompt_cache)
+    yielded: list[int] = []
     source = speculative(verifier, drafter, ids, cache, choose, shape, max_tokens, step_size, progress)
     try:
         for produced in source:
@@ -266,13 +267,13 @@ def _drafting(
 
 
 def _responses(
-    source: Iterator[Produced],
+    source: Generator[Produced],
     tokenizer: TokenizerWrapper,
     prompt_tokens: int,
     max_tokens: int,
     drafting: bool,
     reason: str,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse]:
     """Turns tokens into text and counts."""
     detokenizer = tokenizer.detokenizer
     statistics, in_step = Statistics(), 0

@@ -43,10 +43,12 @@ class LayerCache(PlainKVCache):
     """One layer's keys and values, (B, kv_heads, capacity, head_dim) each."""
 
     frame: TreeFrame | None = None
+    keys: Any  # mx.array once something was written
+    values: Any
 
     # `offset` is a plain attribute in mlx-lm; here it depends on whether a tree is being read.
     @property
-    def offset(self) -> int | mx.array:  # type: ignore[override]
+    def offset(self) -> Any:
         return self._offset if self.frame is None else self.frame.offset
 
     @offset.setter

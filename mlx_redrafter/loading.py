@@ -83,7 +83,7 @@ def load_target(
         raise UserError(f"--adapter-path {adapter_path}: no such directory")
     config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     try:
-        model, tokenizer = mlx_lm.load(
+        model, tokenizer, *_ = mlx_lm.load(
             str(folder),
             tokenizer_config=config,
             adapter_path=adapter_path,

@@ -24,9 +24,7 @@ def greedy(logits: mx.array, positions: mx.array) -> mx.array:
     return mx.argmax(logits, axis=-1).astype(mx.int32)
 
 
-def position_keyed(
-    temp: float, seed: int = 0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0
-) -> Chooser:
+def position_keyed(temp: float, seed: int = 0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) -> Chooser:
     """Sampling whose noise at position p is a function of (seed, p) alone.
 
     A token is drawn as argmax(log p / temp + g) with Gumbel noise g, which is a draw from

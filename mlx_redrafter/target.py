@@ -40,7 +40,7 @@ class Target:
             self.missing = f"model type {getattr(model, 'model_type', '?')!r} has no stack of layers with an embedding"
             return
         owner, name = found
-        self._embedding = _find_embedding(getattr(owner, name))
+        self._embedding: Any = _find_embedding(getattr(owner, name))  # there is one, or it were no body
         self._recorder = _Recorder(getattr(owner, name))
         self._stand_ins.append((owner, name, self._recorder))
         self.vocab_size, self.hidden_size = _embedding_shape(self._embedding)
@@ -152,7 +152,7 @@ def _find_embedding(body: nn.Module) -> nn.Module | None:
     return max(found, key=lambda module: _embedding_shape(module)[0], default=None)
 
 
-def _embedding_shape(module: nn.Module) -> tuple[int, int]:
+def _embedding_shape(module: Any) -> tuple[int, int]:
     """(vocabulary, width) of an embedding, quantised or not."""
     rows = module.weight.shape[0]
     return rows, (module.scales.shape[1] * module.group_size if "scales" in module else module.weight.shape[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache as PlainKVCache
@@ -47,7 +49,9 @@ class Verifier:
             hidden (B, 1 + N, hidden_size) and logits (B, 1 + N, vocab_size).
         """
         with cache.reading(tree.ancestors, tree.depths, chain=self.capability == CHAIN) as layers:
-            return self.target.forward(tree.tokens, layers)
+            hidden, logits = self.target.forward(tree.tokens, layers)
+        assert hidden is not None  # capability "none" otherwise
+        return hidden, logits
 
     def _probe(self) -> tuple[str, str]:
         if self.target.missing:
@@ -56,7 +60,7 @@ class Verifier:
         if kinds != {PlainKVCache}:
             names = ", ".join(sorted(kind.__name__ for kind in kinds - {PlainKVCache}))
             return NONE, f"its layers with a {names} cannot take back rejected tokens yet"
-        reasons = []
+        reasons: list[str] = []
         for capability, parents in ((TREE, [0, 0, 0, 1, 2]), (CHAIN, [0, 0, 1])):
             self.capability = capability
             if not (error := self._difference(parents)):
@@ -83,7 +87,7 @@ class Verifier:
                 alone = mx.concatenate([prompt, tokens[:, mx.array(path)]], axis=1)
                 _, plain = self.target.forward(alone, make_prompt_cache(self.target.model))
                 differences.append(mx.abs(logits[0, row] - plain[0, -1]).max() / mx.abs(plain[0, -1]).max())
-            worst = mx.stack(differences).max().item()
+            worst: Any = mx.max(mx.stack(differences)).item()
         except Exception as error:  # whatever a model's own code does with what it was handed
             return f"{type(error).__name__} {str(error).partition(chr(10))[0]}".strip()
         # Half-precision and quantised rows differ by rounding; a wrong position or mask by far more.

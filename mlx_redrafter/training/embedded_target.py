@@ -93,7 +93,7 @@ def main():
     random.shuffle(train)
 
     def stream(texts):
-        return np.concatenate([np.array([eos] + e.ids, np.int32) for e in tok.encode_batch(texts)])
+        return np.concatenate([np.array([eos, *e.ids], np.int32) for e in tok.encode_batch(texts)])
 
     data, held = stream(train), stream(valid)
     if a.init:
@@ -101,10 +101,19 @@ def main():
     else:
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.ffn, num_hidden_layers=a.layers,
-                num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, max_position_embeddings=2048,
-                rope_theta=10000.0, tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=eos, eos_token_id=eos,
-            )  # fmt: skip
+                vocab_size=a.vocab,
+                hidden_size=a.hidden,
+                intermediate_size=a.ffn,
+                num_hidden_layers=a.layers,
+                num_attention_heads=a.heads,
+                num_key_value_heads=a.kv_heads,
+                max_position_embeddings=2048,
+                rope_theta=10000.0,
+                tie_word_embeddings=True,
+                rms_norm_eps=1e-5,
+                bos_token_id=eos,
+                eos_token_id=eos,
+            )
         )
     model.to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=a.lr, betas=(0.9, 0.95), weight_decay=0.1)

@@ -110,11 +110,14 @@ class TeacherReader:
                     mx.eval(read[row])
                     self._kept[row] = read[row]
                     self.budget -= size
-        hidden, ids, shares = (mx.concatenate(list(parts)) for parts in zip(*(read[int(r)] for r in picks), strict=True))
+        hidden, ids, shares = (
+            mx.concatenate(list(parts)) for parts in zip(*(read[int(r)] for r in picks), strict=True)
+        )
         return hidden, self.target.embed(mx.array(self.rows[picks])), ids, shares
 
     def _read(self, tokens: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         hidden, logits = self.target.forward(tokens, [None] * len(self.target.model.layers))
+        assert hidden is not None  # the command refuses targets that give none
         ids, shares = teacher(logits, self.top_k)
         return hidden.astype(mx.bfloat16), ids, shares.astype(mx.float16)
 
@@ -142,7 +145,8 @@ def distillation_loss(
     positions = hidden.shape[1] - steps
     context = drafter.project_context(hidden[:, :positions].astype(dtype))
     state = None
-    losses, hits = [], []
+    losses: list[mx.array] = []
+    hits: list[mx.array] = []
     for k in range(1, steps + 1):
         state = drafter.advance(embeddings[:, k : k + positions].astype(dtype), state)
         logits = drafter.logits(context, state).astype(mx.float32)
@@ -151,5 +155,6 @@ def distillation_loss(
         step_shares = shares[:, k : k + positions].reshape(logits.shape[0], -1).astype(mx.float32)
         losses.append(mx.mean(soft_cross_entropy(logits, step_ids, step_shares)) * step_weights[k - 1])
         best = mx.take_along_axis(step_ids, mx.argmax(step_shares, axis=-1, keepdims=True), axis=-1)[:, 0]
-        hits.append(mx.mean(mx.argmax(logits, axis=-1) == best))
-    return sum(losses) / sum(step_weights), mx.stack(hits)
+        right: mx.array = mx.argmax(logits, axis=-1) == best  # type: ignore[assignment]
+        hits.append(mx.mean(right.astype(mx.float32)))
+    return mx.sum(mx.stack(losses)) / sum(step_weights), mx.stack(hits)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -87,8 +88,8 @@ def train(
     checkpoint = out / "training" / "checkpoint.safetensors"
     done = _restore(checkpoint, drafter, optimizer) if resume else 0
 
-    def loss_of(*batch):
-        return distillation_loss(drafter, *batch, step_weights=list(plan.step_weights))
+    def loss_of(hidden, embeddings, ids, shares):
+        return distillation_loss(drafter, hidden, embeddings, ids, shares, list(plan.step_weights))
 
     read = TeacherReader(target, rows, plan.top_k, plan.cache_bytes)
     gradient_of = nn.value_and_grad(drafter, loss_of)
@@ -154,8 +155,8 @@ def _picks(plan: TrainingPlan, update: int, rows: int) -> np.ndarray:
 
 
 def _save(path: pathlib.Path, drafter: RecurrentDrafter, optimizer: optim.Optimizer, done: int) -> None:
-    arrays = {f"drafter.{name}": value for name, value in tree_flatten(drafter.parameters())}
-    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
+    arrays = {f"drafter.{name}": value for name, value in dict(tree_flatten(drafter.parameters())).items()}
+    arrays |= {f"optimizer.{name}": value for name, value in dict(tree_flatten(optimizer.state)).items()}
     with replace_file(path) as file:
         mx.save_safetensors(str(file), arrays, metadata={"done": str(done)})
 
@@ -164,7 +165,7 @@ def _restore(path: pathlib.Path, drafter: RecurrentDrafter, optimizer: optim.Opt
     if not path.exists():
         raise UserError(f"--resume: {path} does not exist")
     arrays = read_safetensors(path)
-    _, metadata = mx.load(str(path), return_metadata=True)
+    metadata: Any = mx.load(str(path), return_metadata=True)[1]  # type: ignore[index]
     parts: dict[str, list] = {"drafter": [], "optimizer": []}
     for name, value in arrays.items():
         part, _, rest = name.partition(".")

@@ -1,0 +1,123 @@
+"""`mlx-redrafter demo`: the same text twice, once plainly and once with the drafter, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterable
+
+import mlx.core as mx
+import mlx_lm
+from tqdm import tqdm
+
+from .blas import prefer_openblas
+from .embedded.corpus import held_out_prefixes
+from .errors import UserError
+from .generate import stream_generate
+from .generate_command import add_model_arguments, draft_shape
+from .loading import load
+
+HELP = "write the same text plainly and with the drafter, and compare"
+
+
+@dataclasses.dataclass
+class Run:
+    """One text: its tokens, seconds from the first token to the last, and steps after the first token."""
+
+    tokens: list[int]
+    seconds: float
+    steps: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--max-tokens", "-m", type=int, default=128, help="tokens per text (default: %(default)s)")
+    add("--prompts", type=int, default=8, help="texts to measure; the first one is shown (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.max_tokens < 2 or args.prompts < 1:
+        raise UserError("--max-tokens has to be 2 or more, --prompts 1 or more")
+    shape = draft_shape(args)
+    model, drafter, tokenizer = load(
+        args.model,
+        args.draft,
+        adapter_path=args.adapter_path,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if drafter is None:
+        raise UserError("--draft is missing: the demo compares a target with and without its drafter")
+    prompts = held_out_prefixes(args.prompts)
+    if not prompts:
+        raise UserError("this Python has no source of its standard library to take prompts from")
+
+    def plain(prompt: str) -> Iterable:
+        return mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=args.max_tokens)
+
+    def drafted(prompt: str) -> Iterable:
+        return stream_generate(model, tokenizer, prompt, drafter, max_tokens=args.max_tokens, shape=shape)
+
+    methods = {"plain (mlx_lm)": plain, "with the drafter": drafted}
+    print(f"Target: {args.model or 'embedded, 12.6 M parameters, continues Python'}")
+    print(f"Device: {_device()}; float32 products by {prefer_openblas()}" if _on_cpu() else f"Device: {_device()}")
+    for method in methods.values():  # the first call of each compiles and warms up
+        measure(method(prompts[0]))
+    for name, method in methods.items():
+        print(f"\n--- {name}: continuing a file that was held out of training\n{prompts[0]}", end="")
+        print("\033[36m" if _colours() else "", end="")
+        measure(method(prompts[0]), show=True)
+        print("\033[0m" if _colours() else "")
+    runs: dict[str, list[Run]] = {name: [] for name in methods}
+    for prompt in tqdm(prompts, desc="measuring", unit="text", leave=False):
+        for name, method in methods.items():  # in turn, so that both see the same machine
+            runs[name].append(measure(method(prompt)))
+    print("\n" + table(runs))
+
+
+def measure(stream: Iterable, show: bool = False) -> Run:
+    """Takes a stream of responses to its end."""
+    tokens, first, response = [], 0.0, None
+    for response in stream:
+        tokens.append(response.token)
+        if len(tokens) == 1:
+            first = time.perf_counter()
+        if show:
+            print(response.text, end="", flush=True)
+    seconds = time.perf_counter() - first
+    return Run(tokens, seconds, getattr(response, "steps", len(tokens) - 1))
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+    """The comparison; speed-up is relative to the first method."""
+    totals = {
+        name: (sum(len(r.tokens) - 1 for r in each), sum(r.seconds for r in each), sum(r.steps for r in each))
+        for name, each in runs.items()
+    }
+    base = next(iter(totals.values()))
+    lines = [f"{'':18}{'tokens/s':>10}{'mean acceptance length':>26}{'speed-up':>10}"]
+    for name, (tokens, seconds, steps) in totals.items():
+        speed_up = (tokens / seconds) / (base[0] / base[1])
+        lines.append(f"{name:18}{tokens / seconds:10.1f}{tokens / steps:26.2f}{speed_up:9.2f}x")
+    reference, *others = runs.values()
+    texts = len(reference)
+    same = sum(a.tokens == b.tokens for other in others for a, b in zip(reference, other))
+    lines.append(f"Equal texts, token for token: {same} of {texts}")
+    return "\n".join(lines)
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def _device() -> str:
+    return "CPU" if _on_cpu() else str(mx.device_info().get("device_name", "GPU"))
+
+
+def _colours() -> bool:
+    import os
+    import sys
+
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -1,0 +1,215 @@
+"""Converting drafters and targets from files as they are found."""
+
+import json
+import pathlib
+import pickle
+
+import mlx.core as mx
+import pytest
+from conftest import make_drafter
+from mlx.utils import tree_flatten
+from mlx_redrafter.convert.drafter import convert_drafter, export_names
+from mlx_redrafter.convert.target import convert_target
+
+from mlx_redrafter import UserError, load
+from mlx_redrafter.cli import main
+from mlx_redrafter.drafter import load_drafter
+from mlx_redrafter.loading import EMBEDDED, fetch
+
+NAMINGS = {
+    "lm_head": lambda name: name,
+    "lm_heads": lambda name: name.replace("lm_head.", "lm_heads.").replace("input_proj.", "input_projs."),
+    "nested": lambda name: name.replace("lm_head.", "lm_heads.0.").replace("input_proj.", "input_projs.0."),
+    "plain": lambda name: name.replace("lm_head.", "0."),
+}
+
+
+def write_checkpoint(folder, drafter, naming="lm_head", file="model.safetensors", **config_changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {"num_lookback_tokens": 1, **drafter.config.to_dict(), **config_changes}
+    (folder / "config.json").write_text(json.dumps(fields))
+    weights = {NAMINGS[naming](name): value for name, value in export_names(drafter).items()}
+    if file.endswith(".safetensors"):
+        mx.save_safetensors(str(folder / file), weights)
+    else:
+        torch = pytest.importorskip("torch")
+        import numpy as np
+
+        torch.save({name: torch.from_numpy(np.array(value)) for name, value in weights.items()}, folder / file)
+    return folder
+
+
+def same(a, b):
+    pairs = zip(tree_flatten(a.parameters()), tree_flatten(b.parameters()), strict=True)
+    return all(n == m and mx.array_equal(x, y) for (n, x), (m, y) in pairs)
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("shape", [{}, {"exit_dim": 64}, {"rnn": False, "num_draft_layers": 0}])
+def test_namings(tmp_path, naming, shape):
+    """If this fails, published drafters of one kind cannot be read, or read into the wrong places."""
+    drafter = make_drafter(**shape)
+    source = write_checkpoint(tmp_path / "hf", drafter, naming)
+    convert_drafter(str(source), str(tmp_path / "mlx"))
+    assert same(load_drafter(tmp_path / "mlx"), drafter)
+
+
+@pytest.mark.parametrize("file", ["model.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_torch_files(tmp_path, file, dtype):
+    torch = pytest.importorskip("torch")
+    drafter = make_drafter()
+    drafter.set_dtype(getattr(mx, dtype))
+    weights = {}
+    for name, value in export_names(drafter).items():
+        weights[name] = torch.tensor(value.astype(mx.float32).tolist(), dtype=getattr(torch, dtype))
+    source = tmp_path / "hf"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(drafter.config.to_dict()))
+    torch.save(weights, source / file)
+    convert_drafter(str(source), str(tmp_path / "mlx"))
+    assert same(load_drafter(tmp_path / "mlx"), drafter)
+
+
+def test_export_is_the_way_back(tmp_path):
+    """If this fails, input_proj's halves are joined or split in the wrong order."""
+    drafter = make_drafter()
+    joined = export_names(drafter)["input_proj.weight"]
+    assert joined.shape == (32, 64)
+    assert mx.array_equal(joined[:, :32], drafter.input_proj_context.weight)
+    assert mx.array_equal(joined[:, 32:], drafter.input_proj_state.weight)
+
+
+def test_quantised_and_cast(tmp_path, capsys):
+    drafter = make_drafter(hidden=64, vocab=128, exit_dim=64)
+    source = write_checkpoint(tmp_path / "hf", drafter)
+    flags = ["--hf-path", str(source), "--mlx-path"]
+    assert main(["convert", "drafter", *flags, str(tmp_path / "q"), "-q", "--q-bits", "8", "--q-group-size", "32"]) == 0
+    assert "hidden size 64 and vocabulary 128" in capsys.readouterr().out
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 32, "bits": 8}
+    assert load_drafter(tmp_path / "q").lm_head.bits == 8
+    assert main(["convert", "drafter", *flags, str(tmp_path / "h"), "--dtype", "float16"]) == 0
+    assert load_drafter(tmp_path / "h").lm_head.weight.dtype == mx.float16
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (pathlib.Path.touch, (pathlib.Path("executed"),))
+
+
+def test_a_pickle_with_more_than_tensors_is_not_run(tmp_path, monkeypatch, capsys):
+    """If this fails, opening a downloaded drafter can run its author's code."""
+    pytest.importorskip("torch")
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    source = write_checkpoint(tmp_path / "hf", make_drafter())
+    (source / "model.safetensors").unlink()
+    for content in ({"lm_head.0.weight": Dangerous()}, [torch.zeros(3)]):
+        torch.save(content, source / "pytorch_model.bin")
+        assert main(["convert", "drafter", "--hf-path", str(source), "--mlx-path", str(tmp_path / "mlx")]) == 2
+        err = capsys.readouterr().err
+        assert "pytorch_model.bin: holds something other than" in err and err.count("\n") == 1
+    with (source / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"x": Dangerous()}, file)
+    assert main(["convert", "drafter", "--hf-path", str(source), "--mlx-path", str(tmp_path / "mlx")]) == 2
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "mlx").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda s: (s / "model.safetensors").unlink(), "none of model.safetensors, model.pt, pytorch_model.bin"),
+        (lambda s: (s / "config.json").unlink(), "config.json: no such file"),
+        (lambda s: (s / "model.safetensors").write_bytes(b"x" * 50), "not a safetensors file"),
+        (
+            lambda s: write_checkpoint(s, make_drafter(), num_draft_layers=3),
+            "comes after 2 blocks.*num_draft_layers is 3",
+        ),
+        (lambda s: write_checkpoint(s, make_drafter(), exit_dim=40), r"'input_proj.weight' has shape \(32, 64\)"),
+        (lambda s: mx.save_safetensors(str(s / "model.safetensors"), {"a.b": mx.zeros(2)}), "tensor 'a.b' does not"),
+    ],
+)
+def test_damaged_checkpoints(tmp_path, damage, message):
+    """If this fails, a damaged checkpoint ends in a traceback or leaves half a directory."""
+    source = write_checkpoint(tmp_path / "hf", make_drafter())
+    damage(source)
+    with pytest.raises(UserError, match=message):
+        convert_drafter(str(source), str(tmp_path / "mlx"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    """If this fails, a typing mistake in --mlx-path costs somebody their files."""
+    source = write_checkpoint(tmp_path / "hf", make_drafter())
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "precious").write_text("x")
+    for convert in (convert_drafter, convert_target):
+        with pytest.raises(UserError, match="already exists"):
+            convert(str(source), str(tmp_path / "mlx"))
+    assert (tmp_path / "mlx" / "precious").read_text() == "x"
+
+
+def test_an_unconverted_drafter_says_what_to_do(tmp_path):
+    source = write_checkpoint(tmp_path / "hf", make_drafter())
+    with pytest.raises(UserError, match="run `mlx-redrafter convert drafter`"):
+        load_drafter(source)
+
+
+def test_target(tmp_path, capsys):
+    """If this fails, `convert target` does not give a model that `load` reads."""
+    flags = ["--hf-path", str(EMBEDDED / "target"), "--mlx-path"]
+    assert main(["convert", "target", *flags, str(tmp_path / "q"), "-q", "--q-bits", "4", "--q-group-size", "32"]) == 0
+    model, drafter, tokenizer = load(str(tmp_path / "q"))
+    assert drafter is None and model.model.embed_tokens.bits == 4
+    assert tokenizer.encode("import os") == load(draft="none")[2].encode("import os")
+    assert main(["convert", "target", *flags, str(tmp_path / "h"), "--dtype", "float16"]) == 0
+    assert load(str(tmp_path / "h"))[0].model.embed_tokens.weight.dtype == mx.float16
+    capsys.readouterr()
+    assert main(["convert", "target", *flags, str(tmp_path / "x"), "-q", "--q-group-size", "7"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["h", "q"]
+
+
+class HubAnswer:
+    """A recorded answer of the Hub, enough for its errors to be made."""
+
+    def __init__(self, status):
+        self.status_code, self.headers, self.request = status, {}, None
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        ("RepositoryNotFoundError", "no such directory here and no such repository on the Hub"),
+        ("GatedRepoError", "gated; accept its terms"),
+        ("LocalEntryNotFoundError", "and the Hub: "),
+    ],
+)
+def test_hub_failures(monkeypatch, error, message):
+    """If this fails, a wrong repository name or a missing network ends in a traceback."""
+    from huggingface_hub import errors
+
+    kind = getattr(errors, error)
+
+    def failing(*args, **kwargs):
+        if issubclass(kind, errors.HfHubHTTPError):
+            raise kind("recorded", response=HubAnswer(404))
+        raise kind("recorded")
+
+    monkeypatch.setattr("mlx_redrafter.loading.snapshot_download", failing)
+    with pytest.raises(UserError, match=message):
+        fetch("someone/something", "--model")
+
+
+def test_hub_downloads_only_what_is_needed(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(repo, allow_patterns):
+        asked.update(repo=repo, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("mlx_redrafter.loading.snapshot_download", download)
+    assert fetch("someone/drafter", "--draft", ["config.json"]) == tmp_path
+    assert asked == {"repo": "someone/drafter", "patterns": ["config.json"]}

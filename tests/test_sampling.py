@@ -1,0 +1,73 @@
+"""The target's choice: noise by position, filters, and mlx-lm's samplers."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.sampling import from_sampler, greedy, position_keyed
+
+
+def test_noise_depends_on_seed_and_position_alone():
+    """If this fails, a seed gives another text with a drafter than without."""
+    logits = mx.broadcast_to(mx.random.normal((50,)), (1, 6, 50))
+    positions = mx.array([[7, 8, 8, 9, 1000, 7]])
+    choose = position_keyed(1.5, seed=3)
+    together = choose(logits, positions)[0].tolist()
+    alone = [choose(logits[:, :1], mx.array([[p]])).item() for p in (7, 8, 8, 9, 1000, 7)]
+    assert together == alone
+    many = mx.broadcast_to(logits[:, :1], (1, 64, 50))
+    first, other = (position_keyed(1.5, seed=s)(many, mx.arange(64)[None])[0].tolist() for s in (3, 4))
+    assert first != other and len(set(first)) > 5
+
+
+@pytest.mark.parametrize(
+    "temp, options", [(1.0, {}), (0.5, {}), (1.3, {"top_p": 0.8}), (1, {"min_p": 0.2}), (1, {"top_k": 3})]
+)
+def test_distribution(temp, options):
+    """If this fails, sampled text is not distributed as the target says."""
+    logits = mx.array([2.0, 1.5, 1.0, 0.0, -1.0, -3.0])
+    probabilities = np.array(mx.softmax(logits))
+    keep = np.ones(6, bool)
+    if "top_p" in options:
+        keep = np.cumsum(probabilities) - probabilities < options["top_p"]
+    if "min_p" in options:
+        keep = probabilities >= options["min_p"] * probabilities[0]
+    if "top_k" in options:
+        keep = np.arange(6) < options["top_k"]
+    expected = np.where(keep, np.exp(np.array(logits) / temp), 0)
+    expected /= expected.sum()
+    draws = 20_000
+    chosen = position_keyed(temp, 1, **options)(mx.broadcast_to(logits, (1, draws, 6)), mx.arange(draws)[None])
+    counts = np.bincount(np.array(chosen[0]), minlength=6)
+    assert counts[~keep].sum() == 0
+    error = np.sqrt(expected * (1 - expected) * draws)
+    assert (np.abs(counts - expected * draws) <= 4.5 * error + 1e-9).all()
+
+
+def test_temperature_zero_is_greedy():
+    assert position_keyed(0.0) is greedy
+
+
+def test_mlx_lm_samplers():
+    """If this fails, a program that brings its own sampler gets other tokens than with mlx-lm."""
+    logits = mx.random.normal((1, 5, 40)) * 8
+    assert mx.array_equal(from_sampler(make_sampler(0.0))(logits, None), greedy(logits, None))
+    assert mx.array_equal(from_sampler(make_sampler(1.0, top_k=1))(logits, None), greedy(logits, None))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"temp": -1}, "--temp is -1"),
+        ({"temp": float("nan")}, "--temp is nan"),
+        ({"temp": 1, "top_p": 2}, "--top-p is 2"),
+        ({"temp": 1, "top_p": -0.1}, "--top-p is -0.1"),
+        ({"temp": 1, "min_p": 1.5}, "--min-p is 1.5"),
+        ({"temp": 1, "top_k": -1}, "--top-k is -1"),
+    ],
+)
+def test_out_of_range(arguments, message):
+    with pytest.raises(UserError, match=message):
+        position_keyed(**arguments)
