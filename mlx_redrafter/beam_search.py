@@ -67,27 +67,48 @@ def beam_search(
     Returns:
         The L - 1 steps; within a step the entries are in order of falling log-probability.
     """
-    batch = root.shape[0]
-    projected = drafter.project_context(context)[:, None]
-    state = drafter.advance(embed(root)[:, None], None)
-    scores = _log_softmax(drafter.logits(projected, state))
-    vocab = scores.shape[-1]
-    tokens, log_probs = _top(scores.reshape(batch, vocab), width)
-    origins = mx.zeros(tokens.shape, mx.int32)
-    steps = [(tokens, origins, log_probs)]
-    for _ in range(length - 2):
-        state = mx.take_along_axis(state, origins[..., None], axis=1)
-        state = drafter.advance(embed(tokens), state)
-        scores = _log_softmax(drafter.logits(projected, state)) + log_probs[..., None]
-        best, log_probs = _top(scores.reshape(batch, width * vocab), width)
-        origins, tokens = best // vocab, best % vocab
-        steps.append((tokens, origins, log_probs))
+    batch, vocab = root.shape[0], drafter.config.vocab_size
+
+    def grow(log_probs: mx.array | None, entries: int) -> tuple[mx.array, mx.array, mx.array]:
+        logits = drafter.logits(projected, state).astype(mx.float32)
+        return _grow(logits.reshape(batch, entries, vocab), log_probs, width)
+
+    # Entries lie along the batch axis, (B * W, ...): two axes cost MLX fewer operations than three.
+    projected = drafter.project_context(context)
+    state = drafter.advance(embed(root), None)
+    steps = [grow(None, 1)]
+    if batch > 1:
+        projected = mx.repeat(projected, width, axis=0)
+    for step in range(1, length - 1):
+        tokens, origins, log_probs = steps[-1]
+        entries = 1 if step == 1 else width
+        rows = mx.arange(0, batch * entries, entries, dtype=mx.int32)[:, None] + origins
+        state = drafter.advance(embed(tokens.reshape(-1)), state[rows.reshape(-1)])
+        steps.append(grow(log_probs, width))
     return Beam(*(mx.stack(list(parts), axis=1) for parts in zip(*steps, strict=True)))
 
 
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+def _grow(logits: mx.array, log_probs: mx.array | None, width: int) -> tuple[mx.array, mx.array, mx.array]:
+    """The W best continuations of all entries of a beam.
+
+    Args:
+        logits: (B, entries, vocab) float32.
+        log_probs: (B, entries) of the entries so far; None for 0.
+        width: W.
+
+    Returns:
+        tokens, origins and cumulative log-probabilities, (B, W) each, best first.
+    """
+    batch, entries, vocab = logits.shape
+    base = -mx.logsumexp(logits, axis=-1)
+    if log_probs is not None:
+        base = base + log_probs
+    if entries == 1:
+        # All scores shift by the same amount, so the choice does not wait for the normaliser.
+        best, values = _top(logits[:, 0], width)
+        return best, mx.zeros(best.shape, mx.int32), values + base
+    best, values = _top((logits + base[..., None]).reshape(batch, entries * vocab), width)
+    return best % vocab, best // vocab, values
 
 
 def _top(scores: mx.array, count: int) -> tuple[mx.array, mx.array]:

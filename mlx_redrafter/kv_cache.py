@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache as PlainKVCache
 
 BLOCK = 256  # rows by which buffers grow
-READ_BLOCK = 64  # attention reads the bound on the length rounded up to this
+READ_BLOCK = 32  # attention reads the bound on the length rounded up to this
 
 
 @dataclasses.dataclass
@@ -79,16 +79,6 @@ class LayerCache(PlainKVCache):
 
         self.keys, self.values = grow(self.keys), grow(self.values)
 
-    def commit(self, length: mx.array, path: mx.array) -> None:
-        """Moves the rows of one path together, right behind the committed ones.
-
-        Args:
-            length: (B,) committed rows before the tree.
-            path: (B, D) tree rows to keep, in order, the root (row 0) not among them.
-        """
-        self.keys = move_rows(self.keys, length, path)
-        self.values = move_rows(self.values, length, path)
-
 
 def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, axis: int = 2) -> mx.array:
     """`buffer` with `rows` written along `axis`, for each b from index start[b] on.
@@ -105,14 +95,19 @@ def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, axis: int = 2)
     return buffer
 
 
-def move_rows(buffer: mx.array, length: mx.array, path: mx.array) -> mx.array:
-    """`buffer` with rows length + path[:, d] copied to rows length + 1 + d."""
-    source = (length[:, None] + path)[:, None, :, None]
+def move_rows(buffer: mx.array, source: mx.array, target: mx.array) -> mx.array:
+    """`buffer` with some of its rows copied together.
+
+    Args:
+        buffer: (B, heads, capacity, dim).
+        source: (B, 1, D, 1) int32 which rows.
+        target: (B,) int32 where the first of them goes; the others follow.
+    """
     if buffer.shape[0] == 1:
         rows = mx.take(buffer, source.reshape(-1), axis=2)
     else:
         rows = mx.take_along_axis(buffer, source, axis=2)
-    return write_rows(buffer, rows, length + 1)
+    return write_rows(buffer, rows, target)
 
 
 class KVCache:
@@ -191,8 +186,10 @@ class KVCache:
         """
         assert self.length is not None
         if path is not None:
+            source, target = (self.length[:, None] + path)[:, None, :, None], self.length + 1
             for layer in self.layers:
-                layer.commit(self.length, path)
+                layer.keys = move_rows(layer.keys, source, target)
+                layer.values = move_rows(layer.values, source, target)
         self.length = self.length + 1 + count
         self.bound += 1 + most
 

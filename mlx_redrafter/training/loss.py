@@ -8,6 +8,7 @@ logits at position t + k are at hand from the same forward pass (paper, section 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -153,8 +154,8 @@ def distillation_loss(
         logits = logits.reshape(-1, logits.shape[-1])
         step_ids = ids[:, k : k + positions].reshape(logits.shape[0], -1)
         step_shares = shares[:, k : k + positions].reshape(logits.shape[0], -1).astype(mx.float32)
-        losses.append(mx.mean(soft_cross_entropy(logits, step_ids, step_shares)) * step_weights[k - 1])
+        entropy: Any = soft_cross_entropy(logits, step_ids, step_shares)
+        losses.append(mx.mean(entropy) * step_weights[k - 1])
         best = mx.take_along_axis(step_ids, mx.argmax(step_shares, axis=-1, keepdims=True), axis=-1)[:, 0]
-        right: mx.array = mx.argmax(logits, axis=-1) == best  # type: ignore[assignment]
-        hits.append(mx.mean(right.astype(mx.float32)))
+        hits.append(mx.mean(mx.equal(mx.argmax(logits, axis=-1), best)))
     return mx.sum(mx.stack(losses)) / sum(step_weights), mx.stack(hits)
