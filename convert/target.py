@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 
 from mlx_lm import convert as convert_by_mlx_lm
 
 from ..drafter import check_quantization
 from ..errors import UserError
-from ..files import read_safetensors, require_free, write_directory
-from ..loading import check_model_directory, fetch, one_line
+from ..files import read_json, read_safetensors, require_free, write_directory
+from ..loading import check_model_directory, fetch, one_line, rope_fields
 
 
 def convert_target(
@@ -39,7 +40,7 @@ def convert_target(
     if quantize:
         check_quantization(q_bits, q_group_size)
     source = fetch(hf_path, "--hf-path")
-    check_model_directory(source)
+    rope = rope_fields(check_model_directory(source))
     with write_directory(mlx_path) as folder:
         folder.rmdir()  # mlx-lm makes it, and refuses one that is there
         try:
@@ -57,4 +58,7 @@ def convert_target(
         names = [name for file in folder.glob("*.safetensors") for name in read_safetensors(file)]
         if quantize and not any(name.endswith(".scales") for name in names):
             raise UserError(f"--q-group-size is {q_group_size}, which divides no width of {source}")
+        if rope:
+            file = folder / "config.json"
+            file.write_text(json.dumps(read_json(file) | rope, indent=4) + "\n")
     return pathlib.Path(mlx_path)

@@ -78,7 +78,7 @@ def load_target(
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """A target and its tokenizer from a local directory. Raises UserError."""
-    check_model_directory(folder)
+    fields = check_model_directory(folder)
     if adapter_path is not None and not pathlib.Path(adapter_path).is_dir():
         raise UserError(f"--adapter-path {adapter_path}: no such directory")
     config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
@@ -86,6 +86,7 @@ def load_target(
         model, tokenizer, *_ = mlx_lm.load(
             str(folder),
             tokenizer_config=config,
+            model_config=rope_fields(fields),
             adapter_path=adapter_path,
             lazy=dtype is not None,
             trust_remote_code=trust_remote_code,
@@ -100,8 +101,23 @@ def load_target(
     return model, tokenizer
 
 
-def check_model_directory(folder: pathlib.Path) -> None:
-    """Raises UserError unless config.json and every weight file are there and whole."""
+def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The rope keys under the names that mlx-lm reads, where a config has only the newer ones.
+
+    transformers 5 writes `rope_parameters` alone; most of mlx-lm's models know nothing of
+    it and would silently take a base of 10000.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" in config:
+        return {}
+    fields = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
+        fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return fields
+
+
+def check_model_directory(folder: pathlib.Path) -> dict[str, Any]:
+    """The parsed config.json. Raises UserError unless it and every weight file are there and whole."""
     config = read_json(folder / "config.json")
     if "model_type" not in config:
         raise UserError(f"{folder / 'config.json'}: key 'model_type' is missing")
@@ -119,6 +135,7 @@ def check_model_directory(folder: pathlib.Path) -> None:
         raise UserError(f"{folder}: no model*.safetensors file")
     for file in files:
         check_safetensors(file)
+    return config
 
 
 def fetch(path_or_repo: str, flag: str, patterns: list[str] | None = None) -> pathlib.Path:

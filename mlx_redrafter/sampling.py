@@ -33,7 +33,7 @@ def position_keyed(temp: float, seed: int = 0, top_p: float = 1.0, min_p: float 
     Args:
         temp: temperature, 0 for greedy.
         seed: any whole number; its lowest 32 bits count.
-        top_p: keep the most probable tokens that together reach this share; 1 keeps all.
+        top_p: keep the most probable tokens that together reach this share; 1 (and 0, as in mlx-lm) keeps all.
         min_p: keep tokens of at least this share of the best one's probability; 0 keeps all.
         top_k: keep this many; 0 keeps all.
 
@@ -42,8 +42,8 @@ def position_keyed(temp: float, seed: int = 0, top_p: float = 1.0, min_p: float 
     """
     if not 0 <= temp < float("inf"):
         raise UserError(f"--temp is {temp}, expected 0 or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p is {top_p}, expected more than 0 and at most 1")
+    if not 0 <= top_p <= 1:
+        raise UserError(f"--top-p is {top_p}, expected 0 to 1")
     if not 0 <= min_p <= 1:
         raise UserError(f"--min-p is {min_p}, expected 0 to 1")
     if top_k < 0:
@@ -55,7 +55,7 @@ def position_keyed(temp: float, seed: int = 0, top_p: float = 1.0, min_p: float 
         batch, rows, vocab = logits.shape
         logprobs = logits.astype(mx.float32).reshape(-1, vocab)
         logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
-        if top_p < 1:
+        if 0 < top_p < 1:
             logprobs = apply_top_p(logprobs, top_p)
         if min_p > 0:
             logprobs = apply_min_p(logprobs, min_p)

@@ -3,8 +3,10 @@
 import json
 import pathlib
 import pickle
+import shutil
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 from conftest import make_drafter
 from mlx.utils import tree_flatten
@@ -14,7 +16,7 @@ from mlx_redrafter.convert.target import convert_target
 from mlx_redrafter import UserError, load
 from mlx_redrafter.cli import main
 from mlx_redrafter.drafter import load_drafter
-from mlx_redrafter.loading import EMBEDDED, fetch
+from mlx_redrafter.loading import EMBEDDED, fetch, rope_fields
 
 NAMINGS = {
     "lm_head": lambda name: name,
@@ -170,6 +172,22 @@ def test_target(tmp_path, capsys):
     assert main(["convert", "target", *flags, str(tmp_path / "x"), "-q", "--q-group-size", "7"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["h", "q"]
+
+
+def test_rope_of_newer_configs(tmp_path):
+    """If this fails, a model saved by transformers 5 is loaded with wrong positions, and says so nowhere."""
+    rope = {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}
+    source = tmp_path / "hf"
+    shutil.copytree(EMBEDDED / "target", source)
+    fields = json.loads((source / "config.json").read_text()) | {"rope_parameters": rope}
+    (source / "config.json").write_text(json.dumps(fields))
+    convert_target(str(source), str(tmp_path / "mlx"), dtype="float32")
+    for folder in (source, tmp_path / "mlx"):
+        found = load(str(folder))[0].layers[0].self_attn.rope
+        assert (found.base, found.scale) == (500.0, 0.5)
+    # mlx-lm alone reads the converted model right, too.
+    assert mlx_lm.load(str(tmp_path / "mlx"))[0].args.rope_theta == 500.0
+    assert rope_fields({"rope_theta": 1.0, "rope_parameters": rope}) == {} == rope_fields({})
 
 
 class HubAnswer:
