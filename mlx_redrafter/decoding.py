@@ -7,53 +7,20 @@ root stay on the device, so building one graph hides behind the run of the one b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import mlx.core as mx
 
 from .acceptance import accept
-from .beam_search import BEST_FIRST, POLICIES, beam_search, candidate_tree
+from .beam_search import beam_search, candidate_tree
 from .drafter import RecurrentDrafter
 from .errors import UserError
 from .kv_cache import KVCache
-from .sampling import Chooser
+from .processors import process, process_tree
+from .settings import DecodingOptions, DraftShape
 from .target import Target
 from .verification import CHAIN, Verifier
-
-Progress = Callable[[int, int], None]  # prompt tokens read so far, and in all
-
-
-@dataclasses.dataclass(frozen=True)
-class DraftShape:
-    """How much is drafted per step.
-
-    Args:
-        beam_width: W beams.
-        beam_length: L tokens per beam, the root included.
-        num_draft_tokens: N nodes that the target checks per step, the root not counted.
-        tree_policy: which nodes: "best-first" or "beams".
-    """
-
-    beam_width: int = 4
-    beam_length: int = 5
-    num_draft_tokens: int = 7
-    tree_policy: str = BEST_FIRST
-
-    def check(self, vocab_size: int) -> None:
-        """Raises UserError for a value out of range, naming its flag."""
-        if not 1 <= self.beam_width <= min(64, vocab_size):
-            raise UserError(f"--beam-width is {self.beam_width}, expected 1 to {min(64, vocab_size)}")
-        if not 2 <= self.beam_length <= 32:
-            raise UserError(f"--beam-length is {self.beam_length}, expected 2 to 32 (the root counts as one)")
-        most = self.beam_width * (self.beam_length - 1)
-        if not 1 <= self.num_draft_tokens <= most:
-            raise UserError(
-                f"--num-draft-tokens is {self.num_draft_tokens}, expected 1 to {most}"
-                f" = beam width {self.beam_width} x (beam length {self.beam_length} - 1)"
-            )
-        if self.tree_policy not in POLICIES:
-            raise UserError(f"--tree-policy is {self.tree_policy!r}, expected one of {', '.join(POLICIES)}")
 
 
 def check_pair(target: Target, drafter: RecurrentDrafter, name: str = "drafter") -> None:
@@ -95,7 +62,7 @@ class _Submitted:
 
 
 def prefill(
-    target: Target, prompt: mx.array, cache: list[Any], step_size: int, progress: Progress | None = None
+    target: Target, prompt: mx.array, cache: list[Any], options: DecodingOptions
 ) -> tuple[mx.array | None, mx.array]:
     """Reads a prompt in chunks, as mlx-lm does.
 
@@ -103,27 +70,27 @@ def prefill(
         target: the model.
         prompt: (B, P) token ids, P at least 1.
         cache: one mlx-lm cache per layer; may already hold the tokens before the prompt.
-        step_size: tokens per chunk.
-        progress: called with the tokens read so far and in all.
 
     Returns:
         hidden (B, hidden_size), where the target gives one, and logits (B, vocab_size) of
         the last prompt token; lazy.
     """
-    total = prompt.shape[1]
-    read = 0
+    total, read = prompt.shape[1], 0
+    held = cached(cache)
     while total - read > 1:
-        if progress is not None:
-            progress(read, total)
-        chunk = prompt[:, read : min(read + step_size, total - 1)]
+        if options.progress is not None:
+            options.progress(read, total)
+        chunk = prompt[:, read : min(read + options.prefill_step_size, total - 1)]
         target.forward(chunk, cache)  # no logits are computed: nothing reads them
+        read += chunk.shape[1]
+        options.quantize(cache, held + read)
         mx.eval([c.state for c in cache])
         mx.clear_cache()
-        read += chunk.shape[1]
     hidden, logits = target.forward(prompt[:, read:], cache)
-    if progress is not None:
+    options.quantize(cache, held + total)
+    if options.progress is not None:
         mx.eval(logits)
-        progress(total, total)
+        options.progress(total, total)
     return None if hidden is None else hidden[:, -1], logits[:, -1]
 
 
@@ -131,11 +98,13 @@ class SpeculativeStep:
     """One round of drafting, verification, acceptance and commit, as one lazy graph.
 
     Calling it builds the graph for the next step from the state the last one left and
-    returns its results unevaluated. Nothing is read by the host.
+    returns its results unevaluated. Nothing is read by the host, unless there are logits
+    processors (see `processors`).
 
     Attributes:
         context: (B, hidden_size) the target's hidden state at the last committed token.
         root: (B,) int32 the token the target has chosen and not yet read.
+        history: (n,) all tokens before the root, for logits processors.
     """
 
     def __init__(
@@ -143,13 +112,14 @@ class SpeculativeStep:
         verifier: Verifier,
         drafter: RecurrentDrafter,
         shape: DraftShape,
-        choose: Chooser,
+        options: DecodingOptions,
         cache: KVCache,
         context: mx.array,
         root: mx.array,
+        history: mx.array | None = None,
     ):
-        self.verifier, self.drafter, self.shape, self.choose, self.cache = verifier, drafter, shape, choose, cache
-        self.context, self.root = context, root
+        self.verifier, self.drafter, self.shape, self.options, self.cache = verifier, drafter, shape, options, cache
+        self.context, self.root, self.history = context, root, history
 
     @property
     def most(self) -> int:
@@ -164,7 +134,10 @@ class SpeculativeStep:
         )
         tree = candidate_tree(beam, self.root, shape.num_draft_tokens, shape.tree_policy)
         hidden, logits = self.verifier(tree, cache)
-        choices = self.choose(logits, cache.length[:, None] + tree.depths + 1)
+        if self.options.processors:
+            assert self.history is not None
+            logits = process_tree(self.options.processors, self.history, tree, logits)
+        choices = self.options.choose(logits, cache.length[:, None] + tree.depths + 1)
         accepted = accept(tree, choices)
         # With one beam the rows already lie in order.
         cache.commit(None if shape.beam_width == 1 else accepted.path[:, 1:], accepted.count, self.most)
@@ -173,9 +146,11 @@ class SpeculativeStep:
         path_logits = mx.take_along_axis(logits, accepted.path[..., None], axis=1)
         return _Submitted(accepted.count, accepted.tokens, path_logits)
 
-    def results(self, submitted: _Submitted) -> list[mx.array]:
-        """Everything of a step that has to be computed, to submit it to the device."""
-        return [submitted.count, submitted.tokens, self.root, self.context, *self.cache.arrays()]
+    def submit(self) -> _Submitted:
+        """Builds a step and sends it to the device."""
+        submitted = self()
+        mx.async_eval(submitted.count, submitted.tokens, self.root, self.context, *self.cache.arrays())
+        return submitted
 
 
 def speculative(
@@ -183,11 +158,8 @@ def speculative(
     drafter: RecurrentDrafter,
     prompt: mx.array,
     cache: KVCache,
-    choose: Chooser,
     shape: DraftShape,
-    max_tokens: int,
-    prefill_step_size: int = 2048,
-    progress: Progress | None = None,
+    options: DecodingOptions,
 ) -> Generator[Produced]:
     """Decodes with drafts (batch size 1).
 
@@ -195,8 +167,6 @@ def speculative(
         verifier: with a capability other than "none".
         prompt: (1, P) token ids that the cache does not hold yet.
         cache: grows; `KVCache.end_trees` has to be called when the loop is left, early or not.
-        choose: how the target chooses.
-        max_tokens: stop after this many; -1 for no limit.
 
     Yields:
         What each step brought. The last one may exceed `max_tokens`.
@@ -204,43 +174,40 @@ def speculative(
     if verifier.capability == CHAIN and shape.beam_width > 1:
         length = min(shape.beam_length, shape.num_draft_tokens + 1)
         shape = DraftShape(1, length, length - 1, shape.tree_policy)
-    hidden, logits = prefill(verifier.target, prompt, cache.layers, prefill_step_size, progress)
+    max_tokens, processors = options.max_tokens, options.processors
+    held = cached(cache.layers)
+    hidden, logits = prefill(verifier.target, prompt, cache.layers, options)
     cache.begin_trees()
     assert cache.length is not None and hidden is not None
-    root = choose(logits[:, None], cache.length[:, None])[:, 0]
-    step = SpeculativeStep(verifier, drafter, shape, choose, cache, hidden, root)
+    logits = process(processors, prompt[0], logits)
+    root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
+    step = SpeculativeStep(verifier, drafter, shape, options, cache, hidden, root, prompt[0] if processors else None)
     mx.async_eval(root, hidden)
-    ahead = None
-    if max_tokens != 1:
-        ahead = step()
-        mx.async_eval(step.results(ahead))
-    yield Produced(_wait_for(root), logits, [False], from_prompt=True)
-    made, length = 1, int(cache.layers[0].offset)
-    while made != max_tokens and ahead is not None:
-        current, ahead = ahead, None
+    pipelined = not processors
+    ahead = step.submit() if max_tokens != 1 and pipelined else None
+    tokens = _wait_for(root)
+    yield Produced(tokens, logits, [False], from_prompt=True)
+    made, length = 1, held + prompt.shape[1]
+    while made != max_tokens:
+        current = ahead or step.submit()
+        ahead = None
         # Step t brings at least one token; t + 1 is only of use if that is not the last.
-        if max_tokens < 0 or made + 1 < max_tokens:
-            ahead = step()
-            mx.async_eval(step.results(ahead))
+        if pipelined and (max_tokens < 0 or made + 1 < max_tokens):
+            ahead = step.submit()
         [count] = _wait_for(current.count)
+        before = tokens[-1:]  # the root that this step has read
         tokens = _wait_for(current.tokens[0, : count + 1])
-        length += count + 1
+        made, length = made + count + 1, length + count + 1
         cache.tighten(length + (0 if ahead is None else 1 + step.most))
+        if step.history is not None:
+            step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
+        options.quantize(cache.layers, length)
         yield Produced(tokens, current.logits[0], [True] * count + [False])
-        made += count + 1
         if 0 <= max_tokens <= made:
             break
 
 
-def autoregressive(
-    target: Target,
-    prompt: mx.array,
-    cache: list[Any],
-    choose: Chooser,
-    max_tokens: int,
-    prefill_step_size: int = 2048,
-    progress: Progress | None = None,
-) -> Generator[Produced]:
+def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: DecodingOptions) -> Generator[Produced]:
     """Decodes plainly, one token per call of the target (batch size 1).
 
     Args:
@@ -249,27 +216,37 @@ def autoregressive(
     Yields:
         One token at a time.
     """
-    position = prompt.shape[1] + _cached(cache)
-    _, logits = prefill(target, prompt, cache, prefill_step_size, progress)
+    position = prompt.shape[1] + cached(cache)
+    _, logits = prefill(target, prompt, cache, options)
+    history = prompt[0]
     made = 0
-    token = choose(logits[:, None], mx.array([[position]]))
-    mx.async_eval(token)
-    while made != max_tokens:
+
+    def choose() -> mx.array:
+        token = options.choose(logits[:, None], mx.array([[position]]))
+        mx.async_eval(token)
+        return token
+
+    logits = process(options.processors, history, logits)
+    token = choose()
+    while made != options.max_tokens:
         current, current_logits = token, logits
         made += 1
         position += 1
         _, logits = target.forward(current, cache)
+        options.quantize(cache, position)
         logits = logits[:, -1]
-        token = choose(logits[:, None], mx.array([[position]]))
-        mx.async_eval(token)
+        if options.processors:
+            history = mx.concatenate([history, current[0]])
+            logits = process(options.processors, history, logits)
+        token = choose()
         yield Produced(_wait_for(current[0]), current_logits, [False], from_prompt=made == 1)
         if made % 256 == 0:
             mx.clear_cache()
 
 
-def _cached(cache: list[Any]) -> int:
+def cached(layers: list[Any]) -> int:
     """Tokens that mlx-lm caches hold."""
-    return max((int(c.offset) for c in cache if isinstance(getattr(c, "offset", None), int)), default=0)
+    return max((int(c.offset) for c in layers if isinstance(getattr(c, "offset", None), int)), default=0)
 
 
 def _wait_for(tokens: mx.array) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 import time
 from collections.abc import Iterable
 
@@ -15,8 +17,7 @@ from .blas import prefer_openblas
 from .embedded.corpus import held_out_prefixes
 from .errors import UserError
 from .generate import stream_generate
-from .generate_command import add_model_arguments, draft_shape
-from .loading import load
+from .generate_command import add_model_arguments, draft_shape, load_from
 
 HELP = "write the same text plainly and with the drafter, and compare"
 
@@ -41,13 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.max_tokens < 2 or args.prompts < 1:
         raise UserError("--max-tokens has to be 2 or more, --prompts 1 or more")
     shape = draft_shape(args)
-    model, drafter, tokenizer = load(
-        args.model,
-        args.draft,
-        adapter_path=args.adapter_path,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
+    model, drafter, tokenizer = load_from(args)
     if drafter is None:
         raise UserError("--draft is missing: the demo compares a target with and without its drafter")
     prompts = held_out_prefixes(args.prompts)
@@ -117,7 +112,4 @@ def _device() -> str:
 
 
 def _colours() -> bool:
-    import os
-    import sys
-
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -1,10 +1,8 @@
-"""Text in, text out: streaming responses with statistics, as mlx-lm's own but for one argument."""
+"""Text in, text out: streaming generation, as mlx-lm's own but for one argument."""
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,71 +11,16 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .decoding import DraftShape, Produced, Progress, autoregressive, check_pair, speculative
+from .decoding import Produced, autoregressive, cached, check_pair, speculative
 from .drafter import RecurrentDrafter
 from .errors import UserError
 from .kv_cache import KVCache
+from .processors import LogitsProcessor
+from .responses import GenerationResponse, responses, summary
 from .sampling import Chooser, from_sampler, greedy
+from .settings import DecodingOptions, DraftShape, Progress
 from .target import Target
 from .verification import NONE, Verifier, verifier_of
-
-
-@dataclasses.dataclass
-class Statistics:
-    """How the drafts fared.
-
-    Attributes:
-        steps: verifications that the text so far took.
-        accepted: accepted[d - 1] is the number of steps that got at least d draft tokens in.
-    """
-
-    steps: int = 0
-    accepted: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens per step, the target's own one included; 1.0 without drafts."""
-        return 1 + sum(self.accepted) / self.steps if self.steps else 1.0
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """Share of steps that got at least d draft tokens accepted, d = 1, 2, ..."""
-        return [n / self.steps for n in self.accepted]
-
-
-@dataclasses.dataclass
-class GenerationResponse:
-    """A piece of text and where generation stands; mlx-lm's fields first, in its order.
-
-    Attributes:
-        text: the next segment; may be empty.
-        token: the token it ends with.
-        logprobs: (vocab_size,) log-probabilities the token was chosen from; lazy.
-        from_draft: whether the token had been drafted.
-        prompt_tokens, prompt_tps: length of the prompt, and tokens per second reading it.
-        generation_tokens, generation_tps: tokens so far, and per second.
-        peak_memory: in GB.
-        finish_reason: "stop", "length" or None while it goes on.
-        steps, mean_acceptance_length, acceptance_by_position: see `Statistics`.
-        method: "redrafter", or "plain".
-        reason: why a given drafter was not used, for people; empty otherwise.
-    """
-
-    text: str
-    token: int
-    logprobs: mx.array
-    from_draft: bool
-    prompt_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    peak_memory: float
-    finish_reason: str | None = None
-    steps: int = 0
-    mean_acceptance_length: float = 1.0
-    acceptance_by_position: list[float] = dataclasses.field(default_factory=list)
-    method: str = "plain"
-    reason: str = ""
 
 
 def stream_generate(
@@ -89,10 +32,15 @@ def stream_generate(
     max_tokens: int = 256,
     sampler: Callable[[mx.array], mx.array] | None = None,
     chooser: Chooser | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    stop: Sequence[str] = (),
     shape: DraftShape | None = None,
     prompt_cache: list[Any] | None = None,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Progress | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
 ) -> Generator[GenerationResponse]:
     """Generates text, drafting where a drafter is given.
 
@@ -105,11 +53,17 @@ def stream_generate(
         sampler: an mlx-lm sampler; greedy if left out. Exact in distribution.
         chooser: in place of a sampler, a function from `mlx_redrafter.sampling`; with one
             that is keyed by position a seed gives the same text with and without a drafter.
+        logits_processors: mlx-lm's; each sees exactly the tokens on the path to its row.
+            The next step then waits for this one, which costs some of the speed.
+        stop: texts that end the generation. They are not given out, nor is what follows.
         shape: beam width, beam length, node budget and tree policy.
         prompt_cache: mlx-lm caches; go on from what they hold, and leave in them the
             prompt and every token that was yielded.
         prefill_step_size: prompt tokens read at a time.
         prompt_progress_callback: called with prompt tokens read so far and in all.
+        kv_bits, kv_group_size, quantized_kv_start: quantise the KV cache to 8, 4 or 2 bits
+            once it holds so many rows. Texts with and without a drafter are equal if it
+            does by the end of the prompt.
 
     Yields:
         A response per token, and a last one with a finish_reason.
@@ -124,24 +78,34 @@ def stream_generate(
         raise UserError(f"--max-tokens is {max_tokens}, expected 1 or more, or -1 for no limit")
     if prefill_step_size < 1:
         raise UserError(f"--prefill-step-size is {prefill_step_size}, expected 1 or more")
+    if kv_bits not in (None, 2, 4, 8):
+        raise UserError(f"--kv-bits is {kv_bits}, expected 2, 4 or 8")
     if sampler is not None and chooser is not None:
         raise UserError("sampler and chooser were both given, expected one")
-    shape = shape or DraftShape()
     ids = mx.array(encode(tokenizer, prompt), mx.int32)[None]
-    choose = chooser or (from_sampler(sampler) if sampler is not None else greedy)
-    held = _held(prompt_cache)
-    _check_prompt(model, ids.shape[1] + held)
+    _check_prompt(model, ids.shape[1] + cached(prompt_cache or []))
+    options = DecodingOptions(
+        choose=chooser or (from_sampler(sampler) if sampler is not None else greedy),
+        max_tokens=max_tokens,
+        processors=tuple(logits_processors or ()),
+        prefill_step_size=prefill_step_size,
+        progress=prompt_progress_callback,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+    )
     verifier, reason = None, ""
     if drafter is not None:
+        shape = shape or DraftShape()
         verifier, reason = _verifier(model, drafter, shape, prompt_cache)
-    common = (choose, max_tokens, prefill_step_size, prompt_progress_callback)
     if verifier is None:
-        source = _plainly(Target(model), ids, prompt_cache, *common)
+        cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
+        source = autoregressive(Target(model), ids, cache, options)
     else:
-        assert drafter is not None
-        source = _drafting(verifier, drafter, ids, prompt_cache, shape, *common)
+        assert drafter is not None and shape is not None
+        source = _drafting(verifier, drafter, ids, prompt_cache, shape, options)
     with wired_limit(model):
-        yield from _responses(source, tokenizer, ids.shape[1], max_tokens, verifier is not None, reason)
+        yield from responses(source, tokenizer, ids.shape[1], max_tokens, stop, verifier is not None, reason)
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], verbose: bool = False, **kwargs: Any) -> str:
@@ -158,24 +122,6 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], verbose:
     if verbose and response is not None:
         print("\n" + summary(response))
     return text
-
-
-def summary(response: GenerationResponse) -> str:
-    """A finished response's figures in three lines, as mlx-lm prints them."""
-    lines = [
-        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec",
-        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec",
-        f"Peak memory: {response.peak_memory:.3f} GB",
-    ]
-    if response.method != "plain":
-        rates = " ".join(f"{rate:.0%}" for rate in response.acceptance_by_position)
-        lines.append(
-            f"Mean acceptance length: {response.mean_acceptance_length:.2f} over {response.steps} steps"
-            f" (by position: {rates})"
-        )
-    elif response.reason:
-        lines.append(f"Decoded without drafts: {response.reason}")
-    return "\n".join(lines)
 
 
 def encode(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> list[int]:
@@ -198,10 +144,6 @@ def _check_prompt(model: nn.Module, length: int) -> None:
         raise UserError(f"the prompt has {length} tokens, expected fewer than the model's context of {limit}")
 
 
-def _held(prompt_cache: list[Any] | None) -> int:
-    return max((c.offset for c in prompt_cache or [] if isinstance(getattr(c, "offset", None), int)), default=0)
-
-
 def _verifier(
     model: nn.Module, drafter: RecurrentDrafter, shape: DraftShape, prompt_cache: list[Any] | None
 ) -> tuple[Verifier | None, str]:
@@ -216,35 +158,19 @@ def _verifier(
     return verifier, ""
 
 
-def _plainly(
-    target: Target,
-    ids: mx.array,
-    prompt_cache: list[Any] | None,
-    choose: Chooser,
-    max_tokens: int,
-    step_size: int,
-    progress: Progress | None,
-) -> Generator[Produced]:
-    cache = make_prompt_cache(target.model) if prompt_cache is None else prompt_cache
-    return autoregressive(target, ids, cache, choose, max_tokens, step_size, progress)
-
-
 def _drafting(
     verifier: Verifier,
     drafter: RecurrentDrafter,
     ids: mx.array,
     prompt_cache: list[Any] | None,
     shape: DraftShape,
-    choose: Chooser,
-    max_tokens: int,
-    step_size: int,
-    progress: Progress | None,
+    options: DecodingOptions,
 ) -> Generator[Produced]:
     """Speculative decoding whose rows end up in the caller's cache, exactly those of what was yielded."""
     cache = verifier.make_cache() if prompt_cache is None else KVCache.adopt(prompt_cache)
-    held = _held(prompt_cache)
+    held, max_tokens = cached(prompt_cache or []), options.max_tokens
     yielded: list[int] = []
-    source = speculative(verifier, drafter, ids, cache, choose, shape, max_tokens, step_size, progress)
+    source = speculative(verifier, drafter, ids, cache, shape, options)
     try:
         for produced in source:
             if max_tokens >= 0:
@@ -264,66 +190,3 @@ def _drafting(
                 verifier.target.forward(mx.array([[yielded[-1]]]), cache.layers)
             cache.give_back(prompt_cache)
             mx.eval([c.state for c in prompt_cache])
-
-
-def _responses(
-    source: Generator[Produced],
-    tokenizer: TokenizerWrapper,
-    prompt_tokens: int,
-    max_tokens: int,
-    drafting: bool,
-    reason: str,
-) -> Generator[GenerationResponse]:
-    """Turns tokens into text and counts."""
-    detokenizer = tokenizer.detokenizer
-    statistics, in_step = Statistics(), 0
-    tic = time.perf_counter()
-    prompt_tps, made = 0.0, 0
-
-    def response(finish_reason: str | None) -> GenerationResponse:
-        row = produced.logits[0]
-        return GenerationResponse(
-            text=detokenizer.last_segment,
-            token=token,
-            logprobs=row - mx.logsumexp(row),
-            from_draft=produced.drafted[0],
-            prompt_tokens=prompt_tokens,
-            prompt_tps=prompt_tps,
-            generation_tokens=made,
-            generation_tps=made / max(time.perf_counter() - tic, 1e-9),
-            peak_memory=mx.get_peak_memory() / 1e9,
-            finish_reason=finish_reason,
-            steps=statistics.steps,
-            mean_acceptance_length=statistics.mean_acceptance_length,
-            acceptance_by_position=statistics.acceptance_by_position,
-            method="redrafter" if drafting else "plain",
-            reason=reason,
-        )
-
-    try:
-        for produced in source:
-            [token] = produced.tokens
-            made += 1
-            if produced.from_prompt:
-                prompt_tps = prompt_tokens / max(time.perf_counter() - tic, 1e-9)
-                tic = time.perf_counter()
-            else:
-                if in_step == 0:
-                    statistics.steps += 1
-                else:
-                    if in_step > len(statistics.accepted):
-                        statistics.accepted.append(0)
-                    statistics.accepted[in_step - 1] += 1
-                in_step = 0 if produced.last else in_step + 1
-            if token in tokenizer.eos_token_ids:
-                detokenizer.finalize()
-                yield response("stop")
-                return
-            detokenizer.add_token(token)
-            if made == max_tokens:
-                detokenizer.finalize()
-                yield response("length")
-                return
-            yield response(None)
-    finally:
-        source.close()

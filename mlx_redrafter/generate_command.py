@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from tqdm import tqdm
 
 from .beam_search import BEST_FIRST, POLICIES
-from .decoding import DraftShape
+from .conversation import render
+from .drafter import RecurrentDrafter
 from .errors import UserError
-from .generate import GenerationResponse, encode, stream_generate, summary
-from .loading import DTYPES, NO_DRAFTER, load, one_line
-from .sampling import Chooser, position_keyed
+from .generate import encode, stream_generate
+from .loading import DTYPES, EMBEDDED, NO_DRAFTER, load, one_line
+from .prompt_cache import load_cache_file
+from .responses import GenerationResponse, summary
+from .sampling import position_keyed
+from .settings import DraftShape, Progress
 
 HELP = "continue a prompt"
 
@@ -41,12 +48,32 @@ def add_generation_arguments(parser: argparse.ArgumentParser, max_tokens: int) -
     add = parser.add_argument
     add("--max-tokens", "-m", type=int, default=max_tokens, help="-1 for no limit (default: %(default)s)")
     add("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: %(default)s)")
-    add("--top-p", type=float, default=1.0)
-    add("--min-p", type=float, default=0.0)
-    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0, help="keep the most probable tokens up to this share (default: all)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="keep tokens of this share of the best's probability (default: all)",
+    )
+    add("--min-tokens-to-keep", type=int, default=1, help="that --min-p leaves at least (default: %(default)s)")
+    add("--top-k", type=int, default=0, help="keep this many tokens (default: all)")
+    add("--xtc-probability", type=float, default=0.0, help="how often XTC applies (default: never)")
+    add("--xtc-threshold", type=float, default=0.1, help="probability that XTC counts as high (default: %(default)s)")
     add("--seed", type=int, default=0, help="the same seed gives the same text, drafted or not (default: 0)")
     add("--system-prompt", help="for the chat template")
+    add("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
+    add(
+        "--extra-eos-token",
+        nargs="+",
+        default=(),
+        metavar="TOKEN",
+        help="tokens that end the text besides the model's",
+    )
+    add("--stop", nargs="+", default=(), metavar="TEXT", help="texts that end the text; they are not printed")
     add("--prefill-step-size", type=int, default=2048, help="prompt tokens read at a time (default: %(default)s)")
+    add("--kv-bits", type=int, choices=(2, 4, 8), help="bits of the KV cache (default: as the model makes it)")
+    add("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="(default: %(default)s)")
+    add("--quantized-kv-start", type=int, default=5000, help="rows from which --kv-bits applies (default: %(default)s)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation_arguments(parser, max_tokens=100)
     add = parser.add_argument
     add("--prompt", "-p", required=True, help="text to continue or to answer; - reads standard input")
+    add("--prompt-cache-file", metavar="FILE", help="a prompt cache to go on from; it is not changed")
     add("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
     add("--json", action="store_true", help="print one JSON object when done, and nothing else")
 
@@ -67,19 +95,72 @@ def draft_shape(args: argparse.Namespace) -> DraftShape:
     return shape
 
 
-def chooser(args: argparse.Namespace) -> Chooser:
-    return position_keyed(args.temp, args.seed, args.top_p, args.min_p, args.top_k)
+def generation_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """The flags of `add_generation_arguments` as arguments of `stream_generate`."""
+    for token in args.extra_eos_token:
+        try:
+            tokenizer.add_eos_token(token)
+        except ValueError as error:
+            raise UserError(f"--extra-eos-token {token}: {one_line(error)}") from error
+    choose = position_keyed(
+        args.temp,
+        args.seed,
+        args.top_p,
+        args.min_p,
+        args.top_k,
+        args.min_tokens_to_keep,
+        args.xtc_probability,
+        args.xtc_threshold,
+        [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    )
+    return {
+        "max_tokens": args.max_tokens,
+        "chooser": choose,
+        "stop": args.stop,
+        "shape": draft_shape(args),
+        "prefill_step_size": args.prefill_step_size,
+        "prompt_progress_callback": _progress(),
+        "kv_bits": args.kv_bits,
+        "kv_group_size": args.kv_group_size,
+        "quantized_kv_start": args.quantized_kv_start,
+    }
 
 
-def apply_template(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation by the tokenizer's chat template. Raises UserError where it fails."""
+def template_options(args: argparse.Namespace) -> dict[str, Any]:
+    if args.chat_template_config is None:
+        return {}
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    except Exception as error:  # templates are programs of their own
-        raise UserError(f"the tokenizer's chat template: {one_line(error)}") from error
+        options = json.loads(args.chat_template_config)
+    except ValueError as error:
+        raise UserError(f"--chat-template-config: not JSON ({one_line(error)})") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--chat-template-config: found a JSON {type(options).__name__}, expected an object")
+    return options
 
 
-def prompt_tokens(args: argparse.Namespace, tokenizer) -> list[int]:
+def load_from(args: argparse.Namespace) -> tuple[nn.Module, RecurrentDrafter | None, Any]:
+    """What the flags of `add_model_arguments` name."""
+    return load(
+        args.model,
+        args.draft,
+        adapter_path=args.adapter_path,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """The model's name in a prompt-cache file; mlx-lm loads the model by it."""
+    return args.model or str(EMBEDDED / "target")
+
+
+def prompt_tokens(args: argparse.Namespace, tokenizer: Any, after_cache: bool) -> list[int]:
+    """The prompt's token ids.
+
+    Args:
+        after_cache: a prompt cache stands before it; as in mlx-lm, what the template puts
+            before the message is then in the cache already.
+    """
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text:
         raise UserError("--prompt is empty, expected text")
@@ -89,32 +170,25 @@ def prompt_tokens(args: argparse.Namespace, tokenizer) -> list[int]:
             raise UserError("--system-prompt needs a chat template, which is not used here")
         return encode(tokenizer, text)
     system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
-    return apply_template(tokenizer, [*system, {"role": "user", "content": text}])
+    rendered = render(tokenizer, [*system, {"role": "user", "content": text}], template_options(args))
+    if after_cache:
+        rendered = rendered[max(0, rendered.find(text)) :]
+    return list(tokenizer.encode(rendered, add_special_tokens=False))
 
 
 def run(args: argparse.Namespace) -> None:
-    shape, choose = draft_shape(args), chooser(args)
+    draft_shape(args)
+    template_options(args)
     if args.prompt == "":
         raise UserError("--prompt is empty, expected text")
-    model, drafter, tokenizer = load(
-        args.model,
-        args.draft,
-        adapter_path=args.adapter_path,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
+    model, drafter, tokenizer = load_from(args)
+    options = generation_options(args, tokenizer)
+    if args.prompt_cache_file is not None:
+        options["prompt_cache"], _ = load_cache_file(args.prompt_cache_file, model, model_name(args))
+    prompt = prompt_tokens(args, tokenizer, after_cache=args.prompt_cache_file is not None)
     mx.reset_peak_memory()
     pieces, tokens, response = [], [], None
-    for response in stream_generate(
-        model,
-        tokenizer,
-        prompt_tokens(args, tokenizer),
-        drafter,
-        max_tokens=args.max_tokens,
-        chooser=choose,
-        shape=shape,
-        prefill_step_size=args.prefill_step_size,
-    ):
+    for response in stream_generate(model, tokenizer, prompt, drafter, **options):
         pieces.append(response.text)
         tokens.append(response.token)
         if not args.json:
@@ -126,6 +200,25 @@ def run(args: argparse.Namespace) -> None:
         print("\n" + "=" * 10 + "\n" + summary(response))
         if drafter is None and args.draft is None and args.model is not None:
             print(f"No drafter was given (--draft PATH, or --draft {NO_DRAFTER} to say so): decoded plainly")
+
+
+def _progress() -> Progress | None:
+    """A bar for long prompts, where somebody is looking."""
+    if not sys.stderr.isatty():
+        return None
+    bar: tqdm | None = None
+
+    def show(read: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and total > 512:
+            bar = tqdm(total=total, desc="reading the prompt", unit="tok", leave=False)
+        if bar is not None:
+            bar.update(read - bar.n)
+            if read == total:
+                bar.close()
+                bar = None
+
+    return show
 
 
 def report(text: str, tokens: list[int], last: GenerationResponse) -> dict:

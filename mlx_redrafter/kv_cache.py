@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache as PlainKVCache
+from mlx_lm.models.cache import QuantizedKVCache
+
+from .errors import UserError
 
 BLOCK = 256  # rows by which buffers grow
 READ_BLOCK = 32  # attention reads the bound on the length rounded up to this
@@ -39,12 +43,17 @@ class TreeFrame:
     visible: int
 
 
-class LayerCache(PlainKVCache):
-    """One layer's keys and values, (B, kv_heads, capacity, head_dim) each."""
+class _TreeRows:
+    """What turns one of mlx-lm's caches into one that takes trees.
+
+    Keys and values are arrays (B, kv_heads, capacity, width), or tuples of such arrays
+    where they are quantised.
+    """
 
     frame: TreeFrame | None = None
-    keys: Any  # mx.array once something was written
+    keys: Any
     values: Any
+    _offset: int
 
     # `offset` is a plain attribute in mlx-lm; here it depends on whether a tree is being read.
     @property
@@ -55,29 +64,81 @@ class LayerCache(PlainKVCache):
     def offset(self, value: int) -> None:
         self._offset = value
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         if self.frame is None:
-            return super().make_mask(N, return_array=return_array, window_size=window_size)
+            return super().make_mask(N, return_array=return_array, window_size=window_size)  # type: ignore[misc]
         return self.frame.mask
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         if self.frame is None:
-            return super().update_and_fetch(keys, values)
-        self.keys = write_rows(self.keys, keys, self.frame.length)
-        self.values = write_rows(self.values, values, self.frame.length)
-        return self.keys[..., : self.frame.visible, :], self.values[..., : self.frame.visible, :]
+            return super().update_and_fetch(keys, values)  # type: ignore[misc]
+        length, visible = self.frame.length, self.frame.visible
+        rows = (self.encode(keys), self.encode(values))
+        self.keys, self.values = tree_map(lambda b, r: write_rows(b, r, length), (self.keys, self.values), rows)
+        return tree_map(lambda buffer: buffer[..., :visible, :], (self.keys, self.values))
+
+    def encode(self, rows: mx.array) -> Any:
+        """Rows in the form that the buffers keep them in."""
+        return rows
+
+    def map(self, function: Callable[[mx.array], mx.array]) -> None:
+        """Replaces every buffer by what the function makes of it."""
+        self.keys, self.values = tree_map(function, (self.keys, self.values))
 
     def reserve(self, rows: int) -> None:
         """Grows the buffers to hold at least `rows` rows, in whole blocks."""
-        capacity = self.keys.shape[2]
-        if rows <= capacity:
-            return
-        more = -(-(rows - capacity) // BLOCK) * BLOCK
 
-        def grow(x: mx.array) -> mx.array:
-            return mx.concatenate([x, mx.zeros((*x.shape[:2], more, x.shape[3]), x.dtype)], axis=2)
+        def grow(buffer: mx.array) -> mx.array:
+            more = -(-(rows - buffer.shape[2]) // BLOCK) * BLOCK
+            if more <= 0:
+                return buffer
+            room = mx.zeros((*buffer.shape[:2], more, buffer.shape[3]), buffer.dtype)
+            return mx.concatenate([buffer, room], axis=2)
 
-        self.keys, self.values = grow(self.keys), grow(self.values)
+        self.map(grow)
+
+
+class LayerCache(_TreeRows, PlainKVCache):
+    """One layer's keys and values as the model makes them."""
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedLayerCache:
+        return _like(QuantizedLayerCache(group_size, bits), super().to_quantized(group_size, bits))
+
+
+class QuantizedLayerCache(_TreeRows, QuantizedKVCache):
+    """One layer's keys and values in 8 or fewer bits, quantised row by row."""
+
+    def encode(self, rows: mx.array) -> Any:
+        return mx.quantize(rows, group_size=self.group_size, bits=self.bits)
+
+
+def _like(layer: Any, other: Any) -> Any:
+    """`layer` with the contents of another cache of its kind; buffers are shared."""
+    layer.keys, layer.values, layer.offset = other.keys, other.values, other.offset
+    return layer
+
+
+def quantize_layers(layers: list[Any], start: int, group_size: int, bits: int | None, length: int) -> None:
+    """Quantises mlx-lm caches, or ours, in place in their list once they hold `start` rows.
+
+    Args:
+        length: rows they hold.
+        bits: None does nothing.
+
+    Raises:
+        UserError: a head width that the group size does not divide, or a kind of cache
+            that mlx-lm cannot quantise.
+    """
+    if bits is None or length < start:
+        return
+    for i, layer in enumerate(layers):
+        if hasattr(layer, "to_quantized"):
+            try:
+                layers[i] = layer.to_quantized(group_size=group_size, bits=bits)
+            except (ValueError, NotImplementedError) as error:
+                raise UserError(
+                    f"--kv-bits {bits} with --kv-group-size {group_size}: {type(layer).__name__}: {error}"
+                ) from error
 
 
 def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, axis: int = 2) -> mx.array:
@@ -119,7 +180,7 @@ class KVCache:
         bound: an upper bound of the committed length that the host knows.
     """
 
-    def __init__(self, layers: list[LayerCache]):
+    def __init__(self, layers: list[LayerCache | QuantizedLayerCache]):
         self.layers = layers
         self.length: mx.array | None = None
         self.bound = 0
@@ -127,22 +188,26 @@ class KVCache:
     @staticmethod
     def takes(prompt_cache: list[Any]) -> bool:
         """Whether these mlx-lm caches are of the kind that trees can be written to."""
-        return all(type(cache) in (PlainKVCache, LayerCache) for cache in prompt_cache)
+        return all(type(cache) in (PlainKVCache, QuantizedKVCache) for cache in prompt_cache)
 
     @classmethod
     def adopt(cls, prompt_cache: list[Any]) -> KVCache:
         """Goes on from what mlx-lm caches hold; their buffers are shared until `give_back`."""
-        layers = []
-        for cache in prompt_cache:
-            layer = LayerCache()
-            layer.keys, layer.values, layer.offset = cache.keys, cache.values, cache.offset
-            layers.append(layer)
-        return cls(layers)
+        return cls(
+            [
+                _like(
+                    QuantizedLayerCache(cache.group_size, cache.bits) if hasattr(cache, "bits") else LayerCache(), cache
+                )
+                for cache in prompt_cache
+            ]
+        )
 
     def give_back(self, prompt_cache: list[Any]) -> None:
-        """Leaves the rows in the mlx-lm caches that were adopted."""
-        for cache, layer in zip(prompt_cache, self.layers, strict=True):
-            cache.keys, cache.values, cache.offset = layer.keys, layer.values, layer.offset
+        """Leaves the rows in the list of mlx-lm caches that was adopted; it may get quantised ones."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, QuantizedLayerCache) and not hasattr(prompt_cache[i], "bits"):
+                prompt_cache[i] = QuantizedKVCache(layer.group_size, layer.bits)
+            _like(prompt_cache[i], layer)
 
     def begin_trees(self, batch_size: int = 1) -> None:
         """Hands the prompt's length to the device; the prompt's rows must be there."""
@@ -150,7 +215,7 @@ class KVCache:
         self.length = mx.full((batch_size,), self.bound, mx.int32)
 
     @contextlib.contextmanager
-    def reading(self, ancestors: mx.array, depths: mx.array, chain: bool) -> Iterator[list[LayerCache]]:
+    def reading(self, ancestors: mx.array, depths: mx.array, chain: bool) -> Iterator[list[Any]]:
         """While it lasts, the layers take M rows as a tree behind the committed ones.
 
         Args:
@@ -188,8 +253,7 @@ class KVCache:
         if path is not None:
             source, target = (self.length[:, None] + path)[:, None, :, None], self.length + 1
             for layer in self.layers:
-                layer.keys = move_rows(layer.keys, source, target)
-                layer.values = move_rows(layer.values, source, target)
+                layer.map(lambda buffer: move_rows(buffer, source, target))
         self.length = self.length + 1 + count
         self.bound += 1 + most
 
@@ -204,7 +268,10 @@ class KVCache:
         self.length = None
 
     def arrays(self) -> list[mx.array]:
-        return [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None]
+        """Every buffer, to submit or to wait for."""
+        found: list[mx.array] = []
+        tree_map(found.append, [(layer.keys, layer.values) for layer in self.layers if layer.keys is not None])
+        return found
 
 
 def tree_mask(ancestors: mx.array, length: mx.array, visible: int) -> mx.array:

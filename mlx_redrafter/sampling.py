@@ -7,10 +7,11 @@ the position of the token being chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc
 
 from .errors import UserError
 
@@ -24,11 +25,21 @@ def greedy(logits: mx.array, positions: mx.array) -> mx.array:
     return mx.argmax(logits, axis=-1).astype(mx.int32)
 
 
-def position_keyed(temp: float, seed: int = 0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) -> Chooser:
+def position_keyed(
+    temp: float,
+    seed: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    top_k: int = 0,
+    min_tokens_to_keep: int = 1,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: Sequence[int] = (),
+) -> Chooser:
     """Sampling whose noise at position p is a function of (seed, p) alone.
 
     A token is drawn as argmax(log p / temp + g) with Gumbel noise g, which is a draw from
-    softmax(log p / temp); filters are mlx-lm's, applied before the temperature as there.
+    softmax(log p / temp). Filters are mlx-lm's, in its order, before the temperature.
 
     Args:
         temp: temperature, 0 for greedy.
@@ -36,20 +47,29 @@ def position_keyed(temp: float, seed: int = 0, top_p: float = 1.0, min_p: float 
         top_p: keep the most probable tokens that together reach this share; 1 (and 0, as in mlx-lm) keeps all.
         min_p: keep tokens of at least this share of the best one's probability; 0 keeps all.
         top_k: keep this many; 0 keeps all.
+        min_tokens_to_keep: that min_p leaves at least.
+        xtc_probability: how often, position by position, XTC drops all but the least
+            probable of the tokens above its threshold.
+        xtc_threshold: that probability, 0 to 0.5.
+        xtc_special_tokens: ids that XTC never drops.
 
     Raises:
         UserError: a value out of range.
     """
-    if not 0 <= temp < float("inf"):
-        raise UserError(f"--temp is {temp}, expected 0 or more")
-    if not 0 <= top_p <= 1:
-        raise UserError(f"--top-p is {top_p}, expected 0 to 1")
-    if not 0 <= min_p <= 1:
-        raise UserError(f"--min-p is {min_p}, expected 0 to 1")
-    if top_k < 0:
-        raise UserError(f"--top-k is {top_k}, expected 0 (all) or more")
+    for flag, value, least, most in (
+        ("--temp", temp, 0, sys.float_info.max),
+        ("--top-p", top_p, 0, 1),
+        ("--min-p", min_p, 0, 1),
+        ("--top-k", top_k, 0, sys.maxsize),
+        ("--min-tokens-to-keep", min_tokens_to_keep, 1, sys.maxsize),
+        ("--xtc-probability", xtc_probability, 0, 1),
+        ("--xtc-threshold", xtc_threshold, 0, 0.5),
+    ):
+        if not least <= value <= most:
+            raise UserError(f"{flag} is {value}, expected {least} {f'to {most}' if most <= 1 else 'or more'}")
     if temp == 0:
         return greedy
+    special = list(xtc_special_tokens)
 
     def choose(logits: mx.array, positions: mx.array) -> mx.array:
         batch, rows, vocab = logits.shape
@@ -58,20 +78,29 @@ def position_keyed(temp: float, seed: int = 0, top_p: float = 1.0, min_p: float 
         if 0 < top_p < 1:
             logprobs = apply_top_p(logprobs, top_p)
         if min_p > 0:
-            logprobs = apply_min_p(logprobs, min_p)
+            logprobs = apply_min_p(logprobs, min_p, min_tokens_to_keep)
+        if xtc_probability > 0:
+            # Probability 1 always applies; whether it does is drawn here, per position.
+            dropped = apply_xtc(logprobs, 1.0, xtc_threshold, special)
+            drawn = _noise(mx.random.uniform, seed ^ _XTC, positions, 1) <= xtc_probability
+            logprobs = mx.where(drawn, dropped, logprobs)
         if 0 < top_k < vocab:
             logprobs = apply_top_k(logprobs, top_k)
-        noise = _gumbel(seed, positions.reshape(-1), vocab)
+        noise = _noise(mx.random.gumbel, seed, positions, vocab)
         return mx.argmax(logprobs / temp + noise, axis=-1).reshape(batch, rows).astype(mx.int32)
 
     return choose
 
 
-def _gumbel(seed: int, positions: mx.array, vocab: int) -> mx.array:
-    """Standard Gumbel noise, (rows, vocab), the same for the same (seed, position)."""
+_XTC = 0x9E3779B9  # keeps XTC's draws apart from the tokens'
+
+
+def _noise(draw: Callable[..., mx.array], seed: int, positions: mx.array, count: int) -> mx.array:
+    """(rows, count) random values, the same for the same (seed, position)."""
+    positions = positions.reshape(-1)
     words = mx.full(positions.shape, seed & 0xFFFFFFFF, mx.uint32)
     keys = mx.stack([words, positions.astype(mx.uint32)], axis=-1)
-    return mx.vmap(lambda key: mx.random.gumbel((vocab,), key=key))(keys)
+    return mx.vmap(lambda key: draw(shape=(count,), key=key))(keys)
 
 
 def from_sampler(sampler: Callable[[mx.array], mx.array]) -> Chooser:

@@ -6,8 +6,9 @@ import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_redrafter import UserError, generate
-from mlx_redrafter.chat import Conversation, answer
+from mlx_redrafter.chat import answer
 from mlx_redrafter.cli import main
+from mlx_redrafter.conversation import Conversation
 
 TURNS = ["import os", "def main():", "class A(object):\n    pass"]
 

@@ -7,10 +7,11 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 
-from mlx_redrafter.decoding import DraftShape, SpeculativeStep, autoregressive, check_pair, prefill, speculative
+from mlx_redrafter.decoding import SpeculativeStep, autoregressive, check_pair, prefill, speculative
 from mlx_redrafter.drafter import quantize_drafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.sampling import greedy, position_keyed
+from mlx_redrafter.settings import DecodingOptions, DraftShape
 from mlx_redrafter.target import Target
 from mlx_redrafter.verification import CHAIN, Verifier
 
@@ -29,7 +30,8 @@ def by_mlx_lm(model, prompt, count):
 def speculatively(model, drafter, prompt, count, shape, choose=greedy, verifier=None):
     verifier = verifier or Verifier(Target(model))
     tokens, steps = [], 0
-    for produced in speculative(verifier, drafter, mx.array([prompt]), verifier.make_cache(), choose, shape, count):
+    options = DecodingOptions(choose, count)
+    for produced in speculative(verifier, drafter, mx.array([prompt]), verifier.make_cache(), shape, options):
         tokens += produced.tokens
         steps += 1
     tokens = tokens[:count]
@@ -89,7 +91,7 @@ def test_small_models_at_any_temperature(shape, temp):
     model, drafter = make_model(), make_drafter()
     choose = position_keyed(temp, seed=5)
     prompt = [3, 1, 4, 1, 5]
-    plain = autoregressive(Target(model), mx.array([prompt]), make_prompt_cache(model), choose, 40)
+    plain = autoregressive(Target(model), mx.array([prompt]), make_prompt_cache(model), DecodingOptions(choose, 40))
     assert speculatively(model, drafter, prompt, 40, shape, choose)[0] == [p.tokens[0] for p in plain]
 
 
@@ -162,7 +164,9 @@ def test_one_call_of_the_target_per_step_on_exactly_its_rows(small_model, budget
     try:
         shape = DraftShape(4, 5, budget)
         cache = verifier.make_cache()
-        produced = list(speculative(verifier, make_drafter(), mx.array([[1, 2, 3]]), cache, greedy, shape, 20))
+        produced = list(
+            speculative(verifier, make_drafter(), mx.array([[1, 2, 3]]), cache, shape, DecodingOptions(greedy, 20))
+        )
     finally:
         type(small_model).__call__ = original
     assert rows[:2] == [(1, 2), (1, 1)]  # the prompt: all but its last token, then that one
@@ -179,7 +183,7 @@ def test_a_step_is_one_lazy_graph(small_model, policy, width):
     """
     verifier, drafter = Verifier(Target(small_model)), make_drafter()
     cache = verifier.make_cache()
-    hidden, logits = prefill(verifier.target, mx.array([[1, 2, 3]]), cache.layers, 64)
+    hidden, logits = prefill(verifier.target, mx.array([[1, 2, 3]]), cache.layers, DecodingOptions())
     cache.begin_trees()
     root = greedy(logits[:, None], None)[:, 0]
     shape = DraftShape(width, 5, 4 * width, policy)
@@ -189,7 +193,7 @@ def test_a_step_is_one_lazy_graph(small_model, policy, width):
         for layer, (keys, values) in zip(cache.layers, buffers):
             layer.keys, layer.values = keys, values
         cache.length = length
-        SpeculativeStep(verifier, drafter, shape, greedy, cache, context, root)()
+        SpeculativeStep(verifier, drafter, shape, DecodingOptions(), cache, context, root)()
         raise Built  # the graph stands; compiling it would only cost time
 
     with pytest.raises(Built):
@@ -207,10 +211,10 @@ def test_steps_in_a_batch(small_model):
     verifier, drafter = Verifier(Target(small_model)), make_drafter()
     prompts = mx.array([[1, 2, 3], [7, 5, 9]])
     cache = verifier.make_cache()
-    hidden, logits = prefill(verifier.target, prompts, cache.layers, 64)
+    hidden, logits = prefill(verifier.target, prompts, cache.layers, DecodingOptions())
     cache.begin_trees(2)
     root = greedy(logits[:, None], None)[:, 0]
-    step = SpeculativeStep(verifier, drafter, DraftShape(4, 5, 12), greedy, cache, hidden, root)
+    step = SpeculativeStep(verifier, drafter, DraftShape(4, 5, 12), DecodingOptions(), cache, hidden, root)
     texts = [[t] for t in root.tolist()]
     for _ in range(8):
         submitted = step()

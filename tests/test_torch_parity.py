@@ -16,10 +16,10 @@ import pytest
 
 from mlx_redrafter.acceptance import accept
 from mlx_redrafter.beam_search import Beam, beam_search, candidate_tree
-from mlx_redrafter.decoding import DraftShape, SpeculativeStep, prefill, speculative
+from mlx_redrafter.decoding import SpeculativeStep, prefill, speculative
 from mlx_redrafter.drafter import DrafterConfig, RecurrentDrafter, build_drafter, load_drafter, quantize_drafter
 from mlx_redrafter.kv_cache import KVCache
-from mlx_redrafter.sampling import greedy
+from mlx_redrafter.settings import DecodingOptions, DraftShape
 from mlx_redrafter.tree import CandidateTree
 from mlx_redrafter.verification import Verifier
 
@@ -326,7 +326,7 @@ def test_acceptance():
 def read_prompts(verifier: Verifier, prompts: list[list[int]]) -> tuple[KVCache, mx.array, mx.array]:
     """A cache that holds the prompts and is ready for trees; hidden states and logits at their ends."""
     cache = verifier.make_cache()
-    hidden, logits = prefill(verifier.target, mx.array(prompts), cache.layers, step_size=5)
+    hidden, logits = prefill(verifier.target, mx.array(prompts), cache.layers, DecodingOptions(prefill_step_size=5))
     cache.begin_trees(len(prompts))
     return cache, hidden, logits
 
@@ -362,7 +362,9 @@ def assert_same_generation(model, verifier, theirs, ours, prompt, count, shape: 
     numbers = (shape.beam_width, shape.beam_length, shape.num_draft_tokens, shape.tree_policy)
     steps = reference.speculative(model, theirs, prompt, count, *numbers)
     assert [token for step in steps for token in step][:count] == text
-    produced = list(speculative(verifier, ours, mx.array([prompt]), verifier.make_cache(), greedy, shape, count))
+    produced = list(
+        speculative(verifier, ours, mx.array([prompt]), verifier.make_cache(), shape, DecodingOptions(max_tokens=count))
+    )
     assert [part.tokens for part in produced] == steps
     logits = mx.concatenate([part.logits[: len(part.tokens)] for part in produced])[:count]
     assert worst(logits, rows) < 1e-3
@@ -413,7 +415,9 @@ def test_steps_of_a_batch(targets):
     texts = [reference.plain(model, prompt, 20)[0] for prompt in prompts]
     theirs, ours = memorised(model, prompts[0], texts[0], 40, True, updates=20)
     cache, hidden, logits = read_prompts(verifier, prompts)
-    step = SpeculativeStep(verifier, ours, DraftShape(3, 4, 6), greedy, cache, hidden, mx.argmax(logits, axis=-1))
+    step = SpeculativeStep(
+        verifier, ours, DraftShape(3, 4, 6), DecodingOptions(), cache, hidden, mx.argmax(logits, axis=-1)
+    )
     found = [[[int(token)]] for token in step.root]
     for _ in range(6):
         submitted = step()

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 
 from mlx_redrafter import UserError
 from mlx_redrafter.cli import main
-from mlx_redrafter.decoding import DraftShape
 from mlx_redrafter.drafter import DrafterConfig, load_drafter
+from mlx_redrafter.settings import DraftShape
 from mlx_redrafter.target import Target
 from mlx_redrafter.training.command import new_drafter
 from mlx_redrafter.training.data import cut_prefixes, read_texts, self_written

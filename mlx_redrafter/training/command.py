@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..decoding import DraftShape
 from ..drafter import DrafterConfig, RecurrentDrafter, load_drafter, quantize_drafter, save_drafter
 from ..embedded.corpus import stdlib_files
 from ..errors import UserError
 from ..files import replace_file, require_free
 from ..loading import EMBEDDED, fetch, load_target
+from ..settings import DraftShape
 from ..target import Target
 from ..verification import NONE, verifier_of
 from .data import cut_prefixes, read_texts, self_written

@@ -15,11 +15,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-from ..decoding import DraftShape, speculative
+from ..decoding import speculative
 from ..drafter import RecurrentDrafter, save_drafter
 from ..errors import UserError
 from ..files import read_safetensors, replace_file
 from ..sampling import greedy
+from ..settings import DecodingOptions, DraftShape
 from ..target import Target
 from ..verification import NONE, Verifier
 from .loss import TeacherReader, distillation_loss
@@ -140,7 +141,8 @@ def acceptance_length(
     made = steps = 0
     for prompt in prompts:
         cache = verifier.make_cache()
-        for produced in speculative(verifier, drafter, mx.array([prompt]), cache, greedy, shape, max_tokens):
+        options = DecodingOptions(greedy, max_tokens)
+        for produced in speculative(verifier, drafter, mx.array([prompt]), cache, shape, options):
             if not produced.from_prompt:
                 made, steps = made + len(produced.tokens), steps + 1
     return made / max(1, steps)

@@ -1,0 +1,158 @@
+"""From tokens to pieces of text with statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Generator, Sequence
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .decoding import Produced
+from .stops import StopStrings
+
+
+@dataclasses.dataclass
+class Statistics:
+    """How the drafts fared.
+
+    Attributes:
+        steps: verifications that the text so far took.
+        accepted: accepted[d - 1] is the number of steps that got at least d draft tokens in.
+    """
+
+    steps: int = 0
+    accepted: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per step, the target's own one included; 1.0 without drafts."""
+        return 1 + sum(self.accepted) / self.steps if self.steps else 1.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of steps that got at least d draft tokens accepted, d = 1, 2, ..."""
+        return [n / self.steps for n in self.accepted]
+
+
+@dataclasses.dataclass
+class GenerationResponse:
+    """A piece of text and where generation stands; mlx-lm's fields first, in its order.
+
+    Attributes:
+        text: the next segment; may be empty.
+        token: the token it ends with.
+        logprobs: (vocab_size,) log-probabilities the token was chosen from; lazy.
+        from_draft: whether the token had been drafted.
+        prompt_tokens, prompt_tps: length of the prompt, and tokens per second reading it.
+        generation_tokens, generation_tps: tokens so far, and per second.
+        peak_memory: in GB.
+        finish_reason: "stop", "length" or None while it goes on.
+        steps, mean_acceptance_length, acceptance_by_position: see `Statistics`.
+        method: "redrafter", or "plain".
+        reason: why a given drafter was not used, for people; empty otherwise.
+    """
+
+    text: str
+    token: int
+    logprobs: mx.array
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+    steps: int = 0
+    mean_acceptance_length: float = 1.0
+    acceptance_by_position: list[float] = dataclasses.field(default_factory=list)
+    method: str = "plain"
+    reason: str = ""
+
+
+def summary(response: GenerationResponse) -> str:
+    """A finished response's figures in three lines, as mlx-lm prints them."""
+    lines = [
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {response.peak_memory:.3f} GB",
+    ]
+    if response.method != "plain":
+        rates = " ".join(f"{rate:.0%}" for rate in response.acceptance_by_position)
+        lines.append(
+            f"Mean acceptance length: {response.mean_acceptance_length:.2f} over {response.steps} steps"
+            f" (by position: {rates})"
+        )
+    elif response.reason:
+        lines.append(f"Decoded without drafts: {response.reason}")
+    return "\n".join(lines)
+
+
+def responses(
+    source: Generator[Produced],
+    tokenizer: TokenizerWrapper,
+    prompt_tokens: int,
+    max_tokens: int,
+    stop: Sequence[str],
+    drafting: bool,
+    reason: str,
+) -> Generator[GenerationResponse]:
+    """Turns tokens into text and counts.
+
+    Args:
+        source: one token at a time.
+        stop: texts that end the generation; neither they nor what follows is given out.
+    """
+    detokenizer, stops = tokenizer.detokenizer, StopStrings(stop)
+    statistics, in_step = Statistics(), 0
+    tic = time.perf_counter()
+    prompt_tps, made = 0.0, 0
+
+    def response(finish_reason: str | None) -> GenerationResponse:
+        row = produced.logits[0]
+        return GenerationResponse(
+            text=text,
+            token=token,
+            logprobs=row - mx.logsumexp(row),
+            from_draft=produced.drafted[0],
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tps,
+            generation_tokens=made,
+            generation_tps=made / max(time.perf_counter() - tic, 1e-9),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=finish_reason,
+            steps=statistics.steps,
+            mean_acceptance_length=statistics.mean_acceptance_length,
+            acceptance_by_position=statistics.acceptance_by_position,
+            method="redrafter" if drafting else "plain",
+            reason=reason,
+        )
+
+    try:
+        for produced in source:
+            [token] = produced.tokens
+            made += 1
+            if produced.from_prompt:
+                prompt_tps = prompt_tokens / max(time.perf_counter() - tic, 1e-9)
+                tic = time.perf_counter()
+            else:
+                if in_step == 0:
+                    statistics.steps += 1
+                else:
+                    if in_step > len(statistics.accepted):
+                        statistics.accepted.append(0)
+                    statistics.accepted[in_step - 1] += 1
+                in_step = 0 if produced.last else in_step + 1
+            ended = "stop" if token in tokenizer.eos_token_ids else "length" if made == max_tokens else None
+            if ended != "stop":
+                detokenizer.add_token(token)
+            if ended:
+                detokenizer.finalize()
+            text, stopped = stops.take(detokenizer.last_segment, last=ended is not None)
+            ended = "stop" if stopped else ended
+            yield response(ended)
+            if ended:
+                return
+    finally:
+        source.close()

@@ -1,0 +1,75 @@
+"""What a user can set: how much is drafted, and what plain and speculative decoding share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .beam_search import BEST_FIRST, POLICIES
+from .errors import UserError
+from .kv_cache import quantize_layers
+from .processors import LogitsProcessor
+from .sampling import Chooser, greedy
+
+Progress = Callable[[int, int], None]  # prompt tokens read so far, and in all
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftShape:
+    """How much is drafted per step.
+
+    Args:
+        beam_width: W beams.
+        beam_length: L tokens per beam, the root included.
+        num_draft_tokens: N nodes that the target checks per step, the root not counted.
+        tree_policy: which nodes: "best-first" or "beams".
+    """
+
+    beam_width: int = 4
+    beam_length: int = 5
+    num_draft_tokens: int = 7
+    tree_policy: str = BEST_FIRST
+
+    def check(self, vocab_size: int) -> None:
+        """Raises UserError for a value out of range, naming its flag."""
+        if not 1 <= self.beam_width <= min(64, vocab_size):
+            raise UserError(f"--beam-width is {self.beam_width}, expected 1 to {min(64, vocab_size)}")
+        if not 2 <= self.beam_length <= 32:
+            raise UserError(f"--beam-length is {self.beam_length}, expected 2 to 32 (the root counts as one)")
+        most = self.beam_width * (self.beam_length - 1)
+        if not 1 <= self.num_draft_tokens <= most:
+            raise UserError(
+                f"--num-draft-tokens is {self.num_draft_tokens}, expected 1 to {most}"
+                f" = beam width {self.beam_width} x (beam length {self.beam_length} - 1)"
+            )
+        if self.tree_policy not in POLICIES:
+            raise UserError(f"--tree-policy is {self.tree_policy!r}, expected one of {', '.join(POLICIES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingOptions:
+    """What plain and speculative decoding have in common.
+
+    Args:
+        choose: how the target chooses.
+        max_tokens: stop after this many; -1 for no limit.
+        processors: mlx-lm's logits processors; they see the prompt and all tokens after it.
+        prefill_step_size: prompt tokens read at a time.
+        progress: called with the prompt tokens read so far and in all.
+        kv_bits, kv_group_size, quantized_kv_start: keep the KV cache in so many bits once
+            it holds so many rows; None keeps it as it is.
+    """
+
+    choose: Chooser = greedy
+    max_tokens: int = 256
+    processors: Sequence[LogitsProcessor] = ()
+    prefill_step_size: int = 2048
+    progress: Progress | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    def quantize(self, layers: list[Any], length: int) -> None:
+        """Quantises the caches where it is time for it."""
+        quantize_layers(layers, self.quantized_kv_start, self.kv_group_size, self.kv_bits, length)
