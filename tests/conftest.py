@@ -75,3 +75,14 @@ def make_drafter(vocab: int = 97, hidden: int = 32, seed: int = 0, **changes) ->
     drafter.lm_head.weight = 6 * drafter.lm_head.weight
     mx.eval(drafter.parameters())
     return drafter
+
+
+@pytest.fixture(scope="session")
+def stories_pair(stories, tmp_path_factory):
+    """(model, drafter, tokenizer) of stories260K with a drafter trained for a few seconds."""
+    from mlx_redrafter.cli import main
+
+    out = tmp_path_factory.mktemp("stories") / "drafter"
+    flags = ["--rows", "200", "--row-length", "48", "--iters", "150", "--batch-size", "8", "--prefix-length", "4"]
+    assert main(["train", "--model", str(stories), "--out", str(out), "--dtype", "float32", *flags]) == 0
+    return mlx_redrafter.load(str(stories), str(out))

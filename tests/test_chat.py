@@ -2,11 +2,12 @@
 
 import builtins
 
+import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_redrafter import UserError, generate
-from mlx_redrafter.chat import answer
+from mlx_redrafter.chat import answer, read_message
 from mlx_redrafter.cli import main
 from mlx_redrafter.conversation import Conversation
 
@@ -126,3 +127,82 @@ def test_end_of_input_ends_the_chat(monkeypatch):
 
     monkeypatch.setattr("builtins.input", nothing)
     assert main(["chat"]) == 0
+
+
+def test_twenty_turns_with_edits_interrupts_and_a_resumed_file(pair, tmp_path):
+    """If this fails, what a long conversation remembers drifts from what was said."""
+    model, drafter, tokenizer = pair
+    file = tmp_path / "talk.safetensors"
+    talk = Conversation(model, tokenizer, drafter, system_prompt="# code", max_tokens=12)
+    for turn in range(20):
+        if turn in (6, 13):  # edited: an answer is replaced, or turns are taken back
+            talk.messages[-1] = {"role": "assistant", "content": "    pass"} if turn == 6 else talk.messages[-1]
+            del talk.messages[9 if turn == 13 else len(talk.messages) :]
+        if turn == 10:
+            talk.save(file, "x")
+            resumed = Conversation(model, tokenizer, drafter, system_prompt="# code", max_tokens=12)
+            resumed.load(file, "x")
+            assert resumed.messages == talk.messages
+            talk = resumed
+        stream = talk.ask(f"def f{turn}(x):")
+        taken = [next(stream).text for _ in range(1 + turn % 4)] if turn % 5 == 3 else [r.text for r in stream]
+        stream.close()
+        said = "".join(taken)
+        assert talk.messages[-1]["content"] == said
+        whole = recomputed(pair, talk, max_tokens=12)
+        assert whole.startswith(said) and (whole == said or turn % 5 == 3)
+
+
+def test_memory_returns_to_that_of_one_conversation(pair):
+    """If this fails, every conversation leaves its cache behind."""
+    model, drafter, tokenizer = pair
+    talk = Conversation(model, tokenizer, drafter, max_tokens=8)
+    levels = []
+    for _ in range(4):
+        list(talk.ask("x = 1\n" * 100))
+        list(talk.ask("y = 2"))
+        talk.reset()
+        mx.synchronize()
+        levels.append(mx.get_active_memory())
+    assert levels[-1] <= levels[0] + 2**20
+
+
+def test_a_template_that_fails_in_mid_conversation(pair, capsys):
+    """If this fails, one bad turn costs the history."""
+    model, drafter, tokenizer = pair
+    talk = Conversation(model, tokenizer, drafter, max_tokens=8)
+    list(talk.ask(TURNS[0]))
+    before = list(talk.messages)
+    talk.template_options = {"chat_template": "{{ raise_exception('no') }}"}
+    answer(talk, "hello")
+    assert "(the tokenizer's chat template: no)" in capsys.readouterr().out and talk.messages == before
+    talk.template_options = {}
+    assert "".join(r.text for r in talk.ask(TURNS[1])) == recomputed(pair, talk, max_tokens=8)
+
+
+def test_messages_of_several_lines(monkeypatch):
+    lines = iter(['"""def f(x):', "    y = x", '"""', "one", '"""both"""'])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert [read_message(), read_message()] == ["def f(x):\n    y = x", "one"]
+    assert read_message() == "both"
+
+
+def test_a_conversation_in_a_file(monkeypatch, capsys, tmp_path):
+    """If this fails, --prompt-cache-file does not keep the conversation between two runs."""
+    file = str(tmp_path / "talk.safetensors")
+    for turn, lines in enumerate((["import os", "q"], ["def f():", "q"])):
+        script = iter(lines)
+        monkeypatch.setattr("builtins.input", lambda prompt, script=script: next(script))
+        assert main(["chat", "-m", "8", "--prompt-cache-file", file]) == 0
+        assert ("going on from" in capsys.readouterr().out) == bool(turn)
+    from mlx_lm.models.cache import load_prompt_cache
+
+    _, metadata = load_prompt_cache(file, return_metadata=True)
+    assert metadata["messages"].count('"role"') == 4
+    assert main(["chat", "--model", str(tmp_path), "--prompt-cache-file", file]) == 2
+
+
+@pytest.mark.parametrize("flags", [["--chat-template-config", "{"], ["--chat-template-config", "[1]"]])
+def test_bad_template_options(flags, capsys):
+    assert main(["chat", *flags]) == 2
+    assert "--chat-template-config" in capsys.readouterr().err
