@@ -7,7 +7,8 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -18,6 +19,7 @@ from .embedded.corpus import held_out_prefixes
 from .errors import UserError
 from .generate import stream_generate
 from .generate_command import add_model_arguments, draft_shape, load_from
+from .settings import DraftShape
 
 HELP = "write the same text plainly and with the drafter, and compare"
 
@@ -35,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--max-tokens", "-m", type=int, default=128, help="tokens per text (default: %(default)s)")
-    add("--prompts", type=int, default=8, help="texts to measure; the first one is shown (default: %(default)s)")
+    add("--prompts", type=int, default=20, help="texts to measure; the first one is shown (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.max_tokens < 2 or args.prompts < 1:
         raise UserError("--max-tokens has to be 2 or more, --prompts 1 or more")
-    shape = draft_shape(args)
+    asked = draft_shape(args)
     model, drafter, tokenizer = load_from(args)
     if drafter is None:
         raise UserError("--draft is missing: the demo compares a target with and without its drafter")
@@ -52,24 +54,32 @@ def run(args: argparse.Namespace) -> None:
     def plain(prompt: str) -> Iterable:
         return mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=args.max_tokens)
 
-    def drafted(prompt: str) -> Iterable:
-        return stream_generate(model, tokenizer, prompt, drafter, max_tokens=args.max_tokens, shape=shape)
+    def drafted(shape: DraftShape) -> Callable[[str], Iterable]:
+        options: dict[str, Any] = {"max_tokens": args.max_tokens, "shape": shape}
+        return lambda prompt: stream_generate(model, tokenizer, prompt, drafter, **options)
 
-    methods = {"plain (mlx_lm)": plain, "with the drafter": drafted}
+    methods: dict[str, Callable[[str], Iterable]] = {"plain (mlx_lm)": plain}
+    for shape in dict.fromkeys([asked, DraftShape(4, 5, 7)]):
+        methods[f"drafted, {describe(shape)}"] = drafted(shape)
     print(f"Target: {args.model or 'embedded, 12.6 M parameters, continues Python'}")
     print(f"Device: {_device()}; float32 products by {prefer_openblas()}" if _on_cpu() else f"Device: {_device()}")
     for method in methods.values():  # the first call of each compiles and warms up
         measure(method(prompts[0]))
-    for name, method in methods.items():
+    for name, method in list(methods.items())[:2]:
         print(f"\n--- {name}: continuing a file that was held out of training\n{prompts[0]}", end="")
         print("\033[36m" if _colours() else "", end="")
         measure(method(prompts[0]), show=True)
         print("\033[0m" if _colours() else "")
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     for prompt in tqdm(prompts, desc="measuring", unit="text", leave=False):
-        for name, method in methods.items():  # in turn, so that both see the same machine
+        for name, method in methods.items():  # in turn, so that all see the same machine
             runs[name].append(measure(method(prompt)))
     print("\n" + table(runs))
+
+
+def describe(shape: DraftShape) -> str:
+    """A shape in a few words."""
+    return f"{'chain' if shape.beam_width == 1 else 'tree'} of {shape.num_draft_tokens}"
 
 
 def measure(stream: Iterable, show: bool = False) -> Run:
@@ -92,14 +102,13 @@ def table(runs: dict[str, list[Run]]) -> str:
         for name, each in runs.items()
     }
     base = next(iter(totals.values()))
-    lines = [f"{'':18}{'tokens/s':>10}{'mean acceptance length':>26}{'speed-up':>10}"]
+    lines = [f"{'':20}{'tokens/s':>10}{'mean acceptance length':>26}{'speed-up':>10}"]
     for name, (tokens, seconds, steps) in totals.items():
         speed_up = (tokens / seconds) / (base[0] / base[1])
-        lines.append(f"{name:18}{tokens / seconds:10.1f}{tokens / steps:26.2f}{speed_up:9.2f}x")
+        lines.append(f"{name:20}{tokens / seconds:10.1f}{tokens / steps:26.2f}{speed_up:9.2f}x")
     reference, *others = runs.values()
-    texts = len(reference)
     same = sum(a.tokens == b.tokens for other in others for a, b in zip(reference, other))
-    lines.append(f"Equal texts, token for token: {same} of {texts}")
+    lines.append(f"Texts equal to the plain one, token for token: {same} of {len(reference) * len(others)}")
     return "\n".join(lines)
 
 

@@ -35,10 +35,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="type of the target's unquantised weights (default: as they are;"
         " float32 for the embedded pair)")  # fmt: skip
     add("--trust-remote-code", action="store_true")
-    add("--beam-width", type=int, default=4, help="beams W (default: %(default)s)")
-    add("--beam-length", type=int, default=5, help="tokens per beam L, the root included (default: %(default)s)")
-    add("--num-draft-tokens", type=int, help="draft tokens N the target checks per step"
-        " (default: 7, or W (L - 1) if that is less)")  # fmt: skip
+    add("--beam-width", type=int, default=1, help="beams W (default: %(default)s, a chain)")
+    add(
+        "--beam-length",
+        type=int,
+        help="tokens per beam L, the root included (default: 4, or 5 with more than one beam)",
+    )
+    add(
+        "--num-draft-tokens",
+        type=int,
+        help="draft tokens N the target checks per step (default: all of a chain, or 7 of a tree)",
+    )
     add("--tree-policy", choices=POLICIES, default=BEST_FIRST, help="which of the drafted tokens are checked"
         " (default: %(default)s)")  # fmt: skip
 
@@ -88,9 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def draft_shape(args: argparse.Namespace) -> DraftShape:
     """The flags as a checked shape, except for what only the vocabulary can tell."""
-    most = args.beam_width * (args.beam_length - 1)
-    budget = min(7, most) if args.num_draft_tokens is None else args.num_draft_tokens
-    shape = DraftShape(args.beam_width, args.beam_length, budget, args.tree_policy)
+    length = (4 if args.beam_width == 1 else 5) if args.beam_length is None else args.beam_length
+    budget = min(7, args.beam_width * (length - 1)) if args.num_draft_tokens is None else args.num_draft_tokens
+    shape = DraftShape(args.beam_width, length, budget, args.tree_policy)
     shape.check(vocab_size=2**31)
     return shape
 

@@ -97,7 +97,11 @@ def test_damaged_drafters(tmp_path, capsys):
         (["generate", "-p", "x", "--beam-width", "0"], "--beam-width is 0"),
         (["generate", "-p", "x", "--beam-width", "65"], "--beam-width is 65"),
         (["generate", "-p", "x", "--beam-length", "1"], "--beam-length is 1"),
-        (["generate", "-p", "x", "--num-draft-tokens", "17"], "--num-draft-tokens is 17, expected 1 to 16"),
+        (["generate", "-p", "x", "--num-draft-tokens", "4"], "--num-draft-tokens is 4, expected 1 to 3"),
+        (
+            ["generate", "-p", "x", "--beam-width", "4", "--num-draft-tokens", "17"],
+            "--num-draft-tokens is 17, expected 1 to 16",
+        ),
         (["generate", "-p", "x", "--num-draft-tokens", "0"], "--num-draft-tokens is 0"),
         (["generate", "-p", "x", "--max-tokens", "0"], "--max-tokens is 0"),
         (["generate", "-p", "x", "--temp", "-1"], "--temp is -1"),
@@ -151,8 +155,8 @@ def test_demo(capsys):
     """If this fails, the first thing a newcomer types does not work, or the two texts differ."""
     assert main(["demo", "--prompts", "2", "-m", "24"]) == 0
     out = capsys.readouterr().out
-    assert "Equal texts, token for token: 2 of 2" in out
+    assert "Texts equal to the plain one, token for token: 4 of 4" in out
     lines = [line for line in out.splitlines() if line.endswith("x")]
-    assert lines[-2].startswith("plain (mlx_lm)") and lines[-2].endswith("1.00x")
-    assert lines[-1].startswith("with the drafter")
+    assert lines[-3].startswith("plain (mlx_lm)") and lines[-3].endswith("1.00x")
+    assert lines[-2].startswith("drafted, chain of 3") and lines[-1].startswith("drafted, tree of 7")
     assert mx.default_device().type != mx.DeviceType.cpu or "Device: CPU" in out

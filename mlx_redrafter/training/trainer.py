@@ -138,14 +138,12 @@ def acceptance_length(
     verifier = Verifier(target)
     if verifier.capability == NONE:
         raise UserError(f"this target cannot verify drafts: {verifier.reason}")
-    made = steps = 0
+    steps = 0
     for prompt in prompts:
-        cache = verifier.make_cache()
         options = DecodingOptions(greedy, max_tokens)
-        for produced in speculative(verifier, drafter, mx.array([prompt]), cache, shape, options):
-            if not produced.from_prompt:
-                made, steps = made + len(produced.tokens), steps + 1
-    return made / max(1, steps)
+        produced = list(speculative(verifier, drafter, mx.array([prompt]), verifier.make_cache(), shape, options))
+        steps += len(produced) - 1  # the first token is the prompt's
+    return len(prompts) * (max_tokens - 1) / max(1, steps)
 
 
 def _picks(plan: TrainingPlan, update: int, rows: int) -> np.ndarray:
