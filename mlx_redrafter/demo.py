@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm
-from tqdm import tqdm
 
+from .benchmarks.side_by_side import Method, measure, side_by_side, table
 from .blas import prefer_openblas
 from .embedded.corpus import held_out_prefixes
 from .errors import UserError
@@ -22,15 +20,6 @@ from .generate_command import add_model_arguments, draft_shape, load_from
 from .settings import DraftShape
 
 HELP = "write the same text plainly and with the drafter, and compare"
-
-
-@dataclasses.dataclass
-class Run:
-    """One text: its tokens, seconds from the first token to the last, and steps after the first token."""
-
-    tokens: list[int]
-    seconds: float
-    steps: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +43,11 @@ def run(args: argparse.Namespace) -> None:
     def plain(prompt: str) -> Iterable:
         return mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=args.max_tokens)
 
-    def drafted(shape: DraftShape) -> Callable[[str], Iterable]:
+    def drafted(shape: DraftShape) -> Method:
         options: dict[str, Any] = {"max_tokens": args.max_tokens, "shape": shape}
         return lambda prompt: stream_generate(model, tokenizer, prompt, drafter, **options)
 
-    methods: dict[str, Callable[[str], Iterable]] = {"plain (mlx_lm)": plain}
+    methods: dict[str, Method] = {"plain (mlx_lm)": plain}
     for shape in dict.fromkeys([asked, DraftShape(4, 5, 7)]):
         methods[f"drafted, {describe(shape)}"] = drafted(shape)
     print(f"Target: {args.model or 'embedded, 12.6 M parameters, continues Python'}")
@@ -70,46 +59,12 @@ def run(args: argparse.Namespace) -> None:
         print("\033[36m" if _colours() else "", end="")
         measure(method(prompts[0]), show=True)
         print("\033[0m" if _colours() else "")
-    runs: dict[str, list[Run]] = {name: [] for name in methods}
-    for prompt in tqdm(prompts, desc="measuring", unit="text", leave=False):
-        for name, method in methods.items():  # in turn, so that all see the same machine
-            runs[name].append(measure(method(prompt)))
-    print("\n" + table(runs))
+    print("\n" + table(side_by_side(methods, prompts)))
 
 
 def describe(shape: DraftShape) -> str:
     """A shape in a few words."""
     return f"{'chain' if shape.beam_width == 1 else 'tree'} of {shape.num_draft_tokens}"
-
-
-def measure(stream: Iterable, show: bool = False) -> Run:
-    """Takes a stream of responses to its end."""
-    tokens, first, response = [], 0.0, None
-    for response in stream:
-        tokens.append(response.token)
-        if len(tokens) == 1:
-            first = time.perf_counter()
-        if show:
-            print(response.text, end="", flush=True)
-    seconds = time.perf_counter() - first
-    return Run(tokens, seconds, getattr(response, "steps", len(tokens) - 1))
-
-
-def table(runs: dict[str, list[Run]]) -> str:
-    """The comparison; speed-up is relative to the first method."""
-    totals = {
-        name: (sum(len(r.tokens) - 1 for r in each), sum(r.seconds for r in each), sum(r.steps for r in each))
-        for name, each in runs.items()
-    }
-    base = next(iter(totals.values()))
-    lines = [f"{'':20}{'tokens/s':>10}{'mean acceptance length':>26}{'speed-up':>10}"]
-    for name, (tokens, seconds, steps) in totals.items():
-        speed_up = (tokens / seconds) / (base[0] / base[1])
-        lines.append(f"{name:20}{tokens / seconds:10.1f}{tokens / steps:26.2f}{speed_up:9.2f}x")
-    reference, *others = runs.values()
-    same = sum(a.tokens == b.tokens for other in others for a, b in zip(reference, other))
-    lines.append(f"Texts equal to the plain one, token for token: {same} of {len(reference) * len(others)}")
-    return "\n".join(lines)
 
 
 def _on_cpu() -> bool:

@@ -13,11 +13,11 @@ PRODUCT = """
 import mlx_redrafter.blas as blas
 print(blas.prefer_openblas())
 import time, mlx.core as mx
-w, x = mx.random.normal((2048, 2048)), mx.random.normal((64, 2048)); mx.eval(w, x, x @ w)
+w, x = mx.random.normal((1024, 1024)), mx.random.normal((64, 1024)); mx.eval(w, x, x @ w)
 times = []
 for _ in range(3):
     tic = time.perf_counter(); mx.eval(x @ w); times.append(time.perf_counter() - tic)
-print(64 * 2048 * 2048 * 2 / min(times) / 1e9)
+print(64 * 1024 * 1024 * 2 / min(times) / 1e9)
 print(mx.abs((x @ w)[0, 0] - mx.sum(x[0] * w[:, 0])).item())
 """
 

@@ -189,7 +189,18 @@ def test_command(stories, tmp_path, capsys):
     result = json.loads((out / "training" / "result.json").read_text())
     assert result["mean_acceptance_length"] > 1.1
     assert load_drafter(out).lm_head.weight.dtype == mx.bfloat16
-    generate = ["generate", "--model", str(stories), "-p", "Once upon a time", "-m", "40", "--json"]
+    generate = [
+        "generate",
+        "--model",
+        str(stories),
+        "-p",
+        "Once upon a time",
+        "-m",
+        "40",
+        "--beam-width",
+        "4",
+        "--json",
+    ]
     assert main([*generate, "--draft", str(out)]) == 0
     drafted = json.loads(capsys.readouterr().out)
     assert drafted["method"] == "redrafter" and drafted["mean_acceptance_length"] > 1.1
