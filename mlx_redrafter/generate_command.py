@@ -168,7 +168,8 @@ def prompt_tokens(args: argparse.Namespace, tokenizer: Any, after_cache: bool) -
         after_cache: a prompt cache stands before it; as in mlx-lm, what the template puts
             before the message is then in the cache already.
     """
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    # A shell hands over "\\n" as two characters; mlx-lm reads them as a line break, too.
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if not text:
         raise UserError("--prompt is empty, expected text")
     # The embedded target continues Python and knows nothing of conversations.

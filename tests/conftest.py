@@ -68,11 +68,13 @@ def make_model(seed: int = 0, vocab: int = 97, hidden: int = 32) -> Model:
 
 
 def make_drafter(vocab: int = 97, hidden: int = 32, seed: int = 0, **changes) -> RecurrentDrafter:
-    """A drafter of random weights."""
+    """A drafter of random weights, large enough that every token it reads shows in what it says."""
     mx.random.seed(seed)
     shape = {"vocab_size": vocab, "hidden_size": hidden, "exit_dim": hidden, "num_draft_layers": 2, "rnn": True}
     drafter = RecurrentDrafter(DrafterConfig(**(shape | changes)))
     drafter.lm_head.weight = 6 * drafter.lm_head.weight
+    if drafter.config.rnn:
+        drafter.rnn_w.weight = 6 * drafter.rnn_w.weight
     mx.eval(drafter.parameters())
     return drafter
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import io
 import json
 
 import mlx.core as mx
@@ -183,6 +184,16 @@ def test_command_prints_text_and_figures(expected, capsys):
     assert "Mean acceptance length" in sampled
     assert main(["generate", "-p", PROMPT, "-m", "40", "--seed", "3", "--temp", "0.7", "--draft", "none"]) == 0
     assert capsys.readouterr().out.split("==========")[0] == sampled.split("==========")[0]
+
+
+def test_prompt_from_the_shell_and_from_standard_input(expected, capsys, monkeypatch):
+    """If this fails, a line break typed as in mlx_lm.generate, or a piped prompt, means something else."""
+    command = ["generate", "-m", "40", "--json", "-p"]
+    assert main([*command, PROMPT.replace("\n", "\\n")]) == 0
+    typed = json.loads(capsys.readouterr().out)["tokens"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert main([*command, "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == typed == [r.token for r in expected]
 
 
 def test_another_model(stories, capsys):

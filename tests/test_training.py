@@ -63,7 +63,7 @@ def test_loss_reads_what_decoding_will_read():
                 _, said = target.forward(tokens[:, : t + k + 1], [None, None])
                 expected[k - 1] -= mx.sum(mx.softmax(said[0, -1]) * nn.log_softmax(guess)).item() / 18
                 right[k - 1] += (mx.argmax(guess) == mx.argmax(said[0, -1])).item() / 18
-    assert loss.item() == pytest.approx(float(expected @ [1, 0.5, 0.25]) / 1.75, rel=1e-3)
+    assert loss.item() == pytest.approx(float(expected @ [1, 0.5, 0.25]) / 1.75, rel=2e-3)
     assert np.allclose(hits, right)
 
 
