@@ -27,7 +27,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[linux,bench,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[linux,dev]'
 	touch $@
 
 # The PyTorch reference is for parity tests only; it is large, so the demo does without.

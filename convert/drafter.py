@@ -144,7 +144,7 @@ def read_torch(file: pathlib.Path) -> dict[str, mx.array]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file}: holds something other than tensors, which is not loaded") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever is in the file, it is the user's
         raise UserError(f"{file}: not readable as a PyTorch file ({one_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{file}: holds something other than named tensors")

@@ -4,6 +4,7 @@ from .blas import prefer_openblas
 
 prefer_openblas()  # has to come before anything that imports mlx
 
+from .conversation import Conversation  # noqa: E402
 from .drafter import DrafterConfig, RecurrentDrafter  # noqa: E402
 from .errors import UserError  # noqa: E402
 from .generate import generate, stream_generate  # noqa: E402
@@ -13,6 +14,7 @@ from .settings import DraftShape  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "Conversation",
     "DraftShape",
     "DrafterConfig",
     "GenerationResponse",

@@ -16,6 +16,7 @@ from .generate_command import (
     model_name,
     template_options,
 )
+from .prompt_cache import check_cache_name
 
 HELP = "talk to a model"
 COMMANDS = """q: quit   r: forget the conversation   h: this help   Ctrl-C: stop the answer
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     draft_shape(args)
     template = template_options(args)
+    if args.prompt_cache_file is not None:
+        check_cache_name(args.prompt_cache_file)
     model, drafter, tokenizer = load_from(args)
     options = generation_options(args, tokenizer)
     conversation = Conversation(model, tokenizer, drafter, args.system_prompt, template, **options)

@@ -14,10 +14,11 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from .decoding import cached
 from .drafter import RecurrentDrafter
 from .errors import UserError
-from .generate import encode, stream_generate
+from .generate import stream_generate
 from .loading import one_line
-from .prompt_cache import is_whole, load_cache_file, save_cache_file
+from .prompt_cache import load_cache_file, save_cache_file
 from .responses import GenerationResponse
+from .templates import encode, encode_messages
 
 
 class Conversation:
@@ -85,8 +86,7 @@ class Conversation:
             stream.close()
             if len(self._read) > len(prompt):
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
-            else:
-                self._forget()
+            self._fit_cache()
 
     def save(self, path: str | pathlib.Path, name: str) -> None:
         """Writes the cache in mlx-lm's format, with the messages and tokens it stands for.
@@ -115,22 +115,16 @@ class Conversation:
             raise UserError(f"--prompt-cache-file {path}: unreadable metadata ({one_line(error)})") from error
         if tokens is None:
             self._unknown, self._read = [_UNKNOWN] * cached(cache), []
-        elif is_whole(cache, tokens):
-            known = [t for t in tokens if t != _UNKNOWN]
-            self._unknown, self._read = [_UNKNOWN] * (len(tokens) - len(known)), known
         else:
-            raise UserError(f"--prompt-cache-file {path}: has {cached(cache)} rows for {len(tokens)} tokens")
+            self._unknown = [t for t in tokens if t == _UNKNOWN]
+            self._read = tokens[len(self._unknown) :]
         self._cache, self.messages = cache, messages or self.messages
+        self._fit_cache()
 
     def _tokens_of(self, messages: list[dict[str, str]]) -> list[int]:
         if self.tokenizer.chat_template is None:
             return encode(self.tokenizer, "\n".join(message["content"] for message in messages) + "\n")
-        text = render(self.tokenizer, messages, self.template_options)
-        if self._unknown:
-            # What stands before the first message is in the file already.
-            first = next(message["content"] for message in messages if message["role"] == "user")
-            text = text[max(0, text.find(first)) :]
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return encode_messages(self.tokenizer, messages, self.template_options, after_cache=bool(self._unknown))
 
     def _keep_common_prefix(self, prompt: list[int]) -> int:
         """Rolls the cache back to what it shares with the prompt; returns how many tokens that is."""
@@ -142,12 +136,22 @@ class Conversation:
                 break
             same += 1
         if same < held:
-            if not can_trim_prompt_cache(self._cache):
-                self._forget()
-                return 0
-            trim_prompt_cache(self._cache, held - same)
+            same = same if can_trim_prompt_cache(self._cache) else 0
         del self._read[same:]
+        self._fit_cache()
         return same
+
+    def _fit_cache(self) -> None:
+        """Makes the cache hold exactly the rows that are known of, after any way of leaving a turn."""
+        expected, held = len(self._unknown) + len(self._read), cached(self._cache)
+        if held == expected:
+            return
+        if held > expected and can_trim_prompt_cache(self._cache):
+            trim_prompt_cache(self._cache, held - expected)
+            return
+        if self._unknown:
+            raise UserError("the prompt cache cannot be rolled back to what it was before this conversation")
+        self._forget()  # the messages are all that is needed to read it again
 
     def _forget(self) -> None:
         self._cache = make_prompt_cache(self.model)
@@ -155,11 +159,3 @@ class Conversation:
 
 
 _UNKNOWN = -1
-
-
-def render(tokenizer: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
-    """A conversation as text, by the tokenizer's chat template. Raises UserError where it fails."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    except Exception as error:  # templates are programs of their own
-        raise UserError(f"the tokenizer's chat template: {one_line(error)}") from error

@@ -75,8 +75,8 @@ class DrafterConfig:
             if key not in fields:
                 raise UserError(f"{source}: key {key!r} is missing")
             value = fields[key]
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{source}: {key} is {value!r}, expected a whole number of at least {least}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**24:
+                raise UserError(f"{source}: {key} is {value!r}, expected a whole number from {least} to {2**24 - 1}")
             values[key] = value
         values["rnn"] = fields.get("rnn", False)
         if not isinstance(values["rnn"], bool):
@@ -86,6 +86,12 @@ class DrafterConfig:
             isinstance(quantization, dict) and all(isinstance(quantization.get(k), int) for k in ("group_size", "bits"))
         ):
             raise UserError(f"{source}: quantization is {quantization!r}, expected group_size and bits")
+        if quantization is not None:
+            try:
+                check_quantization(quantization["bits"], quantization["group_size"])
+                check_widths(values["hidden_size"], values["exit_dim"], quantization["group_size"])
+            except UserError as error:
+                raise UserError(f"{source}: quantization: {error}") from error
         return cls(**values, quantization=quantization)
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,6 +182,13 @@ def check_quantization(bits: int, group_size: int) -> None:
         raise UserError(f"--q-group-size is {group_size}, expected 32, 64 or 128")
 
 
+def check_widths(hidden_size: int, exit_dim: int, group_size: int) -> None:
+    """Raises UserError unless a drafter's matrices can be quantised in groups of this size."""
+    for name, width in (("hidden_size", hidden_size), ("exit_dim", exit_dim)):
+        if width % group_size:
+            raise UserError(f"--q-group-size is {group_size}, which does not divide the drafter's {name} {width}")
+
+
 def quantize_drafter(drafter: RecurrentDrafter, group_size: int = 64, bits: int = 4) -> None:
     """Quantises all matrices in place with mlx's affine scheme and notes it in the config.
 
@@ -184,11 +197,7 @@ def quantize_drafter(drafter: RecurrentDrafter, group_size: int = 64, bits: int 
     """
     check_quantization(bits, group_size)
     config = drafter.config
-    for name in ("hidden_size", "exit_dim"):
-        if getattr(config, name) % group_size:
-            raise UserError(
-                f"--q-group-size is {group_size}, which does not divide the drafter's {name} {getattr(config, name)}"
-            )
+    check_widths(config.hidden_size, config.exit_dim, group_size)
     nn.quantize(drafter, group_size=group_size, bits=bits)
     config.quantization = {"group_size": group_size, "bits": bits}
 

@@ -49,8 +49,8 @@ def read_safetensors(path: pathlib.Path) -> dict[str, mx.array]:
 
 def check_safetensors(path: pathlib.Path) -> None:
     """Raises UserError unless the file's header is whole and all its tensors lie inside it."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -58,9 +58,10 @@ def check_safetensors(path: pathlib.Path) -> None:
             raise UserError(f"{path}: truncated or not a safetensors file ({size} bytes)")
         try:
             header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a safetensors file (unreadable header)") from error
+    end = max(ends, default=0)
     if 8 + length + end > size:
         raise UserError(f"{path}: truncated, {size} bytes found, {8 + length + end} expected")
 

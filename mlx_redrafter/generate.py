@@ -20,6 +20,7 @@ from .responses import GenerationResponse, responses, summary
 from .sampling import Chooser, from_sampler, greedy
 from .settings import DecodingOptions, DraftShape, Progress
 from .target import Target
+from .templates import encode
 from .verification import NONE, Verifier, verifier_of
 
 
@@ -78,6 +79,8 @@ def stream_generate(
         raise UserError(f"--max-tokens is {max_tokens}, expected 1 or more, or -1 for no limit")
     if prefill_step_size < 1:
         raise UserError(f"--prefill-step-size is {prefill_step_size}, expected 1 or more")
+    if quantized_kv_start < 0:
+        raise UserError(f"--quantized-kv-start is {quantized_kv_start}, expected 0 or more")
     if kv_bits not in (None, 2, 4, 8):
         raise UserError(f"--kv-bits is {kv_bits}, expected 2, 4 or 8")
     if sampler is not None and chooser is not None:
@@ -122,20 +125,6 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], verbose:
     if verbose and response is not None:
         print("\n" + summary(response))
     return text
-
-
-def encode(tokenizer: TokenizerWrapper, prompt: str | list[int] | mx.array) -> list[int]:
-    """Token ids of a prompt, special tokens added to text as mlx-lm does. Raises UserError if empty."""
-    if isinstance(prompt, mx.array):
-        ids = [int(token) for token in prompt]
-    elif isinstance(prompt, str):
-        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        ids = tokenizer.encode(prompt, add_special_tokens=special)
-    else:
-        ids = list(prompt)
-    if not ids:
-        raise UserError("the prompt is empty: expected at least one token")
-    return ids
 
 
 def _check_prompt(model: nn.Module, length: int) -> None:

@@ -12,15 +12,15 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from .beam_search import BEST_FIRST, POLICIES
-from .conversation import render
 from .drafter import RecurrentDrafter
 from .errors import UserError
-from .generate import encode, stream_generate
+from .generate import stream_generate
 from .loading import DTYPES, EMBEDDED, NO_DRAFTER, load, one_line
 from .prompt_cache import load_cache_file
 from .responses import GenerationResponse, summary
 from .sampling import position_keyed
 from .settings import DraftShape, Progress
+from .templates import encode, encode_messages
 
 HELP = "continue a prompt"
 
@@ -96,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def draft_shape(args: argparse.Namespace) -> DraftShape:
     """The flags as a checked shape, except for what only the vocabulary can tell."""
     length = (4 if args.beam_width == 1 else 5) if args.beam_length is None else args.beam_length
-    budget = min(7, args.beam_width * (length - 1)) if args.num_draft_tokens is None else args.num_draft_tokens
+    most = args.beam_width * (length - 1)
+    usual = most if args.beam_width == 1 else min(7, most)
+    budget = usual if args.num_draft_tokens is None else args.num_draft_tokens
     shape = DraftShape(args.beam_width, length, budget, args.tree_policy)
     shape.check(vocab_size=2**31)
     return shape
@@ -178,10 +180,8 @@ def prompt_tokens(args: argparse.Namespace, tokenizer: Any, after_cache: bool) -
             raise UserError("--system-prompt needs a chat template, which is not used here")
         return encode(tokenizer, text)
     system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
-    rendered = render(tokenizer, [*system, {"role": "user", "content": text}], template_options(args))
-    if after_cache:
-        rendered = rendered[max(0, rendered.find(text)) :]
-    return list(tokenizer.encode(rendered, add_special_tokens=False))
+    messages = [*system, {"role": "user", "content": text}]
+    return encode_messages(tokenizer, messages, template_options(args), after_cache)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -133,12 +133,13 @@ def quantize_layers(layers: list[Any], start: int, group_size: int, bits: int | 
         return
     for i, layer in enumerate(layers):
         if hasattr(layer, "to_quantized"):
+            for width in {layer.keys.shape[-1], layer.values.shape[-1]}:
+                if width % group_size:
+                    raise UserError(f"--kv-group-size is {group_size}, which does not divide the head width {width}")
             try:
                 layers[i] = layer.to_quantized(group_size=group_size, bits=bits)
             except (ValueError, NotImplementedError) as error:
-                raise UserError(
-                    f"--kv-bits {bits} with --kv-group-size {group_size}: {type(layer).__name__}: {error}"
-                ) from error
+                raise UserError(f"--kv-bits {bits}: mlx-lm cannot quantise {type(layer).__name__} ({error})") from error
 
 
 def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, axis: int = 2) -> mx.array:

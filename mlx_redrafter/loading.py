@@ -11,7 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .decoding import check_pair
@@ -91,7 +97,7 @@ def load_target(
             lazy=dtype is not None,
             trust_remote_code=trust_remote_code,
         )
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, OSError) as error:
+    except Exception as error:  # whatever mlx-lm and transformers make of the files
         raise UserError(f"{folder}: mlx-lm cannot load it: {one_line(error)}") from error
     if dtype is not None:
         if dtype not in DTYPES:
@@ -126,7 +132,7 @@ def check_model_directory(folder: pathlib.Path) -> dict[str, Any]:
     if index.exists():
         try:
             named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: expected a JSON object with a weight_map") from error
         for name in named:
             if not (folder / name).exists():
@@ -149,11 +155,14 @@ def fetch(path_or_repo: str, flag: str, patterns: list[str] | None = None) -> pa
     Raises:
         UserError: no such directory, no such repository, no access, or no network.
     """
-    path = pathlib.Path(path_or_repo).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"{flag} {path_or_repo}: is a file, expected a directory")
+    try:
+        path = pathlib.Path(path_or_repo).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise UserError(f"{flag} {path_or_repo}: is a file, expected a directory")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{flag} {path_or_repo}: not a usable path ({one_line(error)})") from error
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", path_or_repo):
         raise UserError(f"{flag} {path_or_repo}: no such directory (a Hub id looks like owner/name)")
     allow = patterns or ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
@@ -166,7 +175,7 @@ def fetch(path_or_repo: str, flag: str, patterns: list[str] | None = None) -> pa
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(f"{flag} {path_or_repo}: no such directory here and no such repository on the Hub") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"{flag} {path_or_repo}: no such directory here, and the Hub: {one_line(error)}") from error
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -42,6 +42,8 @@ def load_cache_file(path: str | pathlib.Path, model: nn.Module, name: str) -> tu
     if written_by is not None and written_by != name:
         raise UserError(f"--prompt-cache-file {file}: was written for model {written_by}, expected {name}")
     expected = make_prompt_cache(model)
+    if cached(cache) == 0:  # saved before anything was read
+        return expected, metadata
     model(mx.zeros((1, 1), mx.int32), cache=expected)
     found, wanted = ([_shape(c) for c in caches] for caches in (cache, expected))
     if found != wanted:
@@ -67,9 +69,13 @@ def save_cache_file(
         save_prompt_cache(str(file), cache, metadata)
 
 
-def is_whole(cache: list[Any], tokens: Sequence[int]) -> bool:
-    """Whether these are the tokens whose rows a cache holds, by their number."""
-    return cached(cache) == len(tokens)
+def check_cache_name(path: str | pathlib.Path) -> None:
+    """Raises UserError for a name that no cache could be saved under, before there is one to lose."""
+    file = pathlib.Path(path)
+    if file.suffix != ".safetensors":
+        raise UserError(f"--prompt-cache-file {file}: expected a name that ends in .safetensors")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"--prompt-cache-file {file}: its directory cannot be written")
 
 
 def _shape(cache: Any) -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ def position_keyed(
         if 0 < top_p < 1:
             logprobs = apply_top_p(logprobs, top_p)
         if min_p > 0:
-            logprobs = apply_min_p(logprobs, min_p, min_tokens_to_keep)
+            logprobs = apply_min_p(logprobs, min_p, min(min_tokens_to_keep, vocab))
         if xtc_probability > 0:
             # Probability 1 always applies; whether it does is drawn here, per position.
             dropped = apply_xtc(logprobs, 1.0, xtc_threshold, special)

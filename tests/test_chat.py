@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_redrafter import UserError, generate
+from mlx_redrafter import UserError, decoding, generate
 from mlx_redrafter.chat import answer, read_message
 from mlx_redrafter.cli import main
 from mlx_redrafter.conversation import Conversation
@@ -206,3 +206,40 @@ def test_a_conversation_in_a_file(monkeypatch, capsys, tmp_path):
 def test_bad_template_options(flags, capsys):
     assert main(["chat", *flags]) == 2
     assert "--chat-template-config" in capsys.readouterr().err
+
+
+def test_a_refused_first_message_leaves_a_file_that_can_be_read(monkeypatch, capsys, tmp_path):
+    """If this fails, one message that is too long costs the conversation kept in a file."""
+    file = str(tmp_path / "talk.safetensors")
+    for lines in (["import os", "x = 1; " * 2000, "q"], ["def f():", "r", "q"], ["import sys", "q"]):
+        script = iter(lines)
+        monkeypatch.setattr("builtins.input", lambda prompt, script=script: next(script))
+        flags = ["--system-prompt", "# code", "-m", "5", "--prompt-cache-file", file]
+        assert main(["chat", *flags]) == 0
+    assert "context of 2048" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("drafting", [True, False])
+def test_interrupted_anywhere_the_cache_fits(pair, monkeypatch, drafting, tmp_path):
+    """If this fails, Ctrl-C in the middle of a step leaves a row too many, and a file that cannot be read."""
+    model, drafter, tokenizer = pair
+    talk = Conversation(model, tokenizer, drafter if drafting else None, max_tokens=16)
+    list(talk.ask(TURNS[0]))
+    waits, real = [], decoding._wait_for
+
+    def interrupted(tokens):
+        waits.append(1)
+        if len(waits) == 4:
+            raise KeyboardInterrupt
+        return real(tokens)
+
+    monkeypatch.setattr(decoding, "_wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.ask(TURNS[1]))
+    monkeypatch.setattr(decoding, "_wait_for", real)
+    talk.save(tmp_path / "talk.safetensors", "x")
+    again = Conversation(model, tokenizer, drafter, max_tokens=16)
+    again.load(tmp_path / "talk.safetensors", "x")
+    assert len(again._read) == again._cache[0].offset > 0
+    said = "".join(r.text for r in again.ask(TURNS[2]))
+    assert said == recomputed(pair, again, max_tokens=16)

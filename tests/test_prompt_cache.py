@@ -14,6 +14,7 @@ from mlx_redrafter.conversation import Conversation
 from mlx_redrafter.loading import EMBEDDED
 from mlx_redrafter.prompt_cache import load_cache_file, save_cache_file
 from mlx_redrafter.sampling import position_keyed
+from mlx_redrafter.templates import encode_messages
 
 PREFIX = "import os\nimport sys\n\n\ndef read_lines(path):\n"
 TARGET = str(EMBEDDED / "target")
@@ -95,6 +96,30 @@ def test_a_conversation_goes_on_from_mlx_lms_file(pair, by_mlx_lm, tmp_path):
     assert [r.token for r in again.ask("z")] == [r.token for r in talk.ask("z")]
 
 
+def test_a_refused_message_leaves_the_cached_prompt(pair, by_mlx_lm):
+    """If this fails, the answer after a mistake knows nothing of the cached prompt."""
+    model, drafter, tokenizer = pair
+    talk = Conversation(model, tokenizer, drafter, max_tokens=8)
+    talk.load(by_mlx_lm, TARGET)
+    held = talk._cache[0].offset
+    with pytest.raises(UserError, match="context"):
+        list(talk.ask("x = 1\n" * 2000))
+    assert talk._cache[0].offset == held == len(talk._unknown)
+
+
+@pytest.mark.parametrize("message", ["use", "start", " hi ", "user"])
+def test_what_stands_before_the_message_is_left_out(pair, message):
+    """If this fails, a cached prompt is followed by its own header once more, or by half of it."""
+    tokenizer = pair[2]
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": message}]
+    ids = encode_messages(tokenizer, messages, {"chat_template": template}, after_cache=True)
+    assert tokenizer.decode(ids) == f"{message.strip()}<|im_end|>\n<|im_start|>assistant\n"
+
+
 @pytest.mark.parametrize("kind", ["missing", "truncated", "other name", "other shape", "other file", "no cache"])
 def test_mistakes(pair, by_mlx_lm, tmp_path, capsys, kind, stories):
     """If this fails, a wrong file is read as if it were right, or ends in a traceback."""
@@ -173,7 +198,7 @@ def test_quantising_begins_at_its_row(pair):
 
 def test_quantised_mistakes(pair, stories_pair):
     model, drafter, tokenizer = stories_pair
-    with pytest.raises(UserError, match="--kv-bits 4 with --kv-group-size 64"):
+    with pytest.raises(UserError, match="--kv-group-size is 64, which does not divide the head width 8"):
         list(stream_generate(model, tokenizer, "a b", drafter, kv_bits=4, quantized_kv_start=0))
     with pytest.raises(UserError, match="--kv-bits is 3, expected 2, 4 or 8"):
         list(stream_generate(*pair[::2], "a b", kv_bits=3))

@@ -175,7 +175,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
     good = (tmp_path / "training" / "checkpoint.safetensors").read_bytes()
     drafter.unfreeze()
     plan = TrainingPlan(iters=10, batch_size=4, learning_rate=float("inf"), save_every=1000)
-    with pytest.raises(UserError, match="try --resume with a --learning-rate below inf"):
+    with pytest.raises(UserError, match="holds the last good weights; try a --learning-rate below inf"):
         train(target, drafter, rows, plan, tmp_path, resume=True)
     assert (tmp_path / "training" / "checkpoint.safetensors").read_bytes() == good
 

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.utils import quantize_model
 
-from mlx_redrafter.target import Target
+from mlx_redrafter.target import Target, _PerTokenRope
 from mlx_redrafter.tree import CandidateTree
 from mlx_redrafter.verification import CHAIN, NONE, TREE, Verifier, verifier_of
 
@@ -76,9 +76,16 @@ def test_rounding_alone_separates_coarse_types(kind):
 
 def test_a_wrong_position_is_noticed(small_model, monkeypatch):
     """If this fails, the self-check accepts a model whose rope it could not reach."""
-    monkeypatch.setattr("mlx_redrafter.target._PerTokenRope.__call__", lambda self, x, offset=0: self.module(x, 0))
-    verifier = Verifier(Target(small_model))
-    assert verifier.capability == NONE and "logits differ" in verifier.reason
+    one_off = _PerTokenRope.__call__
+
+    def wrong(self, x, offset=0):
+        return one_off(self, x, offset=offset + 1 if isinstance(offset, mx.array) else offset)
+
+    monkeypatch.setattr(_PerTokenRope, "__call__", wrong)
+    for kind in ("float32", "bfloat16"):
+        small_model.set_dtype(getattr(mx, kind))
+        verifier = Verifier(Target(small_model))
+        assert verifier.capability == NONE and "logits differ" in verifier.reason
 
 
 def test_without_a_position_per_token_there_is_a_chain(small_model, monkeypatch):
@@ -119,7 +126,14 @@ class Failing(nn.Module):
 
 
 def test_probed_once_per_model(small_model):
-    assert verifier_of(small_model) is verifier_of(small_model)
+    calls = []
+    original = Verifier._probe
+    Verifier._probe = lambda self: calls.append(1) or original(self)
+    try:
+        assert verifier_of(small_model).capability == verifier_of(small_model).capability == TREE
+    finally:
+        Verifier._probe = original
+    assert len(calls) == 1
     assert all("redrafter" not in name for name, _ in tree_flatten(small_model.parameters()))
 
 

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..drafter import DrafterConfig, RecurrentDrafter, load_drafter, quantize_drafter, save_drafter
+from ..drafter import (
+    DrafterConfig,
+    RecurrentDrafter,
+    check_quantization,
+    check_widths,
+    load_drafter,
+    quantize_drafter,
+    save_drafter,
+)
 from ..embedded.corpus import stdlib_files
 from ..errors import UserError
-from ..files import replace_file, require_free
-from ..loading import EMBEDDED, fetch, load_target
+from ..files import read_json, replace_file, require_free
+from ..loading import EMBEDDED, fetch, load_target, one_line
 from ..settings import DraftShape
 from ..target import Target
 from ..verification import NONE, verifier_of
@@ -58,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
     """Writes text if there is none yet, trains, measures acceptance, and leaves a drafter in --out."""
     _check(args)
     out = pathlib.Path(args.out)
-    if not args.resume:
+    if args.resume:
+        _check_resumed(args, out / "training" / "arguments.json")
+    else:
         require_free(out)
     folder = EMBEDDED / "target" if args.model is None else fetch(args.model, "--model")
     on_cpu = mx.default_device().type == mx.DeviceType.cpu  # half precision is slow and coarse there
@@ -67,19 +79,14 @@ def run(args: argparse.Namespace) -> None:
     if verifier.capability == NONE:
         raise UserError(f"--model {args.model}: cannot verify drafts: {verifier.reason}")
     target = verifier.target
+    exit_dim = args.exit_dim or target.hidden_size
+    _check_for(args, target, exit_dim)
+    with replace_file(out / "training" / "arguments.json") as file:  # shows early that --out can be written
+        file.write_text(json.dumps(_arguments(args), indent=1) + "\n")
     rows = _rows(args, target, tokenizer, out / "training" / "rows.npy")
     model.freeze()
-    drafter = new_drafter(
-        target,
-        DrafterConfig(
-            vocab_size=target.vocab_size,
-            hidden_size=target.hidden_size,
-            exit_dim=args.exit_dim or target.hidden_size,
-            num_draft_layers=args.num_draft_layers,
-            rnn=not args.no_rnn,
-        ),
-        args.seed,
-    )
+    shape = DrafterConfig(target.vocab_size, target.hidden_size, exit_dim, args.num_draft_layers, not args.no_rnn)
+    drafter = new_drafter(target, shape, args.seed)
     steps = args.beam_length - 1
     plan = TrainingPlan(
         iters=args.iters,
@@ -90,22 +97,24 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         cache_bytes=int(args.cache_gb * 2**30),
     )
-    if len(rows) <= TEST_ROWS + args.batch_size:
-        raise UserError(f"--rows {args.rows}: expected more than {TEST_ROWS + args.batch_size}")
     train(target, drafter, rows[TEST_ROWS:], plan, out, resume=args.resume)
     drafter.set_dtype(getattr(mx, args.dtype))
-    if args.q_bits:
+    if args.q_bits is not None:
         quantize_drafter(drafter, args.q_group_size, args.q_bits)
     save_drafter(drafter, out)
+    _report(args, target, rows, out, on_cpu)
+
+
+def _report(args: argparse.Namespace, target: Target, rows: np.ndarray, out: pathlib.Path, on_cpu: bool) -> None:
+    """Measures the finished drafter on the rows that were kept out of training."""
     finished = load_drafter(out)
     if on_cpu and finished.config.quantization is None:
         finished.set_dtype(mx.float32)
-    shape = DraftShape(4, args.beam_length, min(12, 4 * steps))
+    shape = DraftShape(4, args.beam_length, min(12, 4 * (args.beam_length - 1)))
     prompts = [row[: args.prefix_length].tolist() for row in rows[:TEST_ROWS]]
     length = acceptance_length(target, finished, prompts, shape, args.row_length - args.prefix_length)
-    facts = {"mean_acceptance_length": round(length, 3), "arguments": vars(args) | {"run": None}}
     with replace_file(out / "training" / "result.json") as file:
-        file.write_text(json.dumps(facts, indent=1, default=str) + "\n")
+        file.write_text(json.dumps({"mean_acceptance_length": round(length, 3)} | _arguments(args), indent=1) + "\n")
     print(
         f"{out}: mean acceptance length {length:.2f} on {len(prompts)} held-out prefixes"
         f" (greedy, W = 4, L = {args.beam_length}, {shape.num_draft_tokens} draft tokens)"
@@ -132,9 +141,10 @@ def new_drafter(target: Target, config: DrafterConfig, seed: int) -> RecurrentDr
 def _rows(args: argparse.Namespace, target: Target, tokenizer: TokenizerWrapper, file: pathlib.Path) -> np.ndarray:
     """The target's own text, written once and kept beside the checkpoints."""
     if file.exists():
-        return np.load(file)
-    if args.resume:
-        raise UserError(f"--resume: {file} does not exist")
+        try:
+            return np.load(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--resume: {file} is not readable ({one_line(error)})") from error
     texts = None
     if args.prefixes:
         texts = read_texts(args.prefixes)
@@ -153,19 +163,57 @@ def _rows(args: argparse.Namespace, target: Target, tokenizer: TokenizerWrapper,
     return rows
 
 
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags, as JSON can keep them."""
+    return {name: value for name, value in vars(args).items() if name not in ("run", "command", "resume")}
+
+
+def _check_resumed(args: argparse.Namespace, file: pathlib.Path) -> None:
+    """Raises UserError unless the run in --out was begun with the same flags."""
+    if not file.exists():
+        raise UserError(f"--resume: {file} does not exist; there is no run to go on with")
+    begun, now = read_json(file), json.loads(json.dumps(_arguments(args)))
+    for name, value in now.items():
+        if name != "out" and begun.get(name) != value:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but the run to resume has {begun.get(name)}")
+
+
 def _check(args: argparse.Namespace) -> None:
-    limits = {"rows": 1, "prefix_length": 1, "iters": 1, "batch_size": 1, "teacher_top_k": 1, "beam_length": 2}
-    for name, least in limits.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {least} or more")
-    if args.row_length < args.prefix_length + args.beam_length:
-        raise UserError(
-            f"--row-length is {args.row_length}, expected at least --prefix-length + --beam-length"
-            f" = {args.prefix_length + args.beam_length}"
-        )
-    if not args.learning_rate > 0:
+    """Everything that can be wrong with the flags alone."""
+    limits: dict[str, tuple[float, float]] = {
+        "rows": (TEST_ROWS + args.batch_size + 1, math.inf),
+        "prefix_length": (1, math.inf),
+        "row_length": (args.prefix_length + args.beam_length, math.inf),
+        "iters": (1, math.inf),
+        "batch_size": (1, math.inf),
+        "teacher_top_k": (1, math.inf),
+        "beam_length": (2, 32),
+        "num_draft_layers": (0, 64),
+        "seed": (0, 2**32 - 1),
+        "cache_gb": (0, 2**20),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+    if not 0 < args.learning_rate < math.inf:
         raise UserError(f"--learning-rate is {args.learning_rate}, expected more than 0")
-    if any(not t >= 0 for t in args.temps):
-        raise UserError(f"--temps {args.temps}: expected 0 or more")
-    if args.num_draft_layers < 0 or (args.exit_dim is not None and args.exit_dim < 1):
-        raise UserError("--num-draft-layers has to be 0 or more, --exit-dim 1 or more")
+    if not all(0 <= temp < math.inf for temp in args.temps):
+        raise UserError(f"--temps {' '.join(map(str, args.temps))}: expected 0 or more")
+    if args.exit_dim is not None and args.exit_dim < 1:
+        raise UserError(f"--exit-dim is {args.exit_dim}, expected 1 or more")
+    if args.q_bits is not None:
+        check_quantization(args.q_bits, args.q_group_size)
+
+
+def _check_for(args: argparse.Namespace, target: Target, exit_dim: int) -> None:
+    """What only the target can tell, before any work is done."""
+    if args.teacher_top_k > target.vocab_size:
+        raise UserError(
+            f"--teacher-top-k is {args.teacher_top_k}, expected at most {target.vocab_size}, the vocabulary"
+        )
+    if target.context_length is not None and args.row_length > target.context_length:
+        raise UserError(f"--row-length is {args.row_length}, expected at most the context of {target.context_length}")
+    if args.q_bits is not None:
+        check_widths(target.hidden_size, exit_dim, args.q_group_size)

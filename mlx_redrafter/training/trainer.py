@@ -19,6 +19,7 @@ from ..decoding import speculative
 from ..drafter import RecurrentDrafter, save_drafter
 from ..errors import UserError
 from ..files import read_safetensors, replace_file
+from ..loading import one_line
 from ..sampling import greedy
 from ..settings import DecodingOptions, DraftShape
 from ..target import Target
@@ -70,10 +71,10 @@ def train(
         target: frozen.
         rows: (R, T) int32 token ids.
         out: gets config.json, model.safetensors, and training/ with log.jsonl and checkpoint.safetensors.
-        resume: go on from the checkpoint there.
+        resume: go on from the checkpoint there, or begin where there is none yet.
 
     Raises:
-        UserError: nothing to resume from, or a loss that is not a number (the last good
+        UserError: a checkpoint of another drafter, or a loss that is not a number (the last good
             checkpoint stays).
     """
     schedule = optim.join_schedules(
@@ -87,7 +88,7 @@ def train(
     drafter.unfreeze()
     optimizer.init(drafter.trainable_parameters())
     checkpoint = out / "training" / "checkpoint.safetensors"
-    done = _restore(checkpoint, drafter, optimizer) if resume else 0
+    done = _restore(checkpoint, drafter, optimizer) if resume and checkpoint.exists() else 0
 
     def loss_of(hidden, embeddings, ids, shares):
         return distillation_loss(drafter, hidden, embeddings, ids, shares, list(plan.step_weights))
@@ -107,9 +108,9 @@ def train(
             mx.eval(drafter.parameters(), optimizer.state, loss, hits)
             value = loss.item()
             if not np.isfinite(value):
+                kept = f"{checkpoint} holds the last good weights" if checkpoint.exists() else "nothing was saved yet"
                 raise UserError(
-                    f"the loss is {value} at update {i + 1}; {checkpoint} holds the last good weights,"
-                    f" try --resume with a --learning-rate below {plan.learning_rate}"
+                    f"the loss is {value} at update {i + 1}; {kept}; try a --learning-rate below {plan.learning_rate}"
                 )
             positions += plan.batch_size * (rows.shape[1] - len(plan.step_weights))
             average = value if average is None else 0.95 * average + 0.05 * value
@@ -162,17 +163,15 @@ def _save(path: pathlib.Path, drafter: RecurrentDrafter, optimizer: optim.Optimi
 
 
 def _restore(path: pathlib.Path, drafter: RecurrentDrafter, optimizer: optim.Optimizer) -> int:
-    if not path.exists():
-        raise UserError(f"--resume: {path} does not exist")
     arrays = read_safetensors(path)
     metadata: Any = mx.load(str(path), return_metadata=True)[1]  # type: ignore[index]
     parts: dict[str, list] = {"drafter": [], "optimizer": []}
-    for name, value in arrays.items():
-        part, _, rest = name.partition(".")
-        parts[part].append((rest, value))
     try:
+        for name, value in arrays.items():
+            part, _, rest = name.partition(".")
+            parts[part].append((rest, value))
         drafter.load_weights(parts["drafter"])
-    except ValueError as error:
-        raise UserError(f"--resume: {path} is of a drafter of another shape ({str(error).splitlines()[0]})") from error
+    except (KeyError, ValueError) as error:
+        raise UserError(f"--resume: {path} is not of this drafter ({one_line(error)})") from error
     optimizer.state = tree_unflatten(parts["optimizer"])
     return int(metadata["done"])
