@@ -10,7 +10,7 @@ from mlx_lm import convert as convert_by_mlx_lm
 from ..drafter import check_quantization
 from ..errors import UserError
 from ..files import read_json, read_safetensors, require_free, write_directory
-from ..loading import check_model_directory, fetch, one_line, rope_fields
+from ..loading import check_model_directory, fetch, one_line, remote_code, rope_fields
 
 
 def convert_target(
@@ -51,7 +51,7 @@ def convert_target(
                 q_bits=q_bits if quantize else None,
                 q_group_size=q_group_size if quantize else None,
                 dtype=dtype,
-                trust_remote_code=trust_remote_code,
+                **remote_code(trust_remote_code),
             )
         except Exception as error:  # whatever mlx-lm and transformers make of the files
             raise UserError(f"{source}: mlx-lm cannot convert it: {one_line(error)}") from error

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
             elif command:
                 answer(conversation, text)
     finally:
-        if file is not None and conversation.messages:
+        if file is not None and conversation.begun:
             conversation.save(file, model_name(args))
 
 

@@ -88,6 +88,11 @@ class Conversation:
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
             self._fit_cache()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the model has read anything that a file could keep."""
+        return cached(self._cache) > 0
+
     def save(self, path: str | pathlib.Path, name: str) -> None:
         """Writes the cache in mlx-lm's format, with the messages and tokens it stands for.
 

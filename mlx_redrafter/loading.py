@@ -95,7 +95,7 @@ def load_target(
             model_config=rope_fields(fields),
             adapter_path=adapter_path,
             lazy=dtype is not None,
-            trust_remote_code=trust_remote_code,
+            **remote_code(trust_remote_code),
         )
     except Exception as error:  # whatever mlx-lm and transformers make of the files
         raise UserError(f"{folder}: mlx-lm cannot load it: {one_line(error)}") from error
@@ -105,6 +105,11 @@ def load_target(
         model.set_dtype(getattr(mx, dtype))
         mx.eval(model.parameters())
     return model, tokenizer
+
+
+def remote_code(trusted: bool) -> dict[str, Any]:
+    """The argument for mlx-lm's functions; 0.31 has none, and runs no code of a model's own."""
+    return {"trust_remote_code": True} if trusted else {}
 
 
 def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
