@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from .errors import UserError
 
@@ -17,6 +18,13 @@ COMMANDS = {
     "train": "mlx_redrafter.training.command",
     "convert": "mlx_redrafter.convert.command",
 }
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with a flag in one line, as for every other mistake, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"mlx-redrafter: error: {message} (`{self.prog} -h` lists the flags)\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -144,6 +144,25 @@ def test_mistakes(capsys, argv, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["generate", "-p", "x", "--bogus"], "unrecognized arguments: --bogus"),
+        (["generate"], "--prompt"),
+        (["chat", "--kv-bits", "3"], "argument --kv-bits: invalid choice"),
+        (["generate", "-p", "x", "--temp", "warm"], "argument --temp: invalid float value: 'warm'"),
+        (["convert", "drafter", "--hf-path", "x"], "--mlx-path"),
+        (["fly"], "invalid choice: 'fly'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_flags_that_are_none(capsys, argv, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in err and err.count("\n") == 1
+
+
 def test_a_template_that_fails(target, capsys):
     (target / "chat_template.jinja").write_text("{{ raise_exception('only users may speak') }}")
     line = refused(capsys, "generate", "--model", str(target), "-p", "x")
