@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="mlx-redrafter", description="The same text from a language model, in fewer steps of it."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
