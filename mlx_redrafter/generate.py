@@ -86,7 +86,8 @@ def stream_generate(
     if sampler is not None and chooser is not None:
         raise UserError("sampler and chooser were both given, expected one")
     ids = mx.array(encode(tokenizer, prompt), mx.int32)[None]
-    _check_prompt(model, ids.shape[1] + cached(prompt_cache or []))
+    target = Target(model)
+    _check_prompt(target, ids.shape[1] + cached(prompt_cache or []))
     options = DecodingOptions(
         choose=chooser or (from_sampler(sampler) if sampler is not None else greedy),
         max_tokens=max_tokens,
@@ -103,7 +104,7 @@ def stream_generate(
         verifier, reason = _verifier(model, drafter, shape, prompt_cache)
     if verifier is None:
         cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
-        source = autoregressive(Target(model), ids, cache, options)
+        source = autoregressive(target, ids, cache, options)
     else:
         assert drafter is not None and shape is not None
         source = _drafting(verifier, drafter, ids, prompt_cache, shape, options)
@@ -127,8 +128,8 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], verbose:
     return text
 
 
-def _check_prompt(model: nn.Module, length: int) -> None:
-    limit = Target(model).context_length
+def _check_prompt(target: Target, length: int) -> None:
+    limit = target.context_length
     if limit is not None and length >= limit:
         raise UserError(f"the prompt has {length} tokens, expected fewer than the model's context of {limit}")
 
