@@ -70,3 +70,27 @@ def test_a_library_that_cannot_be_loaded_is_no_disaster(tmp_path):
 def test_cache_dir(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert str(cache_dir()) == "/somewhere/mlx-redrafter"
+
+
+IDLE = """
+import mlx_redrafter.blas as blas; blas.prefer_openblas()
+import time, mlx.core as mx
+w, x = mx.random.normal((512, 512)), mx.random.normal((64, 512)); mx.eval(w, x, x @ w)
+used = time.process_time()
+for _ in range(40):
+    mx.eval(x @ w); time.sleep(0.01)
+print(time.process_time() - used)
+"""
+
+
+@linux
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="OpenBLAS has one thread where there is one core")
+def test_idle_threads_sleep():
+    """If this fails, OpenBLAS spins between products on cores that MLX needs for everything else."""
+
+    def used(**variables):
+        env = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"}
+        env |= {"OPENBLAS_NUM_THREADS": "2", **variables}
+        return float(subprocess.run([sys.executable, "-c", IDLE], env=env, capture_output=True, check=True).stdout)
+
+    assert used() < 0.5 * used(OPENBLAS_THREAD_TIMEOUT="26")
