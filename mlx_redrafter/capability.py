@@ -137,7 +137,7 @@ class _Plain:
         _, again = target.forward(self.prompt[:, -1:], stepwise)
         noise: Any = _distance(again[0, -1], first[0, -1]).item()
         # Half-precision and quantised rows differ by rounding, which plain decoding shows as well.
-        exact = target.dtype == mx.float32 and not _is_quantized(target.model)
+        exact = target.dtype == mx.float32 and not is_quantized(target.model)
         self.tolerance = 1e-3 if exact else min(max(0.02, 3 * noise), 0.2)
         self.doubt = noise > self.tolerance
 
@@ -229,7 +229,8 @@ def _distance(found: mx.array, expected: mx.array) -> mx.array:
     return difference.max() / mx.maximum(size, 1e-6)
 
 
-def _is_quantized(model: nn.Module) -> bool:
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any of its weights are."""
     return any("scales" in module for module in model.modules())
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from .errors import UserError
 
-# Name: module with HELP, add_arguments(parser) and run(args).
+# Name: module with HELP, add_arguments(parser) and run(args), which may return an exit code.
 COMMANDS = {
     "generate": "mlx_redrafter.generate_command",
     "chat": "mlx_redrafter.chat",
@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "mlx_redrafter.convert.command",
     "inspect": "mlx_redrafter.inspect_command",
     "tune": "mlx_redrafter.tune_command",
+    "doctor": "mlx_redrafter.doctor.command",
 }
 
 
@@ -31,7 +32,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs one subcommand; returns the exit code: its own, else 0; 2 for a user's mistake, 130 for Ctrl-C."""
     parser = OneLineParser(
         prog="mlx-redrafter", description="The same text from a language model, in fewer steps of it."
     )
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         child.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         print(f"mlx-redrafter: error: {error}", file=sys.stderr)
         return 2
@@ -52,7 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
 
 
 if __name__ == "__main__":

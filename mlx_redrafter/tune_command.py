@@ -9,6 +9,7 @@ from typing import Any
 
 from . import tuning_files
 from .autotune import Tuning, tuning_for
+from .costs import Costs
 from .device import device_name
 from .errors import UserError
 from .generate_command import add_pair_arguments, load_from
@@ -68,20 +69,7 @@ def text(tuning: Tuning, facts: dict[str, Any]) -> str:
     """The same for people."""
     costs, memory = tuning.kept.costs, tuning.memory
     context, longest = min(costs.verify), max(costs.verify)
-    lines = [f"Device: {facts['device']}", "", f"Verifying rows, ms (x: over one row, behind {context} tokens)"]
-    heads = [f"behind {tokens}" for tokens in costs.verify]
-    lines.append(f"{'rows':>6}" + "".join(f"{head:>14}" for head in heads) + f"{'x':>8}")
-    lines.append(f"{'plain':>6}" + "".join(f"{1e3 * costs.step_seconds(None, c):14.2f}" for c in costs.verify))
-    one = costs.verify_seconds(1, context)
-    for rows, seconds in costs.verify[context].items():
-        cells = [f"{1e3 * times[rows]:.2f}" if rows in times else "" for times in costs.verify.values()]
-        lines.append(f"{rows:>6}" + "".join(f"{cell:>14}" for cell in cells) + f"{seconds / one:8.2f}")
-    lines += ["", "Drafting, accepting and committing, ms"]
-    lengths = sorted(next(iter(costs.draft.values())))
-    lines.append(f"{'W':>6}" + "".join(f"{f'L = {length}':>14}" for length in lengths))
-    for width in costs.draft:
-        cells = [f"{1e3 * costs.draft_seconds(width, length):.2f}" for length in lengths]
-        lines.append(f"{width:>6}" + "".join(f"{cell:>14}" for cell in cells))
+    lines = [f"Device: {facts['device']}", "", *cost_lines(costs)]
     seen = facts["drafted_steps_seen"]
     known = f"from {seen} drafted steps so far" if seen else "assumed, until there are steps to go by"
     rates = " ".join(f"{share:.0%}" for share in facts["right_by_depth"][:5])
@@ -99,6 +87,26 @@ def text(tuning: Tuning, facts: dict[str, Any]) -> str:
     kept = f"{'Measured now' if facts['measured_now'] else 'Measured before'}; "
     lines.append(kept + (f"kept in {facts['file']}" if facts["file"] else "not kept"))
     return "\n".join(lines)
+
+
+def cost_lines(costs: Costs) -> list[str]:
+    """What steps cost, as two tables."""
+    context = min(costs.verify)
+    lines = [f"Verifying rows, ms (x: over one row, behind {context} tokens)"]
+    heads = [f"behind {tokens}" for tokens in costs.verify]
+    lines.append(f"{'rows':>6}" + "".join(f"{head:>14}" for head in heads) + f"{'x':>8}")
+    lines.append(f"{'plain':>6}" + "".join(f"{1e3 * costs.step_seconds(None, c):14.2f}" for c in costs.verify))
+    one = costs.verify_seconds(1, context)
+    for rows, seconds in costs.verify[context].items():
+        cells = [f"{1e3 * times[rows]:.2f}" if rows in times else "" for times in costs.verify.values()]
+        lines.append(f"{rows:>6}" + "".join(f"{cell:>14}" for cell in cells) + f"{seconds / one:8.2f}")
+    lines += ["", "Drafting, accepting and committing, ms"]
+    lengths = sorted(next(iter(costs.draft.values())))
+    lines.append(f"{'W':>6}" + "".join(f"{f'L = {length}':>14}" for length in lengths))
+    for width in costs.draft:
+        cells = [f"{1e3 * costs.draft_seconds(width, length):.2f}" for length in lengths]
+        lines.append(f"{width:>6}" + "".join(f"{cell:>14}" for cell in cells))
+    return lines
 
 
 def _choice_behind(tuning: Tuning, context: int) -> str:

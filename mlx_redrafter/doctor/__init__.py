@@ -1,0 +1,1 @@
+"""`mlx-redrafter doctor`: the program checks itself on the device it is used on."""

@@ -1,0 +1,148 @@
+"""One stage of a step, run in two places of the same process, and compared.
+
+A stage starts from fixed inputs, so that what differs arose in it. Whole numbers have to be
+equal; others may differ by rounding. The second place is the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import one_line
+from .checks import FAILED, NOT_MADE, OK, REPORT, Check
+
+Place: TypeAlias = mx.Stream | mx.Device | mx.DeviceType
+Outputs: TypeAlias = dict[str, np.ndarray]
+Judge: TypeAlias = Callable[[Outputs, Outputs, float], str]
+NO_GPU = "GPU against CPU: there is no GPU here"
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where stages run: what is tested, and what it is compared with."""
+
+    tested: Place
+    reference: Place
+
+    @classmethod
+    def here(cls) -> Places | None:
+        """The GPU and the CPU of this process; None where there is no GPU."""
+        gpu = mx.Device(mx.gpu)
+        return cls(gpu, mx.Device(mx.cpu)) if mx.is_available(gpu) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a step.
+
+    Attributes:
+        name: for people.
+        run: builds its results from fixed inputs, as a lazy graph on the default stream.
+        judge: says what is wrong with the results of the first place, given those of the
+            second and the tolerance, where equality is too much to ask; empty if nothing is.
+            Its arrays are computed in the second place.
+    """
+
+    name: str
+    run: Callable[[], dict[str, mx.array]]
+    judge: Judge | None = None
+
+
+def compare(stage: Stage, places: Places | None, tolerance: float, advice: str = REPORT) -> Check:
+    """Runs a stage in both places.
+
+    Args:
+        tolerance: how far numbers may be apart, relative to the largest of the array.
+        advice: what to do if they are further apart.
+
+    Returns:
+        A check whose figures have the `difference` that was found.
+    """
+    if places is None:
+        return Check(stage.name, NOT_MADE, NO_GPU)
+    try:
+        expected = run_in(places.reference, stage, compiled=False)
+    except Exception as error:  # whatever MLX's backend or a model's own code says
+        return Check(stage.name, NOT_MADE, f"the CPU cannot run it: {type(error).__name__}: {one_line(error)}")
+    try:
+        found = run_in(places.tested, stage)
+    except Exception as error:
+        return Check(stage.name, FAILED, f"does not run: {type(error).__name__}: {one_line(error)}", advice)
+    if stage.judge is None:
+        worst, problem = difference(found, expected, tolerance)
+    else:
+        with mx.stream(places.reference):
+            worst, problem = 0.0, stage.judge(found, expected, tolerance)
+        shared = {name for name in found if found[name].shape == expected[name].shape}
+        worst = max((_apart(found[name], expected[name]) for name in shared if _is_float(found[name])), default=0.0)
+    figures = {"difference": worst, "tolerance": tolerance}
+    if problem:
+        return Check(stage.name, FAILED, problem, advice, figures)
+    floats = any(_is_float(array) for array in found.values())
+    return Check(stage.name, OK, f"apart by {worst:.1e} at most" if floats else "equal", "", figures)
+
+
+def run_in(place: Place, stage: Stage, compiled: bool = True) -> Outputs:
+    """A stage's results, computed in one place.
+
+    Args:
+        compiled: whether `mx.compile` counts; on the CPU it needs a C++ compiler, which not every machine has.
+    """
+    with contextlib.nullcontext() if compiled else _uncompiled(), mx.stream(place):
+        outputs = stage.run()
+        plain = {
+            name: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x for name, x in outputs.items()
+        }
+        mx.eval(plain)
+    return {name: np.array(array) for name, array in plain.items()}
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        if "MLX_DISABLE_COMPILE" not in os.environ:  # the user's own wish, which enabling would override
+            mx.enable_compile()
+
+
+def difference(found: Outputs, expected: Outputs, tolerance: float) -> tuple[float, str]:
+    """The largest relative difference of two results, and what is wrong with the first, if anything."""
+    worst, problems = 0.0, []
+    if found.keys() != expected.keys():
+        return float("inf"), f"results are {', '.join(found)}, expected {', '.join(expected)}"
+    for name, right in expected.items():
+        mine = found[name]
+        if mine.shape != right.shape:
+            problems.append(f"{name}: shape {mine.shape}, expected {right.shape}")
+        elif _is_float(right):
+            apart = _apart(mine, right)
+            worst = max(worst, apart)
+            if not apart <= tolerance:
+                problems.append(f"{name}: apart by {apart:.2g} of the largest value, expected {tolerance:.2g} at most")
+        elif wrong := int((mine != right).sum()):
+            problems.append(f"{name}: {wrong} of {right.size} differ")
+    return worst, "; ".join(problems)
+
+
+def _is_float(array: np.ndarray) -> bool:
+    return np.issubdtype(array.dtype, np.floating)
+
+
+def _apart(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference over the largest finite value; infinite where only one of two values is finite."""
+    with np.errstate(invalid="ignore"):
+        same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+        apart = np.where(same, 0.0, np.abs(found - expected))
+    apart = np.where(np.isnan(apart), np.inf, apart)
+    size = np.abs(expected[np.isfinite(expected)]).max(initial=1e-6)
+    value: Any = apart.max(initial=0.0) / size
+    return float(value)

@@ -1,0 +1,103 @@
+"""Stages that need no model: what happens to tokens, from made-up beams and logits.
+
+Their results are whole numbers, and have to be the same everywhere.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from ..acceptance import accept
+from ..beam_search import POLICIES, Beam, candidate_tree
+from ..sampling import greedy, position_keyed
+from ..tree import CandidateTree
+from .comparison import Stage
+
+WIDTH, LENGTH, VOCAB, ROWS = 4, 5, 4096, 12
+NODES = (3, 8, WIDTH * (LENGTH - 1))
+CASES = 3
+
+
+def fixed_stages() -> list[Stage]:
+    """Tree building, sampling and acceptance."""
+    return [Stage("tree building", _trees), _sampling(), _acceptance()]
+
+
+def made_up_beam(seed: int) -> Beam:
+    """A beam as a search leaves it: entries in order of falling probability, no child likelier than its parent."""
+    rng = np.random.default_rng(seed)
+    above, tokens, origins, log_probs = np.zeros(1), [], [], []
+    for _ in range(LENGTH - 1):
+        grew_from = rng.integers(len(above), size=WIDTH)
+        values = above[grew_from] - rng.exponential(1.0, WIDTH)
+        order = np.argsort(-values)
+        tokens.append(rng.permutation(VOCAB)[:WIDTH])
+        origins.append(grew_from[order])
+        above = values[order]
+        log_probs.append(above)
+    whole = (mx.array(np.stack(parts)[None].astype(np.int32)) for parts in (tokens, origins))
+    return Beam(*whole, mx.array(np.stack(log_probs)[None].astype(np.float32)))
+
+
+def _trees() -> dict[str, mx.array]:
+    found = {}
+    root = mx.array([7], mx.int32)
+    for seed in range(CASES):
+        for policy in POLICIES:
+            for nodes in NODES:
+                tree = candidate_tree(made_up_beam(seed), root, nodes, policy)
+                name = f"{policy}, {nodes} nodes, beam {seed}"
+                for part in ("tokens", "parents", "depths", "ancestors", "valid"):
+                    found[f"{name}: {part}"] = getattr(tree, part)
+    return found
+
+
+def _sampling() -> Stage:
+    logits = mx.array(4 * np.random.default_rng(0).standard_normal((1, ROWS, VOCAB)), mx.float32)
+    positions = mx.arange(100, 100 + ROWS, dtype=mx.int32)[None]
+    choosers = {
+        "greedy": greedy,
+        "temperature": position_keyed(0.7, seed=1),
+        "top-p": position_keyed(1.0, seed=2, top_p=0.9),
+        "min-p": position_keyed(1.0, seed=3, min_p=0.05),
+        "top-k": position_keyed(1.2, seed=4, top_k=20),
+        "XTC": position_keyed(1.0, seed=5, xtc_probability=0.5, xtc_threshold=0.05),
+    }
+    mx.eval(logits, positions)
+
+    def run() -> dict[str, mx.array]:
+        chosen = {name: choose(logits, positions) for name, choose in choosers.items()}
+        return chosen | {"random bits": mx.random.bits((256,), key=mx.random.key(6))}
+
+    return Stage("sampling", run)
+
+
+def _acceptance() -> Stage:
+    chain = np.arange(LENGTH)
+    shapes = [np.maximum(chain - 1, 0), np.array([0, 0, 0, 1, 1, 2, 3, 6, 7])]
+    cases = []
+    for seed, parents in enumerate(shapes * CASES):
+        rng = np.random.default_rng(seed)
+        tokens = rng.permutation(VOCAB)[: len(parents)]
+        # Most rows choose one of their children, so that paths of several lengths are accepted.
+        choices = rng.permutation(VOCAB)[: len(parents)]
+        for row in range(1, len(parents)):
+            if rng.random() < 0.7:
+                choices[parents[row]] = tokens[row]
+        cases.append((mx.array(tokens[None], mx.int32), tuple(parents.tolist()), mx.array(choices[None], mx.int32)))
+
+    def run() -> dict[str, mx.array]:
+        found = {}
+        for i, (tokens, parents, choices) in enumerate(cases):
+            static = CandidateTree.static(tokens, parents)
+            built = CandidateTree.from_parents(tokens, mx.array([parents], mx.int32), static.max_depth)
+            for how, tree in (("static", static), ("built", built)):
+                accepted = accept(tree, choices)
+                counts = mx.arange(accepted.path.shape[1]) <= accepted.count[:, None]
+                parts = {"count": accepted.count, "root": accepted.root, "last": accepted.last}
+                parts |= {"path": mx.where(counts, accepted.path, 0), "tokens": mx.where(counts, accepted.tokens, 0)}
+                found |= {f"case {i}, {how}: {name}": array for name, array in parts.items()}
+        return found
+
+    return Stage("acceptance", run)

@@ -1,0 +1,160 @@
+"""Stages of a target and its drafter, from inputs that the reference has computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..capability import CHAIN, TREE, Capability, is_quantized, probe
+from ..drafter import RecurrentDrafter
+from ..heads import Drafter
+from ..target import Target
+from ..tree import CandidateTree
+from ..verification import Verifier
+from .beam_stage import beam_stage
+from .comparison import Place, Stage
+
+PARENTS = (0, 0, 0, 1, 2, 4)  # of the tree whose rows are verified
+PATH = (2, 4)  # what is accepted of it, the root aside
+ROWS_READ = 200  # rows that one place reads in all stages, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What stages start from.
+
+    Attributes:
+        prompt: (1, P) token ids.
+        contexts: (n, hidden_size) the target's hidden states at its last tokens.
+        roots: (n,) int32 what it chooses there.
+        drafts: (1, 1 + N) token ids of the rows to verify.
+    """
+
+    prompt: mx.array
+    contexts: mx.array
+    roots: mx.array
+    drafts: mx.array
+
+
+def inputs(target: Target, prompt: Sequence[int], place: Place, cases: int = 3) -> Inputs:
+    """Reads a prompt in one place."""
+    rows = len(PARENTS)
+    with mx.stream(place):
+        ids = mx.array([list(prompt)], mx.int32)
+        hidden, logits = target.forward(ids, make_prompt_cache(target.model))
+        assert hidden is not None
+        roots = mx.argmax(logits[0, -cases:], axis=-1).astype(mx.int32)
+        found = Inputs(ids, hidden[0, -cases:], roots, ids[:, 1 : 1 + rows])
+        mx.eval(found.prompt, found.contexts, found.roots, found.drafts)
+    return found
+
+
+def reading_seconds(target: Target, place: Place) -> float:
+    """What all stages would take in one place, from the time of reading a single token there."""
+    with mx.stream(place):
+        begin = time.perf_counter()
+        mx.eval(target.forward(mx.zeros((1, 1), mx.int32), make_prompt_cache(target.model))[1])
+        return (time.perf_counter() - begin) * ROWS_READ
+
+
+def tolerances(model: nn.Module, target: Target) -> tuple[float, float]:
+    """How far results may be apart: at least, whatever rounding does in mlx-lm's own pass, and at most."""
+    exact = target.dtype == mx.float32 and not is_quantized(model)
+    return (1e-3, 0.05) if exact else (0.02, 0.2)
+
+
+def every_way(found: Capability) -> list[Capability]:
+    """All ways to read drafts that a target has for which trees are read as usual."""
+    if found.kind == TREE and not found.apart:
+        return [found, Capability(TREE, apart=True), Capability(CHAIN)]
+    return [found]
+
+
+def plain_stage(target: Target, given: Inputs) -> Stage:
+    """mlx-lm's own pass, without anything of ours."""
+
+    def run() -> dict[str, mx.array]:
+        return {"logits": target.model(given.prompt, cache=make_prompt_cache(target.model))}
+
+    return Stage("plain pass (mlx-lm's own code)", run)
+
+
+def pair_stages(target: Target, drafter: Drafter, given: Inputs, ways: Sequence[Capability]) -> list[Stage]:
+    """Drafter, beam search, capability, verification in each way, and commit."""
+    found = [_drafter_stage(target, drafter, given)]
+    if isinstance(drafter, RecurrentDrafter):
+        found.append(beam_stage(drafter, target.embed, given.contexts, given.roots))
+    found.append(Stage("capability", lambda: _what_it_can(target)))
+    found += [_verification_stage(target, way, given) for way in ways]
+    return [*found, _commit_stage(target, ways[0], given)]
+
+
+def _what_it_can(target: Target) -> dict[str, mx.array]:
+    """The self-check's outcome, letter by letter."""
+    found = probe(target)
+    words = f"{found.kind}, {found.way}{', apart' if found.apart else ''}"
+    return {f"kind ({words})": mx.array(len(found.mixers))}
+
+
+def _drafter_stage(target: Target, drafter: Drafter, given: Inputs) -> Stage:
+    def run() -> dict[str, mx.array]:
+        context = given.contexts[-1:]
+        if not isinstance(drafter, RecurrentDrafter):
+            return {"logits": drafter(context)}
+        projected, state, logits = drafter.project_context(context), None, []
+        for i in range(3):
+            state = drafter.advance(target.embed(given.drafts[:, i]), state)
+            logits.append(drafter.logits(projected, state))
+        assert state is not None
+        return {"state": state, "logits": mx.stack(logits)}
+
+    return Stage("drafter", run)
+
+
+def _read(target: Target, way: Capability, given: Inputs) -> tuple[Any, Any, mx.array, mx.array]:
+    """Verifier and cache after a tree of rows (a chain where that is the way), its hidden states and logits."""
+    verifier = Verifier(target, way)
+    cache = verifier.make_cache()
+    verifier.target.forward(given.prompt, cache.layers)
+    cache.begin_trees(length=given.prompt.shape[1])
+    if way.kind == CHAIN:
+        tree = CandidateTree.chain(given.drafts)
+    else:
+        tree = CandidateTree.from_parents(given.drafts, mx.array([PARENTS], mx.int32), max_depth=len(PATH) + 1)
+    return verifier, cache, *verifier(tree, cache)
+
+
+def _verification_stage(target: Target, way: Capability, given: Inputs) -> Stage:
+    def run() -> dict[str, mx.array]:
+        _, _, hidden, logits = _read(target, way, given)
+        return {"hidden states": hidden, "logits": logits}
+
+    how = {CHAIN: "a chain", TREE: "a tree, rows apart" if way.apart else "a tree"}[way.kind]
+    return Stage(f"verification of {how}", run)
+
+
+def _commit_stage(target: Target, way: Capability, given: Inputs) -> Stage:
+    """What the layers hold after a path was accepted, and what the target says next."""
+    accepted = len(PATH)
+
+    def run() -> dict[str, mx.array]:
+        verifier, cache, _, _ = _read(target, way, given)
+        path = None if way.kind == CHAIN else mx.array([[*PATH, PATH[-1]]], mx.int32)
+        length = given.prompt.shape[1] + 1 + accepted
+        cache.commit(path, mx.array([accepted], mx.int32), len(PARENTS) - 1 if path is None else path.shape[1])
+        mx.eval(cache.length, cache.arrays())
+        cache.tighten(length)
+        cache.end_trees(length)
+        _, logits = verifier.target.forward(given.prompt[:, :1], cache.layers)
+        held: list[Any] = tree_flatten([layer.state for layer in cache.layers])  # type: ignore[assignment]
+        rows = {f"rows {name}": array for name, array in held if mx.issubdtype(array.dtype, mx.floating)}
+        return {"next logits": logits, **rows}
+
+    return Stage("commit", run)
