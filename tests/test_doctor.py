@@ -99,9 +99,9 @@ def broken_commit(places, patch):
 
 
 def broken_bits(places, patch):
-    whole = mx.random.bits
+    whole = mx.random.randint
     off = lambda *a, key, **k: whole(*a, key=key + 1 if on(places.tested) else key, **k)  # noqa: E731
-    patch.setattr(mx.random, "bits", off)
+    patch.setattr(mx.random, "randint", off)
 
 
 def broken_argmax(places, patch):

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..acceptance import accept
 from ..beam_search import POLICIES, Beam, candidate_tree
-from ..sampling import greedy, position_keyed
+from ..sampling import Chooser, greedy, position_keyed
 from ..tree import CandidateTree
 from .comparison import Stage
 
@@ -36,8 +36,8 @@ def made_up_beam(seed: int) -> Beam:
         origins.append(grew_from[order])
         above = values[order]
         log_probs.append(above)
-    whole = (mx.array(np.stack(parts)[None].astype(np.int32)) for parts in (tokens, origins))
-    return Beam(*whole, mx.array(np.stack(log_probs)[None].astype(np.float32)))
+    ids, places = (mx.array(np.stack(parts)[None].astype(np.int32)) for parts in (tokens, origins))
+    return Beam(ids, places, mx.array(np.stack(log_probs)[None].astype(np.float32)))
 
 
 def _trees() -> dict[str, mx.array]:
@@ -56,7 +56,7 @@ def _trees() -> dict[str, mx.array]:
 def _sampling() -> Stage:
     logits = mx.array(4 * np.random.default_rng(0).standard_normal((1, ROWS, VOCAB)), mx.float32)
     positions = mx.arange(100, 100 + ROWS, dtype=mx.int32)[None]
-    choosers = {
+    choosers: dict[str, Chooser] = {
         "greedy": greedy,
         "temperature": position_keyed(0.7, seed=1),
         "top-p": position_keyed(1.0, seed=2, top_p=0.9),
@@ -68,7 +68,7 @@ def _sampling() -> Stage:
 
     def run() -> dict[str, mx.array]:
         chosen = {name: choose(logits, positions) for name, choose in choosers.items()}
-        return chosen | {"random bits": mx.random.bits((256,), key=mx.random.key(6))}
+        return chosen | {"random numbers": mx.random.randint(0, 2**30, (256,), key=mx.random.key(6))}
 
     return Stage("sampling", run)
 
@@ -88,7 +88,7 @@ def _acceptance() -> Stage:
         cases.append((mx.array(tokens[None], mx.int32), tuple(parents.tolist()), mx.array(choices[None], mx.int32)))
 
     def run() -> dict[str, mx.array]:
-        found = {}
+        found: dict[str, mx.array] = {}
         for i, (tokens, parents, choices) in enumerate(cases):
             static = CandidateTree.static(tokens, parents)
             built = CandidateTree.from_parents(tokens, mx.array([parents], mx.int32), static.max_depth)

@@ -154,7 +154,8 @@ def _commit_stage(target: Target, way: Capability, given: Inputs) -> Stage:
         cache.end_trees(length)
         _, logits = verifier.target.forward(given.prompt[:, :1], cache.layers)
         held: list[Any] = tree_flatten([layer.state for layer in cache.layers])  # type: ignore[assignment]
-        rows = {f"rows {name}": array for name, array in held if mx.issubdtype(array.dtype, mx.floating)}
+        arrays = [(name, array) for name, array in held if isinstance(array, mx.array)]
+        rows = {f"rows {name}": array for name, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
         return {"next logits": logits, **rows}
 
     return Stage("commit", run)
