@@ -3,88 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterable
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.utils import dequantize_model
 
-from ..decoding import check_pair
-from ..download import fetch
 from ..drafter import DrafterConfig, RecurrentDrafter, build_drafter, quantize_drafter
 from ..errors import UserError
-from ..files import read_json, require_free, write_directory
-from ..fingerprint import fingerprint
-from ..head_files import check_quantization
-from ..loading import load_target
-from ..target import Target
-from ..weights import save_weights, take_weights
-from .source import TORCH_PATTERNS, source_weights
+from ..files import read_json
+from .heads import Kind, convert_head
+from .source import source_weights
 
 _HEAD = r"(?:lm_head|lm_heads|lm_heads\.0|0)"
 _BLOCK = re.compile(_HEAD + r"\.(\d+)\.linear\.(weight|bias)")
 _OUTPUT = re.compile(_HEAD + r"\.(\d+)\.weight")
 _INPUT = re.compile(r"(?:input_proj|input_projs|input_projs\.0)\.(weight|bias)")
 _RECURRENCE = ("rnn_u.weight", "rnn_u.bias", "rnn_w.weight")
-_PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json", "model.pt", *TORCH_PATTERNS]
-
-
-def convert_drafter(
-    hf_path: str,
-    mlx_path: str,
-    quantize: bool = False,
-    q_bits: int = 4,
-    q_group_size: int = 64,
-    dtype: str | None = None,
-    dequantize: bool = False,
-    target: str | None = None,
-    trust_remote_code: bool = False,
-) -> pathlib.Path:
-    """Converts a ReDrafter checkpoint to config.json + model.safetensors that `load` reads.
-
-    Args:
-        hf_path: local directory or Hub id with config.json and weights in any layout that
-            `source_weights` reads, under Apple's names or our own.
-        mlx_path: a directory that does not exist yet.
-        quantize, q_bits, q_group_size: affine quantisation of all matrices; one that is
-            quantised already goes through 16 bits.
-        dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's.
-        dequantize: write the matrices of a quantised drafter in full.
-        target: directory or Hub id of the target the drafter is for; its fingerprint is
-            noted in the config. None keeps what the checkpoint's config says, if anything.
-        trust_remote_code: for the target.
-
-    Returns:
-        the directory written.
-
-    Raises:
-        UserError: naming the file, key or tensor that is wrong; nothing is left behind.
-    """
-    require_free(mlx_path)
-    if quantize:
-        check_quantization(q_bits, q_group_size)
-    source = fetch(hf_path, "--hf-path", patterns=_PATTERNS)
-    config = read_config(source)
-    if target is not None:
-        config.target_fingerprint = _fingerprint(target, config, trust_remote_code)
-    with write_directory(mlx_path) as folder:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            drafter = read_drafter(source, config, pathlib.Path(scratch))
-            if config.quantization is not None and (quantize or dequantize):
-                dequantize_model(drafter)
-                config.quantization = None
-            if dtype is not None:
-                drafter.set_dtype(getattr(mx, dtype))
-            if quantize:
-                quantize_drafter(drafter, q_group_size, q_bits)
-            # In one file, for `load_drafter` reads one.
-            save_weights(folder, take_weights(drafter), "writing the drafter", shard_bytes=2**62)
-        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    return pathlib.Path(mlx_path)
 
 
 def read_config(source: pathlib.Path) -> DrafterConfig:
@@ -106,14 +43,17 @@ def is_converted(names: Iterable[str]) -> bool:
     return any(name.startswith(("blocks.", "lm_head.weight", "input_proj_", "vocab_map")) for name in names)
 
 
-def _fingerprint(target: str, config: DrafterConfig, trust_remote_code: bool) -> dict:
-    folder = fetch(target, "--target")
-    model, tokenizer = load_target(folder, trust_remote_code=trust_remote_code, lazy=True)
-    found = Target(model)
-    if not found.missing:
-        untied = dataclasses.replace(config, tie_output=False)  # or the target would be run to find its output layer
-        check_pair(found, RecurrentDrafter(untied), "--hf-path")
-    return fingerprint(found, tokenizer, target)
+def _read(source: pathlib.Path, scratch: pathlib.Path) -> RecurrentDrafter:
+    return read_drafter(source, read_config(source), scratch)
+
+
+def _untied(drafter: RecurrentDrafter) -> RecurrentDrafter:
+    """The same with an output layer of its own, or the target would be run to find it."""
+    return RecurrentDrafter(dataclasses.replace(drafter.config, tie_output=False))
+
+
+#: Converts a ReDrafter checkpoint, under Apple's names or our own; arguments as of `convert_head` after the kind.
+convert_drafter = functools.partial(convert_head, Kind(_read, quantize_drafter, _untied))
 
 
 def rename(weights: dict[str, mx.array], config: DrafterConfig, source: pathlib.Path) -> dict[str, mx.array]:

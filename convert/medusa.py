@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import pathlib
 import re
-import tempfile
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.utils import dequantize_model
 
-from ..decoding import check_pair
 from ..download import fetch
 from ..errors import UserError
-from ..files import read_json, require_free, write_directory
-from ..fingerprint import fingerprint
-from ..head_files import check_quantization, whole_number
-from ..loading import load_target
+from ..files import read_json
+from ..head_files import whole_number
 from ..medusa import MODEL_TYPE, MedusaConfig, MedusaHeads, build_medusa, quantize_medusa
-from ..target import Target
-from ..weights import read_weights, save_weights, take_weights
+from ..weights import read_weights
+from .heads import Kind, convert_head
 from .source import source_weights
 from .torch_files import as_safetensors
 
@@ -35,57 +30,6 @@ def is_medusa(hf_path: str) -> bool:
     """Whether a checkpoint's config.json is that of Medusa heads. Raises UserError where there is none."""
     fields = read_json(fetch(hf_path, "--hf-path", patterns=["config.json"]) / "config.json")
     return "medusa_num_heads" in fields
-
-
-def convert_medusa(
-    hf_path: str,
-    mlx_path: str,
-    quantize: bool = False,
-    q_bits: int = 4,
-    q_group_size: int = 64,
-    dtype: str | None = None,
-    dequantize: bool = False,
-    target: str | None = None,
-    trust_remote_code: bool = False,
-) -> pathlib.Path:
-    """Converts Medusa heads to config.json + model.safetensors that `load` reads.
-
-    Args:
-        hf_path: local directory or Hub id with a config.json that has medusa_num_heads and
-            medusa_num_layers, and medusa_lm_head.safetensors or .pt; or heads converted before.
-        mlx_path: a directory that does not exist yet.
-        quantize, q_bits, q_group_size: affine quantisation of all matrices.
-        dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's.
-        dequantize: write quantised matrices in full.
-        target: directory or Hub id of the target; its fingerprint is noted in the config.
-        trust_remote_code: for the target.
-
-    Returns:
-        the directory written.
-
-    Raises:
-        UserError: naming the file, key or tensor that is wrong; nothing is left behind.
-    """
-    require_free(mlx_path)
-    if quantize:
-        check_quantization(q_bits, q_group_size)
-    source = fetch(hf_path, "--hf-path", patterns=_PATTERNS)
-    with write_directory(mlx_path) as folder:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            heads = _read(source, pathlib.Path(scratch))
-            config = heads.config
-            if target is not None:
-                config.target_fingerprint = _fingerprint(target, heads, trust_remote_code)
-            if config.quantization is not None and (quantize or dequantize):
-                dequantize_model(heads)
-                config.quantization = None
-            if dtype is not None:
-                heads.set_dtype(getattr(mx, dtype))
-            if quantize:
-                quantize_medusa(heads, q_group_size, q_bits)
-            save_weights(folder, take_weights(heads), "writing the heads", shard_bytes=2**62)
-        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    return pathlib.Path(mlx_path)
 
 
 def _read(source: pathlib.Path, scratch: pathlib.Path) -> MedusaHeads:
@@ -135,9 +79,5 @@ def rename(weights: dict[str, mx.array], config: MedusaConfig, source: str) -> d
     return renamed
 
 
-def _fingerprint(target: str, heads: MedusaHeads, trust_remote_code: bool) -> dict:
-    model, tokenizer = load_target(fetch(target, "--target"), trust_remote_code=trust_remote_code, lazy=True)
-    found = Target(model)
-    if not found.missing:
-        check_pair(found, heads, "--hf-path")
-    return fingerprint(found, tokenizer, target)
+#: Converts published Medusa heads, or our own; arguments as of `convert_head` after the kind.
+convert_medusa = functools.partial(convert_head, Kind(_read, quantize_medusa, lambda heads: heads, _PATTERNS))
