@@ -18,6 +18,7 @@ from mlx_redrafter.training.acceptance_length import acceptance_length
 from mlx_redrafter.training.initial import new_drafter
 from mlx_redrafter.training.loss import dense_cross_entropy, distillation_loss, soft_cross_entropy
 from mlx_redrafter.training.precision import rounded
+from mlx_redrafter.training.redrafter import ReDrafter
 from mlx_redrafter.training.row_cache import RowCache
 from mlx_redrafter.training.teacher import BatchMaker, Objective, Teacher
 from mlx_redrafter.training.trainer import TrainingPlan, row_picks, train
@@ -92,7 +93,7 @@ def test_loss_reads_what_decoding_will_read(name, tmp_path):
     allowed = np.arange(VOCAB) if vocab_map is None else vocab_map
     rows = random_rows()
     batch = BatchMaker(teacher_of(target, rows, tmp_path, objective, vocab_map), seed=0)(np.array([0, 1]), 0)
-    loss, hits = distillation_loss(drafter, batch, weights)
+    loss, hits = distillation_loss(ReDrafter().scores(drafter, batch), batch, weights)
     expected, right = np.zeros(steps), np.zeros(steps)
     for b in range(2):
         tokens = mx.array(rows[b : b + 1])
@@ -257,7 +258,7 @@ def run(learnable, folder, plan, resume=False, blocks=1, evaluate=None, budget=1
     target, rows = learnable
     drafter = new_drafter(target, DrafterConfig(VOCAB, 32, 32, blocks, **config), 0)
     teacher = teacher_of(target, rows, folder / "teacher", plan.objective, budget=budget)
-    result = train(drafter, teacher, plan, folder, resume, evaluate)
+    result = train(ReDrafter(), drafter, teacher, plan, folder, resume, evaluate)
     return drafter, result
 
 
