@@ -275,12 +275,15 @@ def test_training_teaches(learnable, tmp_path):
     prompts = [row[:3].tolist() for row in rows[:6]]
     fresh = new_drafter(target, DrafterConfig(VOCAB, 32, 32, 1), 0)
     before = acceptance_length(target, fresh, prompts, DraftShape(4, 5, 12), 20)
+    mx.reset_peak_memory()
     drafter, result = run(
         learnable, tmp_path, TrainingPlan(iters=480, batch_size=8, learning_rate=4e-3, save_every=240)
     )
     assert acceptance_length(target, drafter, prompts, DraftShape(4, 5, 12), 20) > before + 0.4
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5 and len(lines) == 48
+    # What updates kept would add up: a thousandth of the weights each would show.
+    assert lines[-1]["peak_memory_gb"] <= lines[4]["peak_memory_gb"] * 1.02
     assert result.updates == 480 and result.best is None and result.positions_per_second > 0
 
 

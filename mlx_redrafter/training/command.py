@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..convert.upload import require_login, upload
 from ..download import fetch
 from ..errors import UserError
-from ..files import replace_file, require_free
+from ..files import remove_left_over, replace_file, require_free
 from ..fingerprint import fingerprint
 from ..head_files import save_head
 from ..loading import EMBEDDED, load_target
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     plan = training_plan(args, on_cpu)
 
     def begin() -> None:
+        for place in (out, notes):
+            remove_left_over(place)
         with replace_file(notes / "arguments.json") as file:  # shows early that --out can be written
             file.write_text(json.dumps(arguments_of(args), indent=1) + "\n")
         if args.text is None:
