@@ -140,7 +140,7 @@ def _train(args: argparse.Namespace, work: pathlib.Path, variant: Variant, targe
     flags = [sizes.get(flag, flag) for flag in variant.flags]
     model = [] if args.model is None else ["--model", args.model]
     rows = ["--text", str(work / f"text-{variant.text}")]
-    fixed = ["--iters", str(args.iters), "--eval-every", "0", "--dtype", "float32", "--compile", "on"]
+    fixed = ["--iters", str(args.iters), "--eval-every", "0", "--dtype", "float32"]
     parser = argparse.ArgumentParser()
     train_command.add_arguments(parser)
     resume = ["--resume"] if (out / "training" / "arguments.json").exists() else []

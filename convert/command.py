@@ -1,4 +1,4 @@
-"""`mlx-redrafter convert target`, `convert drafter` and `convert export`."""
+"""`mlx-redrafter convert target`, `drafter`, `export` and `medusa-tree`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from mlx_lm.convert import QUANT_RECIPES
 from ..errors import UserError
 from ..heads import open_drafter
 from ..loading import DTYPES
+from ..medusa_choices import PUBLISHED
+from ..training.plan import SELF
 from .drafter import convert_drafter
 from .export import export
 from .medusa import convert_medusa, is_medusa
+from .medusa_tree import fit_medusa_tree
 from .target import convert_target
 from .upload import require_login, upload
 
@@ -47,11 +50,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hf-path", required=True, help="directory to write; must not exist yet")
     add("-d", "--dequantize", action="store_true", help="write quantised weights in full")
     add("--trust-remote-code", action="store_true")
+    tree = kinds.add_parser("medusa-tree", help="fit the static tree of converted Medusa heads to text")
+    add = tree.add_argument
+    add("--mlx-path", required=True, help="directory of the heads; their config.json gets the tree")
+    add("--target", help="directory or Hub id of their target (default: the embedded one)")
+    add("--data", nargs="+", default=[SELF], metavar="SOURCE", help="text, as for `mlx-redrafter train`"
+        " (default: the target writes it)")  # fmt: skip
+    add("--text", metavar="DIR", help="rows that a training for this target wrote, in place of --data")
+    add("--rows", type=int, default=64, help="texts to look at (default: %(default)s)")
+    add("--row-length", type=int, default=192, help="tokens of each text (default: %(default)s)")
+    add("--tree-size", type=int, default=len(PUBLISHED), help="nodes (default: %(default)s)")
+    add("--trust-remote-code", action="store_true")
     for child in (target, drafter, back):
         child.add_argument("--upload-repo", metavar="OWNER/NAME", help="Hub repository to upload the result to")
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.kind == "medusa-tree":
+        return _fit_tree(args)
     if args.upload_repo is not None:
         require_login(args.upload_repo)
     if args.kind == "export":
@@ -62,6 +78,20 @@ def run(args: argparse.Namespace) -> None:
     if args.upload_repo is not None:
         source = args.mlx_path if args.kind == "export" else args.hf_path
         print(f"{args.upload_repo}: uploaded, see {upload(path, args.upload_repo, source)}")
+
+
+def _fit_tree(args: argparse.Namespace) -> None:
+    choices, length = fit_medusa_tree(
+        args.mlx_path,
+        args.target,
+        tuple(args.data),
+        args.text,
+        args.rows,
+        args.row_length,
+        args.tree_size,
+        args.trust_remote_code,
+    )
+    print(f"{args.mlx_path}: a tree of {len(choices)} nodes, expected acceptance length {length:.2f} on this text")
 
 
 def _convert(args: argparse.Namespace) -> pathlib.Path:

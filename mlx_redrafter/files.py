@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -111,6 +112,13 @@ def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_left_over(folder: pathlib.Path) -> None:
+    """Removes what `replace_file` left in a folder when its process was killed. No other one may be writing there."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\.\d+\..+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .drafter import ResidualBlock
 from .errors import UserError
@@ -118,6 +119,11 @@ class MedusaHeads(nn.Module):
             (..., count, vocab_size), unnormalised.
         """
         return mx.stack([head(context) for head in self.heads[:count]], axis=-2)
+
+    def bytes_per_draft_step(self) -> int:
+        """Bytes of weights that drafting reads: all heads, once per step of decoding."""
+        parts: dict[str, Any] = dict(tree_flatten(self.parameters()))
+        return sum(value.nbytes for value in parts.values())
 
 
 def quantize_medusa(heads: MedusaHeads, group_size: int = 64, bits: int = 4) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
@@ -12,9 +13,15 @@ from .errors import UserError
 from .medusa import MedusaHeads
 from .target import Target
 
+RANKS = 10  # candidates of each head: as many as the published tree has
+
 
 def rank_accuracies(
-    target: Target, heads: MedusaHeads, rows: Iterable[Sequence[int]], ranks: int = 10
+    target: Target,
+    heads: MedusaHeads,
+    rows: Iterable[Sequence[int]],
+    ranks: int = RANKS,
+    counted: Iterable[np.ndarray] | None = None,
 ) -> list[list[float]]:
     """Counts how often head k's r-th best token is the one that stands k + 2 places on.
 
@@ -22,17 +29,20 @@ def rank_accuracies(
         target: one that gives hidden states.
         rows: texts as token ids, best such that the target wrote itself.
         ranks: candidates of each head.
+        counted: for each text, which of its tokens count, bool; all if left out. A head is
+            looked at where the token it guesses and those that come before it there count.
 
     Returns:
-        [k][r] shares of all positions, for `fit_choices`.
+        [k][r] shares of the positions looked at, for `fit_choices`.
 
     Raises:
-        UserError: no text is long enough for all heads.
+        UserError: no text is long enough for all heads, or none of its tokens count.
     """
     count = heads.config.medusa_num_heads
     ranks = min(ranks, heads.config.vocab_size)
-    hits, seen = np.zeros((count, ranks)), 0
-    for row in rows:
+    hits, seen = np.zeros((count, ranks)), np.zeros((count, 1))
+    marks = itertools.repeat(None) if counted is None else counted
+    for row, marked in zip(rows, marks, strict=False):
         positions = len(row) - count - 1
         if positions < 1:
             continue
@@ -40,11 +50,13 @@ def rank_accuracies(
         assert hidden is not None
         logits = heads(hidden[0, :positions]).astype(mx.float32)
         best = top(logits.reshape(positions * count, -1), ranks)[0].reshape(positions, count, ranks)
-        text = mx.array(list(row), mx.int32)
-        wanted = mx.stack([text[k + 2 : k + 2 + positions] for k in range(count)], axis=1)
-        hits += np.array(mx.sum((best == wanted[..., None]).astype(mx.int32), axis=0))
-        seen += positions
-    if not seen:
-        raise UserError(f"no text has more than {count + 1} tokens, which {count} heads need to be measured")
-    shares: list[list[float]] = (hits / seen).tolist()
+        ahead = np.arange(positions)[:, None] + np.arange(2, count + 2)
+        looked_at = np.ones(ahead.shape, bool) if marked is None else np.cumprod(marked[ahead], axis=1, dtype=bool)
+        right = np.array(best) == np.asarray(row, np.int32)[ahead][..., None]
+        hits += (right & looked_at[..., None]).sum(axis=0)
+        seen += looked_at.sum(axis=0)[:, None]
+    if not seen[0]:
+        which = "" if counted is None else " and some of them to be learned"
+        raise UserError(f"no text has more than {count + 1} tokens{which}, which {count} heads need to be measured")
+    shares: list[list[float]] = (hits / np.maximum(1, seen)).tolist()
     return shares

@@ -7,6 +7,7 @@ head's third best. The tree is the same at every step; only its tokens change.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 from .errors import UserError
@@ -51,6 +52,15 @@ def fit_choices(accuracies: Sequence[Sequence[float]], count: int) -> tuple[Choi
             for rank, p in enumerate(accuracies[len(choice)]):
                 heapq.heappush(waiting, (negative * p, (*choice, rank)))
     return tuple(chosen)
+
+
+def expected_length(accuracies: Sequence[Sequence[float]], choices: Sequence[Choice]) -> float:
+    """The acceptance length that a tree should have: the target's own token and what each node adds.
+
+    Args:
+        accuracies: as for `fit_choices`.
+    """
+    return 1 + sum(math.prod(accuracies[k][rank] for k, rank in enumerate(choice)) for choice in choices)
 
 
 def select(choices: Sequence[Choice], width: int, depth: int, count: int) -> tuple[Choice, ...]:

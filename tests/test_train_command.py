@@ -95,6 +95,19 @@ def test_what_a_run_leaves(stories, tmp_path, capsys):
     assert "--draft-vocab-size is None, but the run to resume has 300" in capsys.readouterr().err
 
 
+def test_what_a_killed_run_left_is_removed(stories, text, tmp_path):
+    """If this fails, every kill costs the size of a checkpoint on the disk."""
+    out = tmp_path / "drafter"
+    flags = ["--text", str(text), "--eval-every", "0", "--iters", "2"]
+    assert train(stories, out, *flags) == 0
+    left = [out / "training" / ".4711.checkpoint.safetensors", out / ".4711.model.safetensors"]
+    others = [out / ".gitattributes", out / "training" / ".DS_Store"]
+    for path in (*left, *others):
+        path.write_bytes(b"x")
+    assert train(stories, out, *flags, "--resume") == 0
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
 def test_going_on_from_a_drafter(stories, text, tmp_path, capsys):
     """If this fails, more text means training from nothing."""
     flags = ["--text", str(text), "--eval-every", "0", "--dtype", "float32", "--warm-up", "0"]
@@ -183,7 +196,7 @@ def check_killed(stories, text, tmp_path, kills):
     assert weights(quiet) == weights(stopped)
     facts = [json.loads((folder / "training" / "result.json").read_text()) for folder in (quiet, stopped)]
     assert facts[0]["mean_acceptance_length"] == facts[1]["mean_acceptance_length"]
-    assert not [p for p in quiet.rglob(".*") if p.is_file()]
+    assert not [p for folder in (quiet, stopped) for p in folder.rglob(".*")]
 
 
 def test_killed_runs_end_like_quiet_ones(stories, text, tmp_path):

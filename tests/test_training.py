@@ -18,6 +18,7 @@ from mlx_redrafter.training.acceptance_length import acceptance_length
 from mlx_redrafter.training.initial import new_drafter
 from mlx_redrafter.training.loss import dense_cross_entropy, distillation_loss, soft_cross_entropy
 from mlx_redrafter.training.precision import rounded
+from mlx_redrafter.training.redrafter import ReDrafter
 from mlx_redrafter.training.row_cache import RowCache
 from mlx_redrafter.training.teacher import BatchMaker, Objective, Teacher
 from mlx_redrafter.training.trainer import TrainingPlan, row_picks, train
@@ -92,7 +93,7 @@ def test_loss_reads_what_decoding_will_read(name, tmp_path):
     allowed = np.arange(VOCAB) if vocab_map is None else vocab_map
     rows = random_rows()
     batch = BatchMaker(teacher_of(target, rows, tmp_path, objective, vocab_map), seed=0)(np.array([0, 1]), 0)
-    loss, hits = distillation_loss(drafter, batch, weights)
+    loss, hits = distillation_loss(ReDrafter().scores(drafter, batch), batch, weights)
     expected, right = np.zeros(steps), np.zeros(steps)
     for b in range(2):
         tokens = mx.array(rows[b : b + 1])
@@ -257,7 +258,7 @@ def run(learnable, folder, plan, resume=False, blocks=1, evaluate=None, budget=1
     target, rows = learnable
     drafter = new_drafter(target, DrafterConfig(VOCAB, 32, 32, blocks, **config), 0)
     teacher = teacher_of(target, rows, folder / "teacher", plan.objective, budget=budget)
-    result = train(drafter, teacher, plan, folder, resume, evaluate)
+    result = train(ReDrafter(), drafter, teacher, plan, folder, resume, evaluate)
     return drafter, result
 
 
@@ -274,12 +275,15 @@ def test_training_teaches(learnable, tmp_path):
     prompts = [row[:3].tolist() for row in rows[:6]]
     fresh = new_drafter(target, DrafterConfig(VOCAB, 32, 32, 1), 0)
     before = acceptance_length(target, fresh, prompts, DraftShape(4, 5, 12), 20)
+    mx.reset_peak_memory()
     drafter, result = run(
         learnable, tmp_path, TrainingPlan(iters=480, batch_size=8, learning_rate=4e-3, save_every=240)
     )
     assert acceptance_length(target, drafter, prompts, DraftShape(4, 5, 12), 20) > before + 0.4
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5 and len(lines) == 48
+    # What updates kept would add up: a thousandth of the weights each would show.
+    assert lines[-1]["peak_memory_gb"] <= lines[4]["peak_memory_gb"] * 1.02
     assert result.updates == 480 and result.best is None and result.positions_per_second > 0
 
 

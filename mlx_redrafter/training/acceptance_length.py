@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 from ..decoding import speculative
-from ..drafter import RecurrentDrafter
 from ..errors import UserError
-from ..proposers import RecurrentProposer
+from ..heads import Drafter, proposer_for
 from ..sampling import greedy
 from ..settings import DecodingOptions, DraftShape
 from ..target import Target
 from ..verification import NONE, Verifier
+from .teacher import Rows
 
 
 def acceptance_length(
-    target: Target, drafter: RecurrentDrafter, prompts: list[list[int]], shape: DraftShape, max_tokens: int
+    target: Target, drafter: Drafter, prompts: list[list[int]], shape: DraftShape, max_tokens: int
 ) -> float:
     """Mean acceptance length of greedy decoding: tokens per step of the target.
 
@@ -26,9 +27,20 @@ def acceptance_length(
     verifier = Verifier(target)
     if verifier.capability == NONE:
         raise UserError(f"this target cannot verify drafts: {verifier.reason}")
-    steps, proposer = 0, RecurrentProposer(drafter, target.embed, shape)
+    steps, proposer = 0, proposer_for(drafter, target.embed, shape)
     for prompt in prompts:
         options = DecodingOptions(greedy, max_tokens)
         produced = list(speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options))
         steps += len(produced) - 1  # the first token is the prompt's
     return len(prompts) * (max_tokens - 1) / max(1, steps)
+
+
+def held_out_prompts(rows: Rows, prefix_length: int) -> list[list[int]]:
+    """Beginnings of the held-out rows: what is not learned, and a few tokens at least.
+
+    Args:
+        prefix_length: these few, at most a quarter of a row.
+    """
+    tokens, counts = rows[np.arange(len(rows) - rows.held_out, len(rows))]
+    ends = np.maximum(counts.argmax(axis=1) + 1, min(prefix_length, rows.length // 4))
+    return [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from ..drafter import RecurrentDrafter
+from ..heads import Drafter
+from .method import Method
 
 NOT_SHOWN = ("out", "resume", "upload_repo", "run", "command")
 
@@ -24,7 +25,8 @@ def command_line(arguments: dict[str, Any], defaults: dict[str, Any]) -> str:
 
 def model_card(
     name: str,
-    drafter: RecurrentDrafter,
+    method: Method,
+    drafter: Drafter,
     command: str,
     text: str,
     result: dict[str, Any],
@@ -33,22 +35,17 @@ def model_card(
 
     Args:
         name: the target's.
+        method: the kind of drafter.
         drafter: the finished one, tied if its config says so.
         command: from `command_line`.
         text: what it learned from, in a few words.
         result: the figures of the run, as in result.json.
     """
-    config = drafter.config
-    bits = f"{config.quantization['bits']} bits" if config.quantization else result["dtype"]
-    output = "the target's own (tied)" if config.tie_output else f"{config.scored:,} rows"
-    if config.draft_vocab_size:
-        output += f", the {config.draft_vocab_size:,} most frequent of {config.vocab_size:,} tokens"
-        output += f" ({result['coverage']:.1%} of held-out text)"
-    recurrence = "rnn" if config.rnn else "sum of embeddings"
+    quantization = drafter.config.quantization
+    bits = f"{quantization['bits']} bits" if quantization else result["dtype"]
     rows = {
         "target": name,
-        "architecture": f"{recurrence}, exit_dim {config.exit_dim}, {config.num_draft_layers} residual blocks,"
-        f" output layer: {output}",
+        "architecture": method.architecture(drafter, result["coverage"]),
         "size": f"{result['bytes'] / 1e6:.1f} MB, {bits}; {result['bytes_per_draft_step'] / 1e6:.1f} MB read per"
         " draft step",
         "text": text,
@@ -61,10 +58,10 @@ def model_card(
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
-        "---\nlibrary_name: mlx\ntags:\n- mlx\n- redrafter\n- speculative-decoding\n---\n\n"
-        f"# A ReDrafter head for {name}\n\n"
-        "It makes its target write the same text in fewer passes, with\n"
-        "[mlx-redrafter](https://arxiv.org/abs/2403.09919); it is of no use to another model.\n\n"
+        f"---\nlibrary_name: mlx\ntags:\n- mlx\n- {method.name}\n- speculative-decoding\n---\n\n"
+        f"# {method.title} for {name}\n\n"
+        "Drafts for its target, which writes the same text in fewer passes, with\n"
+        "[mlx-redrafter](https://arxiv.org/abs/2403.09919); of no use to another model.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f'    mlx-redrafter generate --model {shlex.quote(name)} --draft THIS_DIRECTORY -p "..."\n'
     )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
 
 import mlx.core as mx
 
-from ..drafter import DrafterConfig
 from ..errors import UserError
-from ..head_files import check_quantization, check_widths
+from ..head_files import check_quantization
+from ..medusa_choices import PUBLISHED
 from ..target import Target
-from .initial import FROM_TARGET, OUTPUTS, TIED
+from .initial import FROM_TARGET, OUTPUTS
+from .method import flag
+from .methods import METHODS
 from .plan import REGENERATED, SELF, DataPlan
 from .teacher import KL, LABELS, Objective
 from .trainer import AUTO, OFF, ON, TrainingPlan
@@ -46,14 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--write-batch-size", type=int, default=64, help="texts it writes at a time (default: %(default)s)")
 
     add = parser.add_argument_group("drafter").add_argument
+    add("--method", choices=METHODS, default="redrafter", help="kind of drafter: a recurrent head (default), or Medusa"
+        " heads, one per draft step")  # fmt: skip
     add("--init", metavar="DRAFTER", help="begin from a drafter's weights, when its target has changed or there is more"
         " text; its shape is kept")  # fmt: skip
     add("--exit-dim", type=int, help="width of the residual blocks (default: the target's hidden size)")
-    add("--num-draft-layers", type=int, help="residual blocks (default: 2)")
+    add("--num-draft-layers", type=int, help="residual blocks (default: 2; of each Medusa head 1)")
     add("--no-rnn", action="store_true", help="sum embeddings in place of the gated recurrence")
     add("--draft-vocab-size", type=int, help="draft only so many tokens, the most frequent ones (default: all)")
     add("--output-layer", choices=OUTPUTS, default=FROM_TARGET, help="begin from the target's output layer (default)"
         " or at random, or stay tied to it: not trained, not stored")  # fmt: skip
+    add("--tree-size", type=int, help="nodes of the static tree that is fitted to held-out text for Medusa heads"
+        f" (default: {len(PUBLISHED)})")  # fmt: skip
     add("--q-bits", type=int, help="quantise the finished drafter to so many bits")
     add("--q-group-size", type=int, default=64, help="weights that share a scale (default: %(default)s)")
     add("--q-aware", action="store_true", help="train with the weights rounded to --q-bits")
@@ -132,32 +137,6 @@ def training_plan(args: argparse.Namespace, on_cpu: bool) -> TrainingPlan:
     )
 
 
-def check_init(args: argparse.Namespace, config: DrafterConfig) -> None:
-    """Raises UserError unless a drafter can be gone on with as the flags say."""
-    if config.quantization is not None:
-        raise UserError(f"--init {args.init}: is quantised; training goes on from unquantised weights only")
-    for name, has in (
-        ("exit_dim", config.exit_dim),
-        ("num_draft_layers", config.num_draft_layers),
-        ("draft_vocab_size", config.draft_vocab_size),
-    ):
-        value = getattr(args, name)
-        if value is not None and value != has:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but --init {args.init} has {has}")
-
-
-def drafter_config(args: argparse.Namespace, target: Target) -> DrafterConfig:
-    return DrafterConfig(
-        target.vocab_size,
-        target.hidden_size,
-        args.exit_dim or target.hidden_size,
-        2 if args.num_draft_layers is None else args.num_draft_layers,
-        not args.no_rnn,
-        draft_vocab_size=args.draft_vocab_size,
-        tie_output=args.output_layer == TIED,
-    )
-
-
 def check(args: argparse.Namespace) -> None:
     """Everything that can be wrong with the flags alone. Raises UserError."""
     limits: dict[str, tuple[float, float]] = {
@@ -171,6 +150,7 @@ def check(args: argparse.Namespace) -> None:
         "beam_length": (2, 32),
         "num_draft_layers": (0, 64),
         "exit_dim": (1, math.inf),
+        "tree_size": (1, 1024),
         "draft_vocab_size": (1, math.inf),
         "seed": (0, 2**32 - 1),
         "save_every": (1, math.inf),
@@ -182,10 +162,10 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+            raise UserError(f"{flag(name)} is {value}, expected {expected}")
     for name in ("learning_rate", "max_grad_norm", "teacher_temp"):
         if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected more than 0")
+            raise UserError(f"{flag(name)} is {getattr(args, name)}, expected more than 0")
     if args.row_length < args.beam_length + 2:
         raise UserError(f"--row-length is {args.row_length}, expected {args.beam_length + 2} or more (--beam-length)")
     _check_steps(args)
@@ -195,32 +175,27 @@ def check(args: argparse.Namespace) -> None:
         check_quantization(args.q_bits, args.q_group_size)
     elif args.q_aware:
         raise UserError("--q-aware needs --q-bits")
+    METHODS[args.method].check(args)
 
 
 def _check_steps(args: argparse.Namespace) -> None:
     steps = args.beam_length - 1
     for name in ("step_weights", "step_shares"):
         values = getattr(args, name)
-        flag = f"--{name.replace('_', '-')} {' '.join(map(str, values or []))}"
+        given = f"{flag(name)} {' '.join(map(str, values or []))}"
         if values is not None and len(values) != steps:
-            raise UserError(f"{flag}: expected {steps} numbers, one per draft step (--beam-length {args.beam_length})")
+            raise UserError(f"{given}: expected {steps} numbers, one per draft step (--beam-length {args.beam_length})")
         if name == "step_weights" and values and not (min(values) >= 0 and 0 < sum(values) < math.inf):
-            raise UserError(f"{flag}: expected 0 or more, and not all of them 0")
+            raise UserError(f"{given}: expected 0 or more, and not all of them 0")
         if name == "step_shares" and values:
             falling = all(values[k] >= values[k + 1] for k in range(steps - 1))
             if not (values[0] <= 1 and values[-1] > 0 and falling):
-                raise UserError(f"{flag}: expected numbers from 1 down to more than 0, none above the one before it")
+                raise UserError(f"{given}: expected numbers from 1 down to more than 0, none above the one before it")
 
 
 def check_for(args: argparse.Namespace, target: Target) -> None:
     """What only the target can tell, before any work is done. Raises UserError."""
-    for name in ("teacher_top_k", "draft_vocab_size"):
-        value: Any = getattr(args, name)
-        if value is not None and value > target.vocab_size:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} is {value}, expected at most {target.vocab_size}, the vocabulary")
-    exit_dim = args.exit_dim or target.hidden_size
-    if args.output_layer == TIED and exit_dim != target.hidden_size:
-        raise UserError(f"--output-layer tied needs --exit-dim {target.hidden_size}, the target's hidden size")
-    if args.q_bits is not None:
-        check_widths({"hidden_size": target.hidden_size, "exit_dim": exit_dim}, args.q_group_size)
+    if args.teacher_top_k > target.vocab_size:
+        expected = f"expected at most {target.vocab_size}, the vocabulary"
+        raise UserError(f"--teacher-top-k is {args.teacher_top_k}, {expected}")
+    METHODS[args.method].check_for(args, target)

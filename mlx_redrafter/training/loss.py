@@ -1,19 +1,18 @@
-"""Distillation: the head's distribution at each step against the target's own.
+"""Distillation: a drafter's distribution at each step against the target's own.
 
-At position t the drafter reads the target's hidden state h_t and the tokens x_{t+1} ..
-x_{t+k}; its step k has to guess what the target says after x_{t+k}, and the target's
-logits at position t + k are at hand from the same forward pass (paper, section 3.4).
+From position t a drafter's step k = 1, 2, ... has to guess what the target says after
+x_{t+k}, and the target's logits at position t + k are at hand from the same forward pass
+that gave the hidden state h_t (paper, section 3.4).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
-
-from ..drafter import RecurrentDrafter
 
 
 @mx.custom_function
@@ -79,7 +78,8 @@ class Batch:
 
     Attributes:
         hidden: (n_1, hidden_size) the contexts h_t.
-        embeddings: for each step k, (n_k, hidden_size) of x_{t+k}.
+        embeddings: for each step k, (n_k, hidden_size) of x_{t+k}; none at all for drafters
+            that read no tokens.
         ids: for each step k, (n_k, j) int32 the teacher's tokens at position t + k, in the
             draft vocabulary; none at all where `shares` covers all of it.
         shares: for each step k, (n_k, j) their probabilities.
@@ -96,24 +96,23 @@ class Batch:
     counts: mx.array
 
 
-def distillation_loss(drafter: RecurrentDrafter, batch: Batch, step_weights: tuple[float, ...]) -> tuple[Any, Any]:
-    """Unrolls the recurrence over the positions of a batch and compares each step with the target.
+def distillation_loss(
+    scores: Iterable[mx.array], batch: Batch, step_weights: tuple[float, ...]
+) -> tuple[mx.array, mx.array]:
+    """Compares what a drafter says at each step with the target.
 
     Args:
+        scores: for step k, (n_k, scored) the drafter's, unnormalised.
         step_weights: weight of step k, K of them.
 
     Returns:
         the weighted mean cross-entropy in nats, and the share of positions, (K,), where
-        the head's first guess at step k is the target's.
+        the drafter's first guess at step k is the target's.
     """
-    context = drafter.project_context(batch.hidden)
-    state = None
     losses: list[mx.array] = []
     hits: list[mx.array] = []
-    for k, weight in enumerate(step_weights):
-        rows = batch.embeddings[k].shape[0]
-        state = drafter.advance(batch.embeddings[k], None if state is None else state[:rows])
-        logits = drafter.logits(context[:rows], state).astype(mx.float32)
+    for k, (weight, logits) in enumerate(zip(step_weights, scores, strict=True)):
+        logits = logits.astype(mx.float32)
         shares = batch.shares[k].astype(mx.float32)
         best = mx.argmax(shares, axis=-1)
         entropy: Any

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import read_json, replace_file
+from ..files import read_json, remove_left_over, replace_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -145,8 +145,7 @@ def write_rows(folder: str | pathlib.Path, recipe: Recipe) -> Rows:
     settings = json.loads(json.dumps(recipe.settings))
     file = folder / MANIFEST
     done = _begun(file, settings) if file.exists() else {}
-    for left_over in folder.glob(".*.npy"):  # of a run that was killed while it wrote
-        left_over.unlink(missing_ok=True)
+    remove_left_over(folder)
     manifest: dict[str, Any] = {"format": FORMAT, "settings": settings, "length": recipe.length}
     entries: list[dict[str, Any]] = []
     total = 0

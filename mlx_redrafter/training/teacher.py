@@ -41,9 +41,9 @@ class Objective:
         top_k: with "kl", tokens of the distribution that count, renormalised; 0 for all.
         temperature: of the target's distribution.
         step_weights: weight of each draft step in the loss; their number is the number of
-            steps that are unrolled.
-        step_shares: share of the positions at which the recurrence is unrolled as far as
-            step k, each at most the one before; a random choice in every update.
+            steps that are learned.
+        step_shares: share of the positions at which step k is learned (a recurrence is unrolled
+            as far as it), each at most the one before; a random choice in every update.
     """
 
     labels: str = KL
@@ -196,10 +196,11 @@ class BatchMaker:
         teacher: reads the rows.
         seed: of the choice of positions.
         dtype: of hidden states and embeddings.
+        tokens: whether the drafter reads tokens, and needs their embeddings.
     """
 
-    def __init__(self, teacher: Teacher, seed: int, dtype: mx.Dtype = mx.float32):
-        self.teacher, self.seed, self.dtype = teacher, seed, dtype
+    def __init__(self, teacher: Teacher, seed: int, dtype: mx.Dtype = mx.float32, tokens: bool = True):
+        self.teacher, self.seed, self.dtype, self.tokens = teacher, seed, dtype, tokens
         objective = teacher.objective
         self.steps = len(objective.step_weights)
         self.positions = teacher.rows.length - self.steps - 1  # the last step's token has to be in the row
@@ -226,7 +227,8 @@ class BatchMaker:
         for k in range(self.steps):
             n = self.kept[k] * len(tokens)
             where = (rows[:n], at[:n] + k + 1)
-            embeddings.append(self.teacher.target.embed(mx.array(tokens[where])).astype(self.dtype))
+            if self.tokens:
+                embeddings.append(self.teacher.target.embed(mx.array(tokens[where])).astype(self.dtype))
             shares.append(mx.array(reading.shares[where]))
             weights.append(mx.array(learned[k, :n] * reading.mass[where].astype(np.float32)))
             if reading.ids is not None:

@@ -17,10 +17,10 @@ import numpy as np
 from mlx.utils import tree_map
 from tqdm import tqdm
 
-from ..drafter import RecurrentDrafter
 from ..errors import UserError
 from .checkpoint import Progress, restore, save, save_weights
 from .loss import Batch, distillation_loss
+from .method import Method
 from .precision import as_seen
 from .teacher import BatchMaker, Objective, Teacher
 
@@ -87,12 +87,13 @@ class TrainingResult:
 
 
 def train(
-    drafter: RecurrentDrafter,
+    method: Method,
+    drafter: Any,
     teacher: Teacher,
     plan: TrainingPlan,
     folder: pathlib.Path,
     resume: bool = False,
-    evaluate: Callable[[RecurrentDrafter], float] | None = None,
+    evaluate: Callable[[Any], float] | None = None,
 ) -> TrainingResult:
     """Trains a drafter in place; it ends as the best one that was evaluated, or the last.
 
@@ -102,6 +103,7 @@ def train(
     gradients are averaged; the first one writes.
 
     Args:
+        method: the kind of drafter it is.
         folder: gets log.jsonl, checkpoint.safetensors and best.safetensors.
         resume: go on from the checkpoint there, or begin where there is none yet.
         evaluate: higher is better.
@@ -112,7 +114,7 @@ def train(
     """
     group = mx.distributed.init()
     parts = _parts(plan, group)
-    make = BatchMaker(teacher, plan.seed, plan.dtype)
+    make = BatchMaker(teacher, plan.seed, plan.dtype, method.reads_tokens)
     optimizer = _optimizer(plan)
     drafter.unfreeze()
     weights = drafter.trainable_parameters()
@@ -121,7 +123,7 @@ def train(
     progress = Progress()
     if resume and checkpoint.exists():
         weights, optimizer.state, progress = restore(checkpoint, weights)
-    gradients_of, apply = _step(drafter, optimizer, plan)
+    gradients_of, apply = _step(method, drafter, optimizer, plan)
     log = _Log(folder / "log.jsonl", progress.done, writes=group.rank() == 0)
     average: float | None = None
     with (
@@ -205,12 +207,13 @@ def _optimizer(plan: TrainingPlan) -> optim.Optimizer:
     return optim.AdamW(learning_rate=schedule, betas=[0.9, 0.95], weight_decay=plan.weight_decay)
 
 
-def _step(drafter: RecurrentDrafter, optimizer: optim.Optimizer, plan: TrainingPlan) -> tuple[Callable, Callable]:
+def _step(method: Method, drafter: Any, optimizer: optim.Optimizer, plan: TrainingPlan) -> tuple[Callable, Callable]:
     """The two halves of an update, compiled where that is wanted: gradients, and what becomes of the weights."""
 
     def loss_of(weights: Any, parts: dict[str, Any]) -> tuple[mx.array, mx.array]:
         drafter.update(as_seen(weights, plan.dtype, plan.quantization))
-        return distillation_loss(drafter, Batch(**parts), plan.objective.step_weights)
+        batch = Batch(**parts)
+        return distillation_loss(method.scores(drafter, batch), batch, plan.objective.step_weights)
 
     value_and_grad = mx.value_and_grad(loss_of)
 

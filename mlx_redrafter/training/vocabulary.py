@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..errors import UserError
@@ -34,8 +36,15 @@ def frequent_tokens(rows: Rows, size: int, vocab_size: int) -> np.ndarray:
     return np.sort(np.argsort(-seen, kind="stable")[:size]).astype(np.int32)
 
 
-def coverage(rows: Rows, vocab_map: np.ndarray) -> float:
+def vocab_map_of(drafter: Any) -> np.ndarray | None:
+    """The target's ids of what a drafter can draft; None where it is all tokens."""
+    return np.array(drafter.vocab_map) if "vocab_map" in drafter else None
+
+
+def coverage(rows: Rows, vocab_map: np.ndarray | None) -> float:
     """The share of held-out tokens that can be drafted."""
+    if vocab_map is None:
+        return 1.0
     tokens, counts = rows[np.arange(len(rows) - rows.held_out, len(rows))]
     learned = tokens[counts]
     return float(np.isin(learned, vocab_map).mean()) if learned.size else 1.0
