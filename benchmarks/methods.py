@@ -13,11 +13,11 @@ import mlx.nn as nn
 import mlx_lm
 
 from ..beam_search import BEAMS, BEST_FIRST
-from ..drafter import RecurrentDrafter
 from ..errors import UserError
 from ..generate import stream_generate
+from ..heads import Drafter
 from ..sampling import Chooser, position_keyed
-from ..settings import AUTO, DraftShape
+from ..settings import AUTO, OFF, DraftShape
 from .side_by_side import Method
 
 PLAIN, OURS = "plain", "ours"
@@ -81,7 +81,7 @@ class Decoder:
 
     model: nn.Module
     tokenizer: Any
-    drafter: RecurrentDrafter | None
+    drafter: Drafter | None
     max_tokens: int
     temp: float = 0.0
     seed: int = 0
@@ -94,19 +94,20 @@ class Decoder:
 
     def plain(self, prompt: list[int]) -> Iterable:
         """mlx_lm's own loop. At a temperature it asks our sampler, so that it writes the seed's text, too."""
-        sampler: dict[str, Any] = {} if self.temp == 0 else {"sampler": keyed_sampler(self._chooser(), len(prompt))}
+        sampler: dict[str, Any] = {} if self.temp == 0 else {"sampler": keyed_sampler(self.chooser(), len(prompt))}
         return mlx_lm.stream_generate(self.model, self.tokenizer, prompt, max_tokens=self.max_tokens, **sampler)
 
     def ours(self, prompt: list[int]) -> Iterable:
         """Our loop without drafts."""
-        return stream_generate(self.model, self.tokenizer, prompt, max_tokens=self.max_tokens, chooser=self._chooser())
+        return stream_generate(self.model, self.tokenizer, prompt, max_tokens=self.max_tokens, chooser=self.chooser())
 
-    def drafted(self, shape: DraftShape | str) -> Method:
-        """Our loop with drafts of a shape, or "auto"."""
-        options: dict[str, Any] = {"max_tokens": self.max_tokens, "chooser": self._chooser(), "shape": shape}
+    def drafted(self, shape: DraftShape | str, lookup: str = OFF) -> Method:
+        """Our loop with drafts of a shape, or "auto", and of lookup if that is "on" or "auto"."""
+        options: dict[str, Any] = {"max_tokens": self.max_tokens, "chooser": self.chooser(), "shape": shape}
+        options["lookup"] = lookup
         return lambda prompt: stream_generate(self.model, self.tokenizer, prompt, self.drafter, **options)
 
-    def _chooser(self) -> Chooser:
+    def chooser(self) -> Chooser:
         return position_keyed(self.temp, self.seed)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import mlx.core as mx
 from tqdm import tqdm
 
 from ..errors import UserError
@@ -17,20 +18,39 @@ Method = Callable[[Any], Iterable]  # a prompt in, a stream of responses out (ml
 
 @dataclasses.dataclass
 class Run:
-    """One text: its tokens, seconds from the first token to the last, and steps after the first token."""
+    """One text. The round that reads the prompt is not counted: the clock and the steps begin after it.
+
+    Attributes:
+        tokens: all of them.
+        seconds: from the end of the first round to the last token.
+        steps: after the first round.
+        before: tokens of the first round; more than one where drafts went along with the prompt.
+        to_first: seconds until the first token.
+        accepted: draft tokens accepted in each step.
+        held: bytes that decoding held at most, beyond what was there before.
+    """
 
     tokens: list[int]
     seconds: float
     steps: int
+    before: int = 1
+    to_first: float = 0.0
+    accepted: list[int] = dataclasses.field(default_factory=list)
+    held: int = 0
+
+    @property
+    def counted(self) -> int:
+        """Tokens after the first round."""
+        return len(self.tokens) - self.before
 
     @property
     def seconds_per_token(self) -> float:
-        return self.seconds / (len(self.tokens) - 1)
+        return self.seconds / self.counted
 
     @property
     def acceptance(self) -> float:
         """Mean acceptance length."""
-        return (len(self.tokens) - 1) / self.steps
+        return self.counted / self.steps
 
 
 Runs = dict[str, list[list[Run]]]  # of each method: for each prompt, its runs
@@ -102,16 +122,32 @@ def turn_order(names: list[str], turn: int, reference_every: int = 0) -> list[st
 
 
 def measure(stream: Iterable, show: bool = False) -> Run:
-    """Takes a stream of responses to its end."""
-    tokens, first, response = [], 0.0, None
+    """Takes a stream of responses to its end.
+
+    A response that was not drafted ends a round, as in mlx_lm's and in our own streams.
+    """
+    tokens, to_first, after_first, before = [], 0.0, 0.0, 0
+    accepted: list[int] = []
+    ended, response = True, None
+    mx.reset_peak_memory()
+    active, start = mx.get_active_memory(), time.perf_counter()
     for response in stream:
         tokens.append(response.token)
         if len(tokens) == 1:
-            first = time.perf_counter()
+            to_first = time.perf_counter() - start
+        drafted = getattr(response, "from_draft", False)
+        if before:
+            accepted += [0] if ended else []
+            accepted[-1] += drafted
+            ended = not drafted
+        elif not drafted:
+            before, after_first = len(tokens), time.perf_counter()
         if show:
             print(response.text, end="", flush=True)
-    seconds = time.perf_counter() - first
-    return Run(tokens, seconds, getattr(response, "steps", len(tokens) - 1))
+    seconds = time.perf_counter() - after_first
+    steps = getattr(response, "steps", len(accepted))
+    held = max(0, mx.get_peak_memory() - active)
+    return Run(tokens, seconds, steps, before or len(tokens), to_first, accepted, held)
 
 
 @dataclasses.dataclass
@@ -145,13 +181,13 @@ def summarize(runs: Runs) -> dict[str, Summary]:
         UserError: where no other text is left.
     """
     base = next(iter(runs.values()))
-    timed = [all(len(run.tokens) > 1 for each in runs.values() for run in each[i]) for i in range(len(base))]
+    timed = [all(run.counted > 0 for each in runs.values() for run in each[i]) for i in range(len(base))]
     if not any(timed):
         raise UserError("--prompts: every text ended after its first token, so there is nothing to time")
     result = {}
     for name, texts in runs.items():
         flat = [run for i, text in enumerate(texts) if timed[i] for run in text]
-        tokens, steps = sum(len(run.tokens) - 1 for run in flat), sum(run.steps for run in flat)
+        tokens, steps = sum(run.counted for run in flat), sum(run.steps for run in flat)
         ratios = [median_time(base[i]) / median_time(text) if timed[i] else None for i, text in enumerate(texts)]
         efficiencies = [ratio / text[0].acceptance for ratio, text in zip(ratios, texts) if ratio is not None]
         result[name] = Summary(

@@ -1,13 +1,15 @@
-"""`mlx-redrafter demo`: the same text twice, once plainly and once with the drafter, side by side."""
+"""`mlx-redrafter demo`: the same text twice, once plainly and once with the drafter, side by side.
+
+With --show-tree, one text step by step: what was drafted, accepted and rejected.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Iterable
 from typing import Any
 
+import mlx.nn as nn
 import mlx_lm
 
 from .benchmarks.machine import device_facts
@@ -16,7 +18,13 @@ from .embedded.corpus import held_out_prefixes
 from .errors import UserError
 from .generate import stream_generate
 from .generate_command import add_model_arguments, draft_shape, load_from
-from .settings import AUTO, OFF, DraftShape
+from .heads import Drafter, proposer_for
+from .lookup import LookupProposer
+from .settings import AUTO, OFF, DecodingOptions, DraftShape
+from .templates import encode
+from .tree_view import GREEN, colours, painted, show
+from .verification import NONE, verifier_of
+from .watching import watch
 
 HELP = "write the same text plainly and with the drafter, and compare"
 
@@ -24,11 +32,15 @@ HELP = "write the same text plainly and with the drafter, and compare"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--max-tokens", "-m", type=int, default=128, help="tokens per text (default: %(default)s)")
+    add("--max-tokens", "-m", type=int, help="tokens per text (default: 128; 32 with --show-tree)")
     add("--prompts", type=int, default=20, help="texts to measure; the first one is shown (default: %(default)s)")
+    add("--show-tree", action="store_true", help="write one text and show every step's tree: which words were drafted,"
+        " accepted, rejected; without a shape, trees of 7")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.max_tokens is None:
+        args.max_tokens = 32 if args.show_tree else 128
     if args.max_tokens < 2 or args.prompts < 1:
         raise UserError("--max-tokens has to be 2 or more, --prompts 1 or more")
     asked = draft_shape(args)
@@ -38,6 +50,10 @@ def run(args: argparse.Namespace) -> None:
     prompts = held_out_prefixes(args.prompts)
     if not prompts:
         raise UserError("this Python has no source of its standard library to take prompts from")
+    if args.show_tree:
+        shape = DraftShape(4, 5, 7) if asked == AUTO else asked
+        assert isinstance(shape, DraftShape)
+        return show_trees(model, drafter, tokenizer, prompts[0], shape, args.lookup, args.max_tokens)
 
     def plain(prompt: str) -> Iterable:
         return mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=args.max_tokens)
@@ -57,10 +73,38 @@ def run(args: argparse.Namespace) -> None:
     print(f"Device: {facts['device']}" + (f"; float32 products by {products}" if products else ""))
     for name, method in list(methods.items())[:2]:
         print(f"\n--- {name}: continuing a file that was held out of training\n{prompts[0]}", end="")
-        print("\033[36m" if _colours() else "", end="")
+        print("\033[36m" if colours() else "", end="")
         measure(method(prompts[0]), show=True)
-        print("\033[0m" if _colours() else "")
+        print("\033[0m" if colours() else "")
     print("\n" + table(side_by_side(methods, prompts)))
+
+
+def show_trees(
+    model: nn.Module, drafter: Drafter | None, tokenizer: Any, prompt: str, shape: DraftShape, lookup: str, count: int
+) -> None:
+    """Writes one text greedily and prints every step's tree, and the text with what was drafted marked."""
+    verifier = verifier_of(model)
+    if verifier.capability == NONE:
+        raise UserError(f"--show-tree: this target cannot verify drafts: {verifier.reason}")
+    shape.check(verifier.target.vocab_size if drafter is None else drafter.config.scored)
+    proposer = None if drafter is None else proposer_for(drafter, verifier.target.embed, shape)
+    if proposer is None or lookup != OFF:
+        proposer = LookupProposer(proposer, shape, lookup)
+    colour, steps = colours(), 0
+    words: list[tuple[int, bool]] = []
+    ids = encode(tokenizer, prompt)
+    print(f"{prompt}\n")
+    for step, tokens in watch(verifier, proposer, ids, DecodingOptions(max_tokens=count), drafter):
+        if step is not None:
+            steps += 1
+            print(show(step, steps, tokenizer, colour) + "\n", flush=True)
+        accepted = 0 if step is None else sum(node.accepted for node in step.nodes) - 1
+        words += [(token, i < accepted) for i, token in enumerate(tokens)]
+    print("The text" + (" (drafted words green):" if colour else ":"))
+    print("".join(painted(tokenizer.decode([token]), GREEN, colour and drafted) for token, drafted in words))
+    print(
+        f"\n{len(words)} tokens, {steps} steps after the first: {(len(words) - 1) / max(1, steps):.2f} tokens per step"
+    )
 
 
 def describe(shape: DraftShape | str) -> str:
@@ -68,7 +112,3 @@ def describe(shape: DraftShape | str) -> str:
     if isinstance(shape, str):
         return shape
     return f"{'chain' if shape.beam_width == 1 else 'tree'} of {shape.num_draft_tokens}"
-
-
-def _colours() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ

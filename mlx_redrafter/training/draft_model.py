@@ -150,8 +150,8 @@ def _loss(
     counted = learned.reshape(-1).astype(mx.float32)
     total = mx.maximum(mx.sum(counted), 1)
     wanted = mx.take_along_axis(ids, mx.argmax(shares, axis=-1, keepdims=True), axis=-1)
-    same = (mx.argmax(logits, axis=-1, keepdims=True) == wanted).reshape(-1)
-    return mx.sum(entropy * counted) / total, mx.sum(same * counted) / total
+    same: Any = mx.argmax(logits, axis=-1, keepdims=True) == wanted
+    return mx.sum(entropy * counted) / total, mx.sum(same.reshape(-1) * counted) / total
 
 
 def _held_out(model: nn.Module, teacher: Teacher) -> tuple[float, float]:
@@ -159,7 +159,7 @@ def _held_out(model: nn.Module, teacher: Teacher) -> tuple[float, float]:
     if not len(rows):
         return float("nan"), float("nan")
     loss, hits = _loss(model, *_batch(teacher, rows))
-    return loss.item(), hits.item()
+    return float(loss.item()), float(hits.item())  # type: ignore[arg-type]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -233,7 +233,7 @@ def _check(
         raise UserError(f"--init {args.init}: its tokenizer is another than the target's")
     if rows.manifest["settings"].get("tokenizer") != mark:
         raise UserError(f"--text {args.text}: its rows were cut by another tokenizer than the target's")
-    if any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters())):
+    if any(name.endswith(".scales") for name in dict(tree_flatten(model.parameters()))):
         raise UserError(f"--init {args.init}: is quantised, expected weights in full")
 
 

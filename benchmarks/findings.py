@@ -1,0 +1,72 @@
+"""What the rows of a comparison say, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..settings import AUTO
+from .contest import REDRAFTER
+from .methods import PLAIN
+from .rows import Row
+
+CLOSE = 0.03  # differences below this share are no win
+
+
+def at(temp: float) -> str:
+    return f"temperature {temp:g}" if temp else "greedy"
+
+
+def title(method: str) -> str:
+    """A method's name for people."""
+    return {PLAIN: "plain mlx_lm", "draft model": "mlx_lm + draft model", "lookup": "prompt lookup"}.get(method, method)
+
+
+def named(row: Row) -> str:
+    """A method and its setting in a few words."""
+    setting = f"{row.setting} draft tokens" if row.setting.isdigit() else row.setting
+    shown = f" ({setting})" if setting not in ("", AUTO) else ""
+    return f"{title(row.method)}{shown}"
+
+
+def findings(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """A sentence for each temperature and kind of text: who is fastest, and who comes next of the other sort.
+
+    Returns:
+        the sentences, and the rows that each is about.
+    """
+    found = []
+    for temp, category in dict.fromkeys((row.temp, row.category) for row in rows):
+        group = [row for row in rows if (row.temp, row.category) == (temp, category)]
+        found.append(_sentence(f"{at(temp).capitalize()}, {category}", group))
+    return found
+
+
+def _sentence(where: str, group: list[Row]) -> tuple[str, list[Row]]:
+    ours = [row for row in group if row.method in REDRAFTER]
+    others = [row for row in group if row.method not in REDRAFTER]
+    mine = max(ours, key=lambda row: row.tokens_per_second)
+    other = max(others, key=lambda row: row.tokens_per_second)
+    ratio = mine.tokens_per_second / other.tokens_per_second
+    figures = (
+        f"{named(mine)} writes {mine.tokens_per_second:.1f} tokens/s ({mine.speed_up:.2f}x plain),"
+        f" {named(other)} {other.tokens_per_second:.1f} ({other.speed_up:.2f}x)"
+    )
+    if abs(ratio - 1) < CLOSE:
+        verdict = "Too close to call"
+    elif ratio > 1:
+        verdict = "ReDrafter is fastest"
+    elif other.method == PLAIN:
+        verdict = "Plain decoding wins here: drafting does not pay"
+    else:
+        verdict = f"Another method wins here, {title(other.method)}"
+    return f"{where}: {verdict}. {figures}.", [mine, other]
+
+
+def equality(rows: Sequence[Row]) -> str:
+    """How many texts were plain mlx_lm's."""
+    others = [row for row in rows if row.method != PLAIN and row.category == rows[0].category]
+    equal, total = sum(row.equal for row in others), sum(row.runs for row in others)
+    if equal == total:
+        return f"All {total} texts that were drafted equal plain mlx_lm's, token for token."
+    differing = ", ".join(dict.fromkeys(title(row.method) for row in others if row.equal < row.runs))
+    return f"{equal} of {total} drafted texts equal plain mlx_lm's, token for token; others differ ({differing})."

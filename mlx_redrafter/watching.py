@@ -1,0 +1,171 @@
+"""Decoding that can be watched: what each step drafted, how sure the drafter was, what was accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .acceptance import Accepted
+from .beam_search import Embedder
+from .decoding import speculative
+from .drafter import RecurrentDrafter
+from .proposers import Proposer
+from .settings import DecodingOptions
+from .tree import CandidateTree
+from .verification import Verifier
+
+
+@dataclasses.dataclass
+class Node:
+    """One candidate token.
+
+    Attributes:
+        token: its id.
+        parent: index of the node it follows; the root is node 0, and its own.
+        depth: distance from the root.
+        accepted: whether the target chose it; the root is always accepted.
+        probability: the drafter's, given what comes before; None where the drafter says none.
+    """
+
+    token: int
+    parent: int
+    depth: int
+    accepted: bool
+    probability: float | None
+
+
+@dataclasses.dataclass
+class WatchedStep:
+    """One step.
+
+    Attributes:
+        nodes: the root and all candidates, parents before children.
+        tokens: what the step produced: the accepted candidates, and the target's own choice after them.
+    """
+
+    nodes: list[Node]
+    tokens: list[int]
+
+
+class Watched(Proposer):
+    """Another proposer, whose candidates and what became of them are kept until they are taken.
+
+    Attributes:
+        steps: of each step in order its context (1, hidden_size), tree and acceptance; still on the device.
+    """
+
+    def __init__(self, inner: Proposer):
+        super().__init__(inner.shape)
+        self.inner = inner
+        self.steps: deque[tuple[mx.array, CandidateTree, Accepted]] = deque()
+        self._asked: tuple[mx.array, CandidateTree] | None = None
+
+    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
+        self.inner.shape = self.shape
+        tree = self.inner.propose(context, root, chain_only)
+        self._asked = context, tree
+        return tree
+
+    def begin(self, text: mx.array, root: mx.array) -> None:
+        self.steps.clear()
+        self.inner.begin(text, root)
+
+    def advance(self, accepted: Accepted) -> None:
+        assert self._asked is not None
+        self.steps.append((*self._asked, accepted))
+        self.inner.advance(accepted)
+
+    def learn(self, tokens: list[int]) -> None:
+        self.inner.learn(tokens)
+
+    def arrays(self) -> list[mx.array]:
+        return self.inner.arrays()
+
+
+def watch(
+    verifier: Verifier,
+    proposer: Proposer,
+    prompt: Sequence[int],
+    options: DecodingOptions,
+    drafter: Any = None,
+) -> Generator[tuple[WatchedStep | None, list[int]]]:
+    """Decodes one text, step by step.
+
+    Args:
+        verifier: with a capability other than "none".
+        proposer: where the drafts come from.
+        prompt: token ids.
+        options: as for `speculative`.
+        drafter: a recurrent one says how probable its candidates are; any other, or None, does not.
+
+    Yields:
+        each step with its tokens, at most `max_tokens` of them in all; first None, with the
+        token that follows the prompt.
+    """
+    watched, cache, made = Watched(proposer), verifier.make_cache(), 0
+    for produced in speculative(verifier, watched, mx.array([list(prompt)]), cache, options):
+        tokens = produced.tokens
+        if options.max_tokens >= 0:
+            tokens = tokens[: options.max_tokens - made]
+        made += len(tokens)
+        if produced.from_prompt:
+            yield None, tokens
+            continue
+        context, tree, accepted = watched.steps.popleft()
+        probabilities: Sequence[float | None] = [None] * tree.rows
+        if isinstance(drafter, RecurrentDrafter):
+            probabilities = node_probabilities(drafter, verifier.target.embed, context, tree)
+        yield WatchedStep(_nodes(tree, accepted, probabilities), tokens), tokens
+
+
+def node_probabilities(
+    drafter: RecurrentDrafter, embed: Embedder, context: mx.array, tree: CandidateTree
+) -> list[float | None]:
+    """The drafter's probability of every row of a tree (batch size 1), given the path to its parent.
+
+    Args:
+        context: (1, hidden_size) as the drafter read it.
+
+    Returns:
+        one per row; None for the root, and for tokens that the drafter cannot draft.
+    """
+    tokens, parents = _host(tree.tokens), _host(tree.parents)
+    states: list[mx.array] = []
+    for row, token in enumerate(tokens):
+        above = None if row == 0 else states[parents[row]]
+        states.append(drafter.advance(embed(mx.array([token])), above))
+    logits = drafter.logits(drafter.project_context(context), mx.concatenate(states)).astype(mx.float32)
+    shares = mx.softmax(logits, axis=-1)
+    drafts: dict[int, int] = {}
+    if drafter.config.draft_vocab_size is not None:
+        ids: Any = drafter.target_ids(mx.arange(drafter.config.scored)).tolist()
+        drafts = {target: draft for draft, target in enumerate(ids)}
+    found: list[float | None] = [None]
+    for row, token in enumerate(tokens[1:], 1):
+        draft = drafts.get(token) if drafts else token
+        found.append(None if draft is None else float(shares[parents[row], draft].item()))
+    return found
+
+
+def _nodes(tree: CandidateTree, accepted: Accepted, probabilities: Sequence[float | None]) -> list[Node]:
+    """The tree on the host; rows that only fill the shape are left out."""
+    [count] = _host(accepted.count[None])
+    path = set(_host(accepted.path)[: count + 1])
+    tokens, parents, depths, valid = (_host(a) for a in (tree.tokens, tree.parents, tree.depths, tree.valid))
+    seats: dict[int, int] = {}
+    nodes: list[Node] = []
+    for row in range(tree.rows):
+        if valid[row]:
+            seats[row] = len(nodes)
+            nodes.append(Node(tokens[row], seats[parents[row]], depths[row], row in path, probabilities[row]))
+    return nodes
+
+
+def _host(row: mx.array) -> list[Any]:
+    """(1, n) as a list."""
+    values: Any = row[0].tolist()
+    return values
