@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from . import ablation, breakdown, context, speed, sweep, verify_cost
+from . import ablation, breakdown, compare, context, speed, sweep, verify_cost
 
-HELP = "measure on this device: speed, tree shapes, cost of rows, parts of a step, long contexts, choices in training"
+HELP = (
+    "measure on this device: speed, other methods, tree shapes, cost of rows, parts of a step, long contexts,"
+    " choices in training"
+)
 
 # Name: module with HELP, add_arguments(parser) and run(args), which returns a Report.
 KINDS = {
     "speed": speed,
+    "compare": compare,
     "sweep": sweep,
     "verify-cost": verify_cost,
     "breakdown": breakdown,

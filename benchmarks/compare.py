@@ -11,6 +11,8 @@ import dataclasses
 import math
 from typing import Any
 
+from ..drafter import RecurrentDrafter
+from ..errors import UserError
 from . import charts
 from .contest import DRAFT_MODEL, Contest, Tried, open_contest, search
 from .elsewhere import PUBLISHED
@@ -62,6 +64,8 @@ def run(args: argparse.Namespace) -> Report:
         if not math.isfinite(temp):
             in_range("--temps", temp, 0, 100)
     pair = load_pair(args)
+    if not isinstance(pair.drafter, RecurrentDrafter):
+        raise UserError(f"--draft {args.draft}: is of Medusa heads, which --medusa takes; expected a recurrent drafter")
     contest = open_contest(pair, args.draft_model, args.medusa)
     texts = encode_texts(args, pair, prompts)
     categories = [prompt.category for prompt in prompts]

@@ -57,6 +57,7 @@ class Report:
         data: all figures, for programs.
         draw: the chart.
         size: of the chart, in inches.
+        page: an HTML page with all of it; KIND.html where there is one.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Report:
     data: dict[str, Any]
     draw: Draw
     size: tuple[float, float] = (8.0, 4.5)
+    page: str | None = None
 
     def publish(self, out: str | None) -> None:
         """Prints the tables; writes KIND.json, KIND.md and KIND.png into a directory, each whole or not at all."""
@@ -82,9 +84,13 @@ class Report:
         with replace_file(folder / f"{self.kind}.json") as file:
             whole = {"kind": self.kind, "command": self.command, "facts": self.facts, **self.data}
             file.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+        if self.page is not None:
+            with replace_file(folder / f"{self.kind}.html") as file:
+                file.write_text(self.page, "utf-8")
         with replace_file(folder / f"{self.kind}.md") as file:
             file.write_text(self._markdown(), "utf-8")
-        print(f"\nWritten: {', '.join(str(folder / f'{self.kind}.{s}') for s in ('json', 'md', 'png'))}")
+        suffixes = ["json", "md", "png"] + ([] if self.page is None else ["html"])
+        print(f"\nWritten: {', '.join(str(folder / f'{self.kind}.{s}') for s in suffixes)}")
 
     def _markdown(self) -> str:
         parts = [f"## {self.title}", f"    {self.command}", "\n".join(f"- {k}: {v}" for k, v in self.facts.items())]

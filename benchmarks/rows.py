@@ -55,9 +55,8 @@ class Row:
 
 def row_id(temp: float, category: str, method: str) -> str:
     """t0.7/all-texts/redrafter-auto"""
-    return "/".join(
-        [f"t{temp:g}", *(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (category, method))]
-    )
+    words = (re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (category, method))
+    return "/".join([f"t{temp:g}", *words])
 
 
 def rows_of(

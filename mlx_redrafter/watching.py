@@ -147,7 +147,8 @@ def node_probabilities(
     found: list[float | None] = [None]
     for row, token in enumerate(tokens[1:], 1):
         draft = drafts.get(token) if drafts else token
-        found.append(None if draft is None else float(shares[parents[row], draft].item()))
+        share: Any = None if draft is None else shares[parents[row], draft].item()
+        found.append(share)
     return found
 
 

@@ -147,11 +147,11 @@ def _loss(
     logits = model(tokens).astype(mx.float32)
     flat = logits.reshape(-1, logits.shape[-1])
     entropy = soft_cross_entropy(flat, ids.reshape(len(flat), -1), shares.reshape(len(flat), -1))
-    counted = learned.reshape(-1).astype(mx.float32)
+    counted: Any = learned.reshape(-1).astype(mx.float32)
     total = mx.maximum(mx.sum(counted), 1)
     wanted = mx.take_along_axis(ids, mx.argmax(shares, axis=-1, keepdims=True), axis=-1)
-    same: Any = mx.argmax(logits, axis=-1, keepdims=True) == wanted
-    return mx.sum(entropy * counted) / total, mx.sum(same.reshape(-1) * counted) / total
+    agree: Any = mx.argmax(logits, axis=-1, keepdims=True) == wanted
+    return mx.sum(entropy * counted) / total, mx.sum(agree.reshape(-1) * counted) / total
 
 
 def _held_out(model: nn.Module, teacher: Teacher) -> tuple[float, float]:
