@@ -1,0 +1,177 @@
+"""The page of a comparison: every figure is the JSON's, nothing comes from a network, a browser shows it."""
+
+import dataclasses
+import html.parser
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+from mlx_redrafter.benchmarks.compare import NOTES
+from mlx_redrafter.benchmarks.contest import SETTINGS
+from mlx_redrafter.benchmarks.elsewhere import PUBLISHED
+from mlx_redrafter.benchmarks.findings import equality, findings
+from mlx_redrafter.benchmarks.html_page import page
+from mlx_redrafter.benchmarks.html_parts import value_of
+from mlx_redrafter.benchmarks.report import Report
+from mlx_redrafter.benchmarks.rows import ALL, by_position, row_id, rows_of
+from mlx_redrafter.benchmarks.side_by_side import Run, measure
+
+KINDS = ["coding", "qa"]
+
+
+def made_runs() -> dict[str, list[list[Run]]]:
+    """Of every method a text of each kind; lookup is fastest on questions, Medusa nowhere."""
+    tempo = dict(zip(SETTINGS, (8.0, 7.0, 6.0, 5.5, 5.8, 5.2, 4.1, 9.0, 4.0)))
+    runs = {}
+    for name, seconds in tempo.items():
+        accepted = [] if name == "plain" else [3, 1, 0, 2]
+        counted = [0] * 9 if name == "plain" else accepted
+        tokens = list(range(1 + sum(counted) + len(counted)))
+        texts = [Run(tokens, seconds, len(counted), 1, 0.02, counted, 5_000_000)]
+        quick = dataclasses.replace(texts[0], seconds=2.0 if name == "lookup" else seconds)
+        runs[name] = [[texts[0]], [quick]]
+    return runs
+
+
+def made_report() -> tuple[Report, str]:
+    rows = []
+    for temp in (0.0, 0.7):
+        settings = {name: options[-1] for name, options in SETTINGS.items()}
+        rows += rows_of(temp, made_runs(), KINDS, settings, dict.fromkeys(SETTINGS, 2_500_000), 50_000_000)
+    nodes = [
+        ("def", 0, 0, True, None),
+        (" f", 0, 1, True, 0.62),
+        (" g", 0, 1, False, 0.2),
+        ("\n    ", 1, 2, False, 0.1),
+    ]
+    names = ("text", "parent", "depth", "accepted", "probability")
+    data = {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "search": [{"id": row_id(0, "search", "draft model 2"), "temp": 0.0, "method": "draft model", "setting": "2",
+            "tokens_per_second": 91.25, "acceptance": 1.8, "best": True}],
+        "tree": {"before": "x = 1\n", "own": "(", "shape": "tree of 3",
+            "nodes": [{"id": f"tree/{i}", **dict(zip(names, node))} for i, node in enumerate(nodes)]},
+        "published": [{"id": f"published/{i}", **dataclasses.asdict(one)} for i, one in enumerate(PUBLISHED)],
+        "left_out": ["Medusa takes no part: <not given>."],
+    }  # fmt: skip
+    facts = {"device": "a device", "target": "a target", "texts": "2 prompts"}
+    report = Report(
+        "compare", "Drafting methods side by side", facts, "mlx-redrafter bench compare", [], [], data, print
+    )
+    return report, page(report, findings(rows), equality(rows), NOTES)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return made_report()
+
+
+class Figures(html.parser.HTMLParser):
+    """All elements with their attributes, and the text inside <data>."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.inside = [], None
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs), []))
+        self.inside = self.elements[-1][2] if tag == "data" else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside is not None:
+            self.inside.append(data)
+
+
+def traced_figures(text: str, data: dict) -> int:
+    """Checks every figure of a page against the JSON's rows; how many there were."""
+    parser, known, count = Figures(), {}, 0
+    parser.feed(text)
+    for some in (data["rows"], data["search"], data["published"], (data["tree"] or {"nodes": []})["nodes"]):
+        known |= {row["id"]: row for row in some}
+    for tag, attrs, words in parser.elements:
+        assert set((attrs.get("data-rows") or "").split()) <= set(known)
+        if "data-row" not in attrs:
+            assert tag != "data"
+            continue
+        count += 1
+        value = value_of(known[attrs["data-row"]], attrs["data-field"])
+        assert float(attrs["value" if tag == "data" else "data-value"]) == value
+        if tag == "data":
+            shown = "".join(words)
+            number, places = float(shown.rstrip("%")), len(shown.rstrip("%").partition(".")[2])
+            scales = (100.0,) if shown.endswith("%") else (1.0, 1e-6, 1e3)
+            assert any(abs(number - value * scale) <= 0.51 * 10**-places for scale in scales), (shown, value)
+    return count
+
+
+def test_every_figure_is_a_rows(made):
+    """If this fails, the page says something that the JSON does not."""
+    report, text = made
+    assert traced_figures(text, json.loads(json.dumps(report.data))) > 300
+
+
+def test_sentences_say_what_their_rows_say(made):
+    report, text = made
+    rows = {row["id"]: row for row in report.data["rows"]}
+    sentences = re.findall(r'<li data-rows="([^"]+)">([^<]+)</li>', text)
+    assert len(sentences) == 6  # two temperatures, all texts and two kinds
+    for ids, sentence in sentences:
+        some = [rows[name] for name in ids.split()]
+        said = re.findall(r"(\d+\.\d+)x", sentence)
+        assert said == [f"{row['speed_up']:.2f}" for row in some]
+        kind = some[0]["category"]
+        expected = "Another method wins here, prompt lookup" if kind == "qa" else "ReDrafter is fastest"
+        if kind != ALL:
+            assert expected in sentence
+
+
+def test_nothing_is_loaded(made):
+    """If this fails, the page needs a network."""
+    _, text = made
+    assert not re.search(r"<script|<link[^>]+stylesheet|@import|url\(|src=", text)
+    assert set(re.findall(r'<(?:link|img)[^>]+href="([^"]*)"', text)) == {"data:,"}
+    assert "prefers-color-scheme: dark" in text and "&lt;not given&gt;" in text
+
+
+def test_acceptance_by_position():
+    runs = [Run([0] * 8, 1.0, 4, 1, 0.0, [3, 0, 1, 1]), Run([0], 0.0, 0)]
+    assert by_position(runs) == [0.75, 0.25, 0.25] and by_position(runs[1:]) == []
+
+
+def test_rounds_are_told_by_what_was_drafted():
+    """mlx_lm drafts along with the prompt; that round is in neither the steps nor the time."""
+    import types
+
+    flags = [True, False, True, True, False, False, True]
+    run = measure(types.SimpleNamespace(token=i, text="", from_draft=flag) for i, flag in enumerate(flags))
+    assert (run.before, run.counted, run.accepted, run.steps) == (2, 5, [2, 0, 1], 3)
+
+
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine")
+    return found
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("name", "size", "dark"), [("light", "1100,2600", False), ("phone-dark", "500,3000", True)])
+def test_a_browser_shows_it(made, tmp_path, name, size, dark):
+    """A picture comes out, and the console stays empty. PAGE_PICTURES names a folder that keeps the pictures."""
+    file, picture = tmp_path / "compare.html", tmp_path / f"{name}.png"
+    file.write_text(made[1])
+    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    command += [f"--window-size={size}", f"--screenshot={picture}", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    ran = subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=120)
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", ran.stderr
+    assert "CONSOLE" not in ran.stderr, ran.stderr
+    if folder := os.environ.get("PAGE_PICTURES"):
+        shutil.copy(picture, pathlib.Path(folder))
