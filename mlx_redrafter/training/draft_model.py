@@ -41,7 +41,7 @@ from .loss import soft_cross_entropy
 from .rendering import Renderer
 from .shards import Rows
 from .teacher import Objective, Teacher
-from .trainer import TrainingPlan, row_picks
+from .trainer import TrainingPlan, begin_log, row_picks
 
 LOG_EVERY = 20
 
@@ -93,7 +93,7 @@ def train_draft_model(
     start, seen = time.perf_counter(), 0
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        (folder / "log.jsonl").open("a" if progress.done else "w") as log,
+        begin_log(folder / "log.jsonl", progress.done) as log,
         tqdm(total=plan.iters, initial=progress.done, desc="training", unit="it") as bar,
     ):
         while progress.done < plan.iters:

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -240,6 +240,17 @@ def _not_finite(loss: float, update: int, checkpoint: pathlib.Path, plan: Traini
     )
 
 
+def begin_log(path: pathlib.Path, done: int) -> TextIO:
+    """A log to go on writing to; lines after the checkpoint, the last one maybe cut short, will be written again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = ""
+    if done and path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= done)
+    path.write_text(kept)
+    return path.open("a")
+
+
 class _Log:
     """log.jsonl, and the clock: positions of text per second, evaluations not counted."""
 
@@ -248,13 +259,7 @@ class _Log:
         self._positions, self._start = 0, time.perf_counter()
         if not writes:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = ""
-        if done and path.exists():  # lines after the checkpoint, the last one maybe cut short, are written again
-            lines = path.read_text().splitlines(keepends=True)
-            kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= done)
-        path.write_text(kept)
-        self._file = path.open("a")
+        self._file = begin_log(path, done)
 
     def __enter__(self) -> _Log:
         return self
