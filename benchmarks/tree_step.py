@@ -7,6 +7,7 @@ import dataclasses
 from ..proposers import RecurrentProposer
 from ..sampling import greedy
 from ..settings import DecodingOptions, DraftShape
+from ..tree_view import token_text
 from ..verification import TREE, verifier_of
 from ..watching import WatchedStep, watch
 from .setup import Pair
@@ -57,7 +58,7 @@ def picture_of(pair: Pair, texts: list[list[int]]) -> TreeStep | None:
         written = list(ids)
         proposer = RecurrentProposer(pair.drafter, verifier.target.embed, SHAPE)
         options = DecodingOptions(greedy, TOKENS)
-        for step, tokens in watch(verifier, proposer, ids, options, pair.drafter):
+        for step, tokens in watch(verifier, proposer, ids, options, pair.drafter, pair.tokenizer.eos_token_ids):
             if step is not None and (best is None or _interest(step) > best[0]):
                 best = _interest(step), written[:-1], step
             written += tokens
@@ -67,10 +68,10 @@ def picture_of(pair: Pair, texts: list[list[int]]) -> TreeStep | None:
     accepted = sum(node.accepted for node in step.nodes) - 1
     decode = pair.tokenizer.decode
     nodes = [
-        TreeNode(f"tree/{i}", decode([n.token]), n.parent, n.depth, n.accepted, n.probability)
+        TreeNode(f"tree/{i}", token_text(pair.tokenizer, n.token), n.parent, n.depth, n.accepted, n.probability)
         for i, n in enumerate(step.nodes)
     ]
-    own = decode(step.tokens[accepted : accepted + 1])
+    own = "".join(token_text(pair.tokenizer, token) for token in step.tokens[accepted : accepted + 1])
     return TreeStep(decode(before[-40:]), nodes, own, str(SHAPE))
 
 

@@ -91,20 +91,25 @@ def show_trees(
     if proposer is None or lookup != OFF:
         proposer = LookupProposer(proposer, shape, lookup)
     colour, steps = colours(), 0
-    words: list[tuple[int, bool]] = []
+    pieces: list[tuple[str, bool]] = []
+    detokenizer, ends, made = tokenizer.detokenizer, set(tokenizer.eos_token_ids), 0
     ids = encode(tokenizer, prompt)
     print(f"{prompt}\n")
-    for step, tokens in watch(verifier, proposer, ids, DecodingOptions(max_tokens=count), drafter):
+    for step, tokens in watch(verifier, proposer, ids, DecodingOptions(max_tokens=count), drafter, ends):
         if step is not None:
             steps += 1
             print(show(step, steps, tokenizer, colour) + "\n", flush=True)
         accepted = 0 if step is None else sum(node.accepted for node in step.nodes) - 1
-        words += [(token, i < accepted) for i, token in enumerate(tokens)]
+        made += len(tokens)
+        for i, token in enumerate(tokens):
+            if token not in ends:
+                detokenizer.add_token(token)
+                pieces.append((detokenizer.last_segment, i < accepted))
+    detokenizer.finalize()
+    pieces.append((detokenizer.last_segment, False))
     print("The text" + (" (drafted words green):" if colour else ":"))
-    print("".join(painted(tokenizer.decode([token]), GREEN, colour and drafted) for token, drafted in words))
-    print(
-        f"\n{len(words)} tokens, {steps} steps after the first: {(len(words) - 1) / max(1, steps):.2f} tokens per step"
-    )
+    print("".join(painted(text, GREEN, colour and drafted) for text, drafted in pieces))
+    print(f"\n{made} tokens, {steps} steps after the first: {(made - 1) / max(1, steps):.2f} tokens per step")
 
 
 def describe(shape: DraftShape | str) -> str:

@@ -20,9 +20,14 @@ def painted(text: str, colour: str, on: bool) -> str:
     return f"{colour}{text}{PLAIN}" if on else text
 
 
+def token_text(tokenizer: Any, token: int) -> str:
+    """What a token adds to a text. SentencePiece's drop their space where a text begins, so it is asked for two."""
+    return tokenizer.decode([token, token])[len(tokenizer.decode([token])) :]
+
+
 def word(tokenizer: Any, token: int) -> str:
     """A token as one visible word: line breaks and the like escaped, in quotes."""
-    return repr(tokenizer.decode([token]))
+    return repr(token_text(tokenizer, token))
 
 
 def show(step: WatchedStep, number: int, tokenizer: Any, colour: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -92,6 +92,7 @@ def watch(
     prompt: Sequence[int],
     options: DecodingOptions,
     drafter: Any = None,
+    ends: Collection[int] = (),
 ) -> Generator[tuple[WatchedStep | None, list[int]]]:
     """Decodes one text, step by step.
 
@@ -101,6 +102,7 @@ def watch(
         prompt: token ids.
         options: as for `speculative`.
         drafter: a recurrent one says how probable its candidates are; any other, or None, does not.
+        ends: tokens after the first of which nothing is decoded.
 
     Yields:
         each step with its tokens, at most `max_tokens` of them in all; first None, with the
@@ -111,15 +113,21 @@ def watch(
         tokens = produced.tokens
         if options.max_tokens >= 0:
             tokens = tokens[: options.max_tokens - made]
+        last = next((i for i, token in enumerate(tokens) if token in ends), None)
+        tokens = tokens if last is None else tokens[: last + 1]
         made += len(tokens)
         if produced.from_prompt:
             yield None, tokens
+            if last is not None:
+                return
             continue
         context, tree, accepted = watched.steps.popleft()
         probabilities: Sequence[float | None] = [None] * tree.rows
         if isinstance(drafter, RecurrentDrafter):
             probabilities = node_probabilities(drafter, verifier.target.embed, context, tree)
         yield WatchedStep(_nodes(tree, accepted, probabilities), tokens), tokens
+        if last is not None:
+            return
 
 
 def node_probabilities(
