@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 from typing import Any
 
@@ -21,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from . import tuning_files
 from .adaptation import Adaptation, Memory
-from .blas import prefer_openblas
+from .blas import IDLE_VARIABLE, prefer_openblas
 from .calibration import DEPTHS, FIRST, Calibration, later_assumed
 from .costs import SHORT, Costs, measure
 from .device import blas_threads, device_name, on_cpu
@@ -174,7 +175,9 @@ def _device_key() -> dict[str, Any]:
         "python": platform.python_version(),
     }
     if on_cpu():
-        key |= {"blas": prefer_openblas(), "threads": blas_threads()}
+        # Threads that spin between products slow down everything else: other costs altogether.
+        idle = os.environ.get(IDLE_VARIABLE)
+        key |= {"blas": prefer_openblas(), "threads": blas_threads(), "idle": idle}
     return key
 
 

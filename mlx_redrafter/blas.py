@@ -22,7 +22,7 @@ _VARIABLE = "MLX_REDRAFTER_BLAS"  # "off" keeps MLX's own BLAS; a path loads tha
 # Idle OpenBLAS threads spin for 2^26 cycles unless told otherwise, on the cores that MLX needs
 # between two products to build and run everything else: on 2 cores plain decoding took 9.0 ms
 # per token with it, 6.1 ms where they sleep after 2^10.
-_IDLE = ("OPENBLAS_THREAD_TIMEOUT", "10")
+IDLE_VARIABLE, _IDLE = "OPENBLAS_THREAD_TIMEOUT", "10"
 _state: str | None = None
 
 
@@ -45,7 +45,7 @@ def _choose() -> str:
     if not sys.platform.startswith("linux"):
         return "Metal and Accelerate"
     wish = os.environ.get(_VARIABLE, "")
-    os.environ.setdefault(*_IDLE)  # read when the library is loaded
+    os.environ.setdefault(IDLE_VARIABLE, _IDLE)  # read when the library is loaded
     if wish == "off":
         return f"MLX's own BLAS (${_VARIABLE} is off)"
     if "mlx.core" in sys.modules:
