@@ -164,7 +164,7 @@ def test_lookup_changes_nothing(mode, temp, drafting):
             assert found == plain
 
 
-@pytest.mark.parametrize("shape", [DraftShape(), DraftShape(4, 5, 7)], ids=str)
+@pytest.mark.parametrize("shape", [DraftShape(), pytest.param(DraftShape(4, 5, 7), marks=pytest.mark.slow)], ids=str)
 def test_lookup_pays_in_texts_that_repeat_themselves(pair, prefixes, shape):
     """If this fails, lookup finds nothing, or what it finds is not checked."""
     model, drafter, tokenizer = pair

@@ -199,14 +199,11 @@ def check_killed(stories, text, tmp_path, kills):
     assert not [p for folder in (quiet, stopped) for p in folder.rglob(".*")]
 
 
-def test_killed_runs_end_like_quiet_ones(stories, text, tmp_path):
-    """If this fails, a power cut costs the night's training, or changes what is learned."""
-    check_killed(stories, text, tmp_path, kills=1)
-
-
 @pytest.mark.slow
-def test_killed_twenty_times(stories, text, tmp_path):
-    check_killed(stories, text, tmp_path, kills=20)
+@pytest.mark.parametrize("kills", [1, 20])
+def test_killed_runs_end_like_quiet_ones(stories, text, tmp_path, kills):
+    """If this fails, a power cut costs the night's training, or changes what is learned."""
+    check_killed(stories, text, tmp_path, kills)
 
 
 def launch(stories, text, out, *flags):
@@ -225,6 +222,7 @@ def launch(stories, text, out, *flags):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(stories, text, tmp_path):
     """If this fails, training on two Macs learns something else than on one."""
     flags = ["--iters", "5", "--batch-size", "8", "--text", str(text), "--eval-every", "0"]
