@@ -38,10 +38,11 @@ from ..loading import EMBEDDED, load_target
 from ..target import Target
 from .checkpoint import Progress, restore, save
 from .loss import soft_cross_entropy
+from .method import flag
 from .rendering import Renderer
 from .shards import Rows
 from .teacher import Objective, Teacher
-from .trainer import TrainingPlan, begin_log, row_picks
+from .trainer import TrainingPlan, begin_log, optimizer_for, row_picks
 
 LOG_EVERY = 20
 
@@ -82,7 +83,7 @@ def train_draft_model(
     """
     model.train()
     model.unfreeze()
-    optimizer = optim.AdamW(learning_rate=_schedule(plan), betas=[0.9, 0.95], weight_decay=plan.weight_decay)
+    optimizer = optimizer_for(plan)
     weights, progress = model.trainable_parameters(), Progress()
     optimizer.init(weights)
     checkpoint = folder / "checkpoint.safetensors"
@@ -117,13 +118,6 @@ def train_draft_model(
                 save(checkpoint, model.trainable_parameters(), optimizer.state, progress)
     model.eval()
     return Result(progress.done, _held_out(model, teacher), seen / (time.perf_counter() - start))
-
-
-def _schedule(plan: TrainingPlan) -> Any:
-    """A warm-up, and a cosine down to a hundredth."""
-    rate, low = plan.learning_rate, plan.learning_rate / 100
-    cosine = optim.cosine_decay(rate, max(1, plan.iters - plan.warm_up), low)
-    return optim.join_schedules([optim.linear_schedule(low, rate, max(1, plan.warm_up)), cosine], [plan.warm_up])
 
 
 def _batch(teacher: Teacher, picks: np.ndarray) -> tuple[mx.array, mx.array, mx.array, mx.array]:
@@ -172,12 +166,12 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
     for name, least in (("iters", 1), ("batch_size", 1), ("top_k", 1), ("save_every", 1), ("warm_up", 0)):
         if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {least} or more")
+            raise UserError(f"{flag(name)} is {getattr(args, name)}, expected {least} or more")
     if args.resume:
         begun = read_json(notes / "arguments.json")
         for name, value in settings.items():
             if begun.get(name) != value:
-                raise UserError(f"--{name.replace('_', '-')} is {value}, but the run to resume has {begun.get(name)}")
+                raise UserError(f"{flag(name)} is {value}, but the run to resume has {begun.get(name)}")
     else:
         require_free(out)
     target_model, tokenizer = load_target(

@@ -115,7 +115,7 @@ def train(
     group = mx.distributed.init()
     parts = _parts(plan, group)
     make = BatchMaker(teacher, plan.seed, plan.dtype, method.reads_tokens)
-    optimizer = _optimizer(plan)
+    optimizer = optimizer_for(plan)
     drafter.unfreeze()
     weights = drafter.trainable_parameters()
     optimizer.init(weights)
@@ -199,7 +199,8 @@ def _parts(plan: TrainingPlan, group: Any) -> list[slice]:
     return [slice((first + i) * size, (first + i + 1) * size) for i in range(plan.accumulate)]
 
 
-def _optimizer(plan: TrainingPlan) -> optim.Optimizer:
+def optimizer_for(plan: TrainingPlan) -> optim.Optimizer:
+    """AdamW with a warm-up, and a cosine from the peak down to a hundredth of it."""
     rate, low = plan.learning_rate, plan.learning_rate / 100
     schedule = optim.cosine_decay(rate, max(1, plan.iters - plan.warm_up), low)
     if plan.warm_up:
