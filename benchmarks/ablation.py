@@ -127,7 +127,8 @@ def _write_text(args: argparse.Namespace, work: pathlib.Path, text: str, target:
             with replace_file(library) as file:
                 file.write_text("".join(json.dumps({"text": each}) + "\n" for each in files))
             data = (str(library),)
-    plan = DataPlan(data, rows=args.rows, batch_size=256)
+    # Acceptance is measured here, on the same prompts for all; a training measures its own on what it holds out.
+    plan = DataPlan(data, rows=args.rows, held_out=1, batch_size=256)
     prepare(work / f"text-{text}", target, loaded.tokenizer, plan, embedded=args.model is None)
 
 
