@@ -41,6 +41,11 @@ def prefer_openblas() -> str:
     return _state
 
 
+def openblas_is_loaded() -> bool:
+    """Whether an OpenBLAS multiplies float32 matrices in this process."""
+    return prefer_openblas().startswith("OpenBLAS")
+
+
 def _choose() -> str:
     if not sys.platform.startswith("linux"):
         return "Metal and Accelerate"

@@ -18,6 +18,7 @@ from .errors import UserError, one_line
 from .files import check_safetensors, read_json
 from .fingerprint import difference
 from .heads import Drafter, open_drafter
+from .packing import pack
 from .target import Target
 from .weights import find_weights
 
@@ -71,7 +72,8 @@ def load(
             if drafter.config.quantization is None:
                 drafter.set_dtype(target.dtype)
         mx.eval(drafter.parameters())
-    return model, drafter, tokenizer
+        pack(drafter)
+    return pack(model), drafter, tokenizer
 
 
 def load_target(

@@ -84,7 +84,7 @@ def _weights(target: Target) -> tuple[dict[str, mx.array], dict[str, Any] | None
                 continue
             if _same_order(found, logits):
                 names = ("weight", "scales", "biases", "bias")
-                parts = {name: module[name] for name in names if module.get(name) is not None}
+                parts = {name: part for name in names if (part := getattr(module, name, None)) is not None}
                 if "scales" not in parts:
                     return parts, None
                 settings: Any = module
