@@ -15,12 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 
-@mx.custom_function
 def soft_cross_entropy(logits: mx.array, ids: mx.array, shares: mx.array) -> mx.array:
     """-sum_j shares_j log softmax(logits)[ids_j], per row.
-
-    Its gradient needs one exponential per logit more, no second normalisation: with a
-    vocabulary at every step and position this is where the time goes on a CPU.
 
     Args:
         logits: (M, vocab) float32.
@@ -30,40 +26,54 @@ def soft_cross_entropy(logits: mx.array, ids: mx.array, shares: mx.array) -> mx.
     Returns:
         (M,) in nats.
     """
-    return _normaliser(logits) - _expected(logits, ids, shares)
+    return _soft(logits, ids, shares)[0]
 
 
-@soft_cross_entropy.vjp
-def _soft_cross_entropy_vjp(primals, cotangent, output):
-    logits, ids, shares = primals
-    normaliser = output + _expected(logits, ids, shares)
-    gradient = _exp(logits - normaliser[:, None]) * cotangent[:, None]
+def dense_cross_entropy(logits: mx.array, shares: mx.array) -> mx.array:
+    """`soft_cross_entropy` with a share for every token, (M, vocab)."""
+    return _dense(logits, shares)[0]
+
+
+# The gradients are written out because with a vocabulary at every step and position this is
+# where the time goes on a CPU: they use the exponentials of the forward pass again.
+
+
+@mx.custom_function
+def _soft(logits: mx.array, ids: mx.array, shares: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    log_sum, terms, total = _normaliser(logits)
+    said = mx.sum(mx.take_along_axis(logits, ids, axis=-1) * shares, axis=-1)
+    return log_sum - said, terms, total
+
+
+@_soft.vjp
+def _soft_vjp(primals, cotangents, outputs):
+    _, ids, shares = primals
+    _, terms, total = outputs
+    along = cotangents[0][:, None]
     rows = mx.arange(ids.shape[0])[:, None]
-    gradient = gradient.at[rows, ids].subtract(shares * cotangent[:, None])
+    gradient = (terms * (along / total)).at[rows, ids].subtract(shares * along)
     return gradient, mx.zeros_like(ids), mx.zeros_like(shares)
 
 
 @mx.custom_function
-def dense_cross_entropy(logits: mx.array, shares: mx.array) -> mx.array:
-    """`soft_cross_entropy` with a share for every token, (M, vocab)."""
-    return _normaliser(logits) - mx.sum(logits * shares, axis=-1)
+def _dense(logits: mx.array, shares: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    log_sum, terms, total = _normaliser(logits)
+    return log_sum - mx.sum(logits * shares, axis=-1), terms, total
 
 
-@dense_cross_entropy.vjp
-def _dense_cross_entropy_vjp(primals, cotangent, output):
-    logits, shares = primals
-    normaliser = output + mx.sum(logits * shares, axis=-1)
-    gradient = _exp(logits - normaliser[:, None]) - shares
-    return gradient * cotangent[:, None], mx.zeros_like(shares)
+@_dense.vjp
+def _dense_vjp(primals, cotangents, outputs):
+    _, shares = primals
+    _, terms, total = outputs
+    return (terms / total - shares) * cotangents[0][:, None], mx.zeros_like(shares)
 
 
-def _normaliser(logits: mx.array) -> mx.array:
+def _normaliser(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """log sum exp of each row (M,), and what it is made of: (M, vocab) terms and (M, 1) their sum."""
     most = mx.max(logits, axis=-1, keepdims=True)
-    return most[:, 0] + mx.log(mx.sum(_exp(logits - most), axis=-1))
-
-
-def _expected(logits: mx.array, ids: mx.array, shares: mx.array) -> mx.array:
-    return mx.sum(mx.take_along_axis(logits, ids, axis=-1) * shares, axis=-1)
+    terms = _exp(logits - most)
+    total = mx.sum(terms, axis=-1, keepdims=True)
+    return (most + mx.log(total))[:, 0], terms, total
 
 
 def _exp(x: mx.array) -> mx.array:
