@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from .acceptance import accept
 from .drafter import RecurrentDrafter
+from .early import submit_part
 from .errors import UserError
 from .heads import Drafter
 from .kv_cache import KVCache, leaves
@@ -148,6 +149,7 @@ class SpeculativeStep:
         cache = self.cache
         assert cache.length is not None
         tree = self.proposer.propose(self.context, self.root, chain_only=self.verifier.capability == CHAIN)
+        submit_part(tree.tokens, tree.ancestors)
         hidden, logits = self.verifier(tree, cache)
         if self.options.processors:
             assert self.history is not None

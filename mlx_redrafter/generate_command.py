@@ -170,7 +170,7 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def load_from(args: argparse.Namespace) -> tuple[nn.Module, Drafter | None, Any]:
+def load_from(args: argparse.Namespace, pack_weights: bool = True) -> tuple[nn.Module, Drafter | None, Any]:
     """What the flags of `add_pair_arguments` name."""
     return load(
         args.model,
@@ -178,6 +178,7 @@ def load_from(args: argparse.Namespace) -> tuple[nn.Module, Drafter | None, Any]
         adapter_path=args.adapter_path,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
+        pack_weights=pack_weights,
     )
 
 

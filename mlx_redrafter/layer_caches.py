@@ -17,6 +17,8 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
 
+from .early import submit_part
+
 BLOCK = 256  # rows by which buffers grow
 READ_BLOCK = 32  # attention reads the bound on the length rounded up to this
 
@@ -123,6 +125,7 @@ class TreeRows:
         return self.frame.mask(start, visible, min(windows, default=None))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        submit_part(keys, values)
         if self.frame is None:
             return super().update_and_fetch(keys, values)  # type: ignore[misc]
         if self.frame.replaying:

@@ -37,6 +37,7 @@ def load(
     dtype: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    pack_weights: bool = True,
 ) -> tuple[nn.Module, Drafter | None, TokenizerWrapper]:
     """Loads a target, its drafter and its tokenizer.
 
@@ -48,9 +49,11 @@ def load(
         dtype: "float32", "float16" or "bfloat16" for the target's unquantised weights;
             None keeps them as they are, and float32 for the embedded pair.
         tokenizer_config, trust_remote_code: as in mlx-lm.
+        pack_weights: lay float32 matrices out anew where OpenBLAS multiplies them and that is faster
+            (see `packing`); nowhere else does it do anything.
 
     Returns:
-        the model (an unmodified mlx-lm model), the drafter or None, and the tokenizer.
+        the model (mlx-lm's, with its own code), the drafter or None, and the tokenizer.
 
     Raises:
         UserError: naming the file, field or flag that is wrong.
@@ -62,6 +65,8 @@ def load(
     else:
         folder = fetch(path_or_repo, "--model")
     model, tokenizer = load_target(folder, adapter_path, dtype, tokenizer_config, trust_remote_code)
+    if pack_weights:
+        pack(model)
     drafter = None
     if draft is not None and draft != NO_DRAFTER:
         drafter = open_drafter(fetch(draft, "--draft"))
@@ -72,8 +77,9 @@ def load(
             if drafter.config.quantization is None:
                 drafter.set_dtype(target.dtype)
         mx.eval(drafter.parameters())
-        pack(drafter)
-    return pack(model), drafter, tokenizer
+        if pack_weights:
+            pack(drafter)
+    return model, drafter, tokenizer
 
 
 def load_target(

@@ -10,6 +10,7 @@ import numpy as np
 
 from .drafter import RecurrentDrafter
 from .errors import UserError
+from .packing import PackedEmbedding, PackedLinear, packed
 from .target import Target
 
 _SAMPLE = 8  # positions on which a layer that was found is compared with the model's own logits
@@ -29,7 +30,12 @@ def output_layer(target: Target, ids: mx.array | None = None) -> nn.Module:
     Raises:
         UserError: no layer of the model gives its logits.
     """
-    parts, quantization = _weights(target)
+    found = _find(target)
+    if ids is None and isinstance(found, (PackedLinear, PackedEmbedding)):
+        shared = PackedLinear(found, found.panels)
+        shared.freeze()
+        return shared
+    parts, quantization = _parts(found)
     if ids is not None:
         parts = {name: value[ids] for name, value in parts.items()}
         mx.eval(parts)
@@ -39,6 +45,7 @@ def output_layer(target: Target, ids: mx.array | None = None) -> nn.Module:
     else:
         layer = nn.QuantizedLinear(quantization["group_size"], 1, bias="bias" in parts, **quantization)
     layer.update(parts)
+    layer = packed(layer) if isinstance(found, (PackedLinear, PackedEmbedding)) else layer
     layer.freeze()
     return layer
 
@@ -55,15 +62,15 @@ def tie(drafter: RecurrentDrafter, target: Target) -> None:
 
 def output_matrix(target: Target) -> np.ndarray:
     """The whole layer as (vocab_size, hidden_size) float32, without a bias."""
-    parts, quantization = _weights(target)
+    parts, quantization = _parts(_find(target))
     weight = parts["weight"]
     if quantization is not None:
         weight = mx.dequantize(weight, parts["scales"], parts.get("biases"), **quantization)
     return np.array(weight.astype(mx.float32))
 
 
-def _weights(target: Target) -> tuple[dict[str, mx.array], dict[str, Any] | None]:
-    """The tensors of the layer and, where it is quantised, how.
+def _find(target: Target) -> nn.Module:
+    """The module of a model that gives its logits.
 
     A model names its output layer as it likes. So every matrix with a row per token is
     tried, and the one whose products are the model's logits is it: equal to them up to a
@@ -83,13 +90,17 @@ def _weights(target: Target) -> tuple[dict[str, mx.array], dict[str, Any] | None
             except ValueError:  # rows of another width
                 continue
             if _same_order(found, logits):
-                names = ("weight", "scales", "biases", "bias")
-                parts = {name: part for name in names if (part := getattr(module, name, None)) is not None}
-                if "scales" not in parts:
-                    return parts, None
-                settings: Any = module
-                return parts, {"group_size": settings.group_size, "bits": settings.bits, "mode": settings.mode}
+                return module
     raise UserError("the target's output layer was not found: no matrix of the model gives its logits")
+
+
+def _parts(layer: Any) -> tuple[dict[str, mx.array], dict[str, Any] | None]:
+    """The tensors of a layer and, where it is quantised, how."""
+    names = ("weight", "scales", "biases", "bias")
+    parts = {name: part for name in names if (part := getattr(layer, name, None)) is not None}
+    if "scales" not in parts:
+        return parts, None
+    return parts, {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
 
 
 def _same_order(found: mx.array, expected: mx.array) -> bool:

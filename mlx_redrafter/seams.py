@@ -53,8 +53,8 @@ class Slot:
 
 def slots(module: nn.Module, path: str = "") -> Iterator[Slot]:
     """Where every module below one hangs, parents first."""
-    for name, child in list(module.children().items()):
-        yield from _slots_of(module, name, child, f"{path}{name}")
+    for name in list(module.children()):  # of which lists are copies
+        yield from _slots_of(module, name, module[name], f"{path}{name}")
 
 
 def _slots_of(owner: Any, name: Any, child: Any, path: str) -> Iterator[Slot]:
