@@ -101,13 +101,15 @@ def packed(layer: Any) -> Any:
 def multiply(x: mx.array, panels: mx.array) -> mx.array:
     """x W^T of shape (..., N), for x (..., K) and the panels of W."""
     count, depth, width = panels.shape[-3:]
-    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    lead, rows = x.shape[:-1], x.size // x.shape[-1]
     if panels.ndim == 3:
-        product = mx.matmul(x[None], panels)
+        product = mx.matmul(x.reshape(1, rows, depth), panels)
     else:
-        pieces = x.reshape(len(x), -1, 1, depth).transpose(1, 2, 0, 3)
+        pieces = x.reshape(rows, -1, 1, depth).transpose(1, 2, 0, 3)
         product = mx.sum(mx.matmul(pieces, panels), axis=0)
-    return product.swapaxes(0, 1).reshape(*lead, count * width)
+    if rows > 1:
+        product = product.swapaxes(0, 1)
+    return product.reshape(*lead, count * width)
 
 
 def to_panels(weight: mx.array, width: int, pieces: int = 1) -> mx.array:
