@@ -20,8 +20,8 @@ from ..sampling import Chooser, position_keyed
 from ..settings import AUTO, OFF, DraftShape
 from .side_by_side import Method
 
-PLAIN, OURS = "plain", "ours"
-DEFAULTS = (PLAIN, OURS, "chain:3", "beams:4x5:7", "best-first:4x5:7", AUTO)
+PLAIN, PACKED, OURS = "plain", "plain-packed", "ours"
+DEFAULTS = (PLAIN, PACKED, OURS, "chain:3", "beams:4x5:7", "best-first:4x5:7", AUTO)
 
 
 def _chain(name: str, size: str) -> DraftShape:
@@ -46,7 +46,7 @@ SHAPES: dict[str, Callable[[str, str], DraftShape]] = {"chain": _chain, BEAMS: _
 
 def drafts(method: str) -> bool:
     """Whether a method uses the drafter."""
-    return method not in (PLAIN, OURS)
+    return method not in (PLAIN, PACKED, OURS)
 
 
 def shape_named(method: str) -> DraftShape | None:
@@ -59,7 +59,7 @@ def shape_named(method: str) -> DraftShape | None:
         return None
     name, _, size = method.partition(":")
     if name not in SHAPES:
-        known = ", ".join([PLAIN, OURS, AUTO, *SHAPES])
+        known = ", ".join([PLAIN, PACKED, OURS, AUTO, *SHAPES])
         raise UserError(f"--methods {method}: no such method, expected one of {known}")
     shape = SHAPES[name](name, size)
     try:
@@ -77,6 +77,7 @@ class Decoder:
         model, tokenizer, drafter: the pair.
         max_tokens: per text.
         temp, seed: of the target's choices; temperature 0 is greedy.
+        as_loaded: the target that mlx_lm's plain loop runs, if not `model`: the same, its weights not packed.
     """
 
     model: nn.Module
@@ -85,17 +86,26 @@ class Decoder:
     max_tokens: int
     temp: float = 0.0
     seed: int = 0
+    as_loaded: nn.Module | None = None
 
     def method(self, name: str) -> Method:
         """The method of that name (see `shape_named`)."""
         if drafts(name):
             return self.drafted(shape_named(name) or AUTO)
-        return self.plain if name == PLAIN else self.ours
+        return {PLAIN: self.plain, PACKED: self.packed, OURS: self.ours}[name]
 
     def plain(self, prompt: list[int]) -> Iterable:
-        """mlx_lm's own loop. At a temperature it asks our sampler, so that it writes the seed's text, too."""
+        """mlx_lm's own loop over the target as mlx_lm loads it."""
+        return self._mlx_lm(self.as_loaded or self.model, prompt)
+
+    def packed(self, prompt: list[int]) -> Iterable:
+        """mlx_lm's own loop over the target as we load it."""
+        return self._mlx_lm(self.model, prompt)
+
+    def _mlx_lm(self, model: nn.Module, prompt: list[int]) -> Iterable:
+        """At a temperature it asks our sampler, so that it writes the seed's text, too."""
         sampler: dict[str, Any] = {} if self.temp == 0 else {"sampler": keyed_sampler(self.chooser(), len(prompt))}
-        return mlx_lm.stream_generate(self.model, self.tokenizer, prompt, max_tokens=self.max_tokens, **sampler)
+        return mlx_lm.stream_generate(model, self.tokenizer, prompt, max_tokens=self.max_tokens, **sampler)
 
     def ours(self, prompt: list[int]) -> Iterable:
         """Our loop without drafts."""

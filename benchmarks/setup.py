@@ -13,6 +13,7 @@ from ..drafter import RecurrentDrafter
 from ..embedded.corpus import held_out_prefixes
 from ..errors import UserError
 from ..generate_command import add_pair_arguments, load_from
+from ..packing import pack, panels_are_faster
 from ..target import Target
 from .cost_scaled import check_scale, scale_cost
 from .machine import describe, device_facts
@@ -58,6 +59,7 @@ class Loaded:
         facts: device, versions, target and so on, by name.
         command: what was typed.
         cost_scale: bytes of weights per token, relative to the target as it was loaded.
+        as_loaded: the same target as mlx_lm itself loads it; `model`, unless its weights were packed.
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class Loaded:
     facts: dict[str, str]
     command: str
     cost_scale: float
+    as_loaded: nn.Module
 
 
 @dataclasses.dataclass
@@ -74,16 +77,17 @@ class Pair(Loaded):
     drafter: RecurrentDrafter
 
     def decoder(self, max_tokens: int, temp: float = 0.0, seed: int = 0) -> Decoder:
-        return Decoder(self.model, self.tokenizer, self.drafter, max_tokens, temp, seed)
+        return Decoder(self.model, self.tokenizer, self.drafter, max_tokens, temp, seed, self.as_loaded)
 
 
 def load_pair(args: argparse.Namespace) -> Pair:
     """The models that the flags name, the target's cost scaled."""
     check_out(args.out)
     check_scale(args.cost_scale)
-    model, drafter, tokenizer = load_from(args)
+    model, drafter, tokenizer = load_from(args, pack_weights=False)
     if drafter is None:
         raise UserError("--draft is missing: a benchmark compares a target with and without its drafter")
+    pack(drafter)
     loaded = _loaded(args, model, tokenizer, args.cost_scale)
     loaded.facts["drafter"] = f"{args.draft or 'embedded'}, {describe(drafter)}"
     return Pair(**vars(loaded), drafter=drafter)
@@ -91,16 +95,22 @@ def load_pair(args: argparse.Namespace) -> Pair:
 
 def load_scaled(args: argparse.Namespace, scale: float) -> Loaded:
     """The target alone, at a scale of its cost."""
-    model, _, tokenizer = load_from(args)
+    model, _, tokenizer = load_from(args, pack_weights=False)
     return _loaded(args, model, tokenizer, scale)
 
 
 def _loaded(args: argparse.Namespace, model: nn.Module, tokenizer: Any, scale: float) -> Loaded:
     reached = scale_cost(model, scale)
+    as_loaded = model
+    if panels_are_faster():
+        as_loaded, _, _ = load_from(args, pack_weights=False)
+        scale_cost(as_loaded, scale)
+        pack(model)
     facts = device_facts()
+    facts["weights"] = "packed for OpenBLAS, but for mlx_lm's plain loop" if as_loaded is not model else "as loaded"
     scaled = f" (cost scaled {reached:.2f}x)" if scale > 1 else ""
     facts["target"] = f"{args.model or 'embedded'}, {describe(model)}{scaled}"
-    return Loaded(model, tokenizer, facts, command_line(args, args.parser), reached)
+    return Loaded(model, tokenizer, facts, command_line(args, args.parser), reached, as_loaded)
 
 
 def check_texts(args: argparse.Namespace) -> list[Prompt]:

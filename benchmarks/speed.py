@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
     add_text_arguments(parser)
     add = parser.add_argument
-    add("--methods", nargs="+", default=list(DEFAULTS), metavar="METHOD", help="ours (our loop without drafts),"
+    add("--methods", nargs="+", default=list(DEFAULTS), metavar="METHOD", help="plain-packed (mlx_lm's loop, weights"
+        " laid out for OpenBLAS as ours are), ours (our loop without drafts),"
         " chain:N, beams:WxL:N, best-first:WxL:N, auto; plain (mlx_lm) always comes first"
         f" (default: {' '.join(DEFAULTS)})")  # fmt: skip
     add("--temps", type=float, nargs="+", default=[0.0], help="temperatures, one after the other (default: 0)")
