@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> Report:
     in_range("--repeats", args.repeats, 1)
     names = list(dict.fromkeys(args.methods))
     shapes = {name: shape_named(name) for name in names}
-    pair = load_pair(args)
+    pair = load_pair(args, baseline=False)  # a second target would be counted as memory
     if any(drafts(name) for name in names):
         require_verification(verifier_of(pair.model))
     lift_context(pair.model, max(args.contexts) + args.max_tokens + 1)

@@ -80,15 +80,20 @@ class Pair(Loaded):
         return Decoder(self.model, self.tokenizer, self.drafter, max_tokens, temp, seed, self.as_loaded)
 
 
-def load_pair(args: argparse.Namespace) -> Pair:
-    """The models that the flags name, the target's cost scaled."""
+def load_pair(args: argparse.Namespace, baseline: bool = True) -> Pair:
+    """The models that the flags name, the target's cost scaled.
+
+    Args:
+        baseline: hold the target as mlx_lm loads it, too, where that differs; without, memory is
+            that of one target, and every method runs it.
+    """
     check_out(args.out)
     check_scale(args.cost_scale)
     model, drafter, tokenizer = load_from(args, pack_weights=False)
     if drafter is None:
         raise UserError("--draft is missing: a benchmark compares a target with and without its drafter")
     pack(drafter)
-    loaded = _loaded(args, model, tokenizer, args.cost_scale)
+    loaded = _loaded(args, model, tokenizer, args.cost_scale, baseline)
     loaded.facts["drafter"] = f"{args.draft or 'embedded'}, {describe(drafter)}"
     return Pair(**vars(loaded), drafter=drafter)
 
@@ -96,18 +101,21 @@ def load_pair(args: argparse.Namespace) -> Pair:
 def load_scaled(args: argparse.Namespace, scale: float) -> Loaded:
     """The target alone, at a scale of its cost."""
     model, _, tokenizer = load_from(args, pack_weights=False)
-    return _loaded(args, model, tokenizer, scale)
+    return _loaded(args, model, tokenizer, scale, baseline=True)
 
 
-def _loaded(args: argparse.Namespace, model: nn.Module, tokenizer: Any, scale: float) -> Loaded:
+def _loaded(args: argparse.Namespace, model: nn.Module, tokenizer: Any, scale: float, baseline: bool) -> Loaded:
     reached = scale_cost(model, scale)
-    as_loaded = model
+    as_loaded, layout = model, "as loaded"
     if panels_are_faster():
-        as_loaded, _, _ = load_from(args, pack_weights=False)
-        scale_cost(as_loaded, scale)
+        layout = "packed for OpenBLAS"
+        if baseline:
+            as_loaded, _, _ = load_from(args, pack_weights=False)
+            scale_cost(as_loaded, scale)
+            layout += ", but for mlx_lm's plain loop"
         pack(model)
     facts = device_facts()
-    facts["weights"] = "packed for OpenBLAS, but for mlx_lm's plain loop" if as_loaded is not model else "as loaded"
+    facts["weights"] = layout
     scaled = f" (cost scaled {reached:.2f}x)" if scale > 1 else ""
     facts["target"] = f"{args.model or 'embedded'}, {describe(model)}{scaled}"
     return Loaded(model, tokenizer, facts, command_line(args, args.parser), reached, as_loaded)

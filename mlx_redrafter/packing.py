@@ -44,7 +44,7 @@ class PackedLinear(nn.Linear):
             self.bias = layer.bias
 
     @property
-    def weight(self) -> mx.array:
+    def weight(self) -> mx.array:  # type: ignore[override]
         """The weight (N, K), put together anew at each use."""
         return from_panels(self.panels)
 
@@ -61,7 +61,7 @@ class PackedEmbedding(nn.Embedding):
         self.panels = panels
 
     @property
-    def weight(self) -> mx.array:
+    def weight(self) -> mx.array:  # type: ignore[override]
         """The matrix (vocabulary, width), put together anew at each use."""
         return from_panels(self.panels)
 

@@ -49,6 +49,12 @@ def stories() -> pathlib.Path:
 
 
 @pytest.fixture
+def in_one_piece(monkeypatch):
+    """While it lasts, a step is sent to the device as a whole, as on a GPU; mx.compile can trace it."""
+    monkeypatch.setattr("mlx_redrafter.early.helps", lambda: False)
+
+
+@pytest.fixture
 def chains_only(monkeypatch):
     """While it lasts, rope takes one position for a whole call, as in models that read it on the host."""
     fast_rope = mx.fast.rope

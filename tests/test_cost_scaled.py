@@ -16,7 +16,7 @@ from mlx_redrafter.errors import UserError
 
 def same_texts(pair, scale, prefixes, max_tokens):
     small, drafter, tokenizer = pair
-    large = mlx_redrafter.load()[0]
+    large = mlx_redrafter.load(pack_weights=False)[0]
     assert scale_cost(large, scale) == pytest.approx(scale, rel=0.02)
     assert weights(large)[1] / weights(small)[1] == pytest.approx(scale, rel=0.02)
     for prefix in prefixes:

@@ -206,7 +206,7 @@ def first_step(small_model, prompts, shape, drafter):
 
 @pytest.mark.parametrize("drafting", [True, False])
 @pytest.mark.parametrize("shape", [DraftShape(), DraftShape(4, 5, 7)], ids=str)
-def test_a_step_is_one_lazy_graph(small_model, shape, drafting):
+def test_a_step_is_one_lazy_graph(small_model, shape, drafting, in_one_piece):
     """If this fails, the host waits for the device to look something up."""
     step = first_step(small_model, [REPEATING], shape, make_drafter() if drafting else None)
     buffers = [(layer.keys, layer.values) for layer in step.cache.layers]

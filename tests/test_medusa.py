@@ -191,7 +191,7 @@ def test_together_with_lookup(small_model):
         assert [t for step in steps for t in step][:40] == text
 
 
-def test_a_step_is_one_lazy_graph(small_model):
+def test_a_step_is_one_lazy_graph(small_model, in_one_piece):
     """If this fails, the host waits for the device in the middle of a step."""
     verifier = Verifier(Target(small_model))
     cache = verifier.make_cache()

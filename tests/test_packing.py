@@ -70,7 +70,8 @@ def test_quantised_layers_are_left_alone(faster):
 def test_nothing_is_packed_where_it_is_not_faster(monkeypatch):
     monkeypatch.setattr(packing, "_faster", False)
     model, drafter, _ = load()
-    assert not [m for each in (model, drafter) for m in each.modules() if isinstance(m, (PackedLinear, PackedEmbedding))]
+    modules = [*model.modules(), *drafter.modules()]
+    assert not any(isinstance(module, (PackedLinear, PackedEmbedding)) for module in modules)
 
 
 def test_whether_it_is_faster_is_asked_only_where_openblas_multiplies(monkeypatch):

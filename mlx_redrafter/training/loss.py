@@ -26,12 +26,16 @@ def soft_cross_entropy(logits: mx.array, ids: mx.array, shares: mx.array) -> mx.
     Returns:
         (M,) in nats.
     """
-    return _soft(logits, ids, shares)[0]
+    outputs: Any = _soft(logits, ids, shares)
+    found: mx.array = outputs[0]
+    return found
 
 
 def dense_cross_entropy(logits: mx.array, shares: mx.array) -> mx.array:
     """`soft_cross_entropy` with a share for every token, (M, vocab)."""
-    return _dense(logits, shares)[0]
+    outputs: Any = _dense(logits, shares)
+    found: mx.array = outputs[0]
+    return found
 
 
 # The gradients are written out because with a vocabulary at every step and position this is
