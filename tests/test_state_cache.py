@@ -114,7 +114,7 @@ def test_no_weight_matrix_of_a_mixer_is_read_twice(hybrid, monkeypatch):
     assert inside and not set(calls) & inside
 
 
-def test_nothing_is_read_on_the_host(hybrid):
+def test_nothing_is_read_on_the_host(hybrid, in_one_piece):
     """If this fails, every step waits for the device. What mx.compile traces has no values to read."""
     verifier = verifier_of(hybrid)
     cache = verifier.make_cache()
