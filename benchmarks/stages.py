@@ -10,8 +10,8 @@ step does not have. The numbers here are therefore of three kinds, and each says
 - as it runs (`step_times`): from one step's tokens to the next one's in the real loop.
 
 What the real loop takes beyond the second kind is time in which the device waited for the
-host. On MLX's CPU backend submitting lasts nearly as long as computing (only a few dozen
-operations may wait there), which is part of both and hence of neither's difference.
+host. MLX's CPU backend starts a step while it is still being built (`early`); here the two
+are kept apart.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..decoding import SpeculativeStep, prefill
+from ..early import in_one_piece
 from ..errors import UserError
 from ..heads import Drafter, proposer_for
 from ..settings import DecodingOptions, DraftShape
@@ -54,9 +55,10 @@ class Rows:
         """Time of one verification of a tree of so many rows, the mean of `calls` in a row."""
         tree = binary_tree(rows, chain=self.verifier.capability == CHAIN)
         outputs = []
-        for _ in range(calls):
-            hidden, logits = self.verifier(tree, self.cache)
-            outputs.append([hidden, logits, *self.cache.arrays()])
+        with in_one_piece():
+            for _ in range(calls):
+                hidden, logits = self.verifier(tree, self.cache)
+                outputs.append([hidden, logits, *self.cache.arrays()])
         return _submit_all(outputs) / calls
 
 
@@ -100,10 +102,11 @@ def device_times(step: SpeculativeStep, committed: int, steps: int) -> tuple[lis
     for _ in range(-(-steps // AT_ONCE)):
         tic = time.perf_counter()
         outputs, counts = [], []
-        for _ in range(AT_ONCE):
-            submitted = step()
-            counts.append(submitted.count)
-            outputs.append([submitted.count, submitted.tokens, step.root, step.context, *step.cache.arrays()])
+        with in_one_piece():
+            for _ in range(AT_ONCE):
+                submitted = step()
+                counts.append(submitted.count)
+                outputs.append([submitted.count, submitted.tokens, step.root, step.context, *step.cache.arrays()])
         host.append((time.perf_counter() - tic) / AT_ONCE)
         device.append(_submit_all(outputs) / AT_ONCE)
         committed += AT_ONCE + _whole(mx.sum(mx.concatenate(counts)))
@@ -122,7 +125,8 @@ def stages(step: SpeculativeStep, committed: int, steps: int) -> list[dict[str, 
     step.verifier = barriers  # type: ignore[assignment]  # it is called in the same way
     for _ in range(steps):
         barriers.start()
-        submitted = step()
+        with in_one_piece():
+            submitted = step()
         barriers.stop(submitted.count, submitted.tokens, step.root, step.context, *step.cache.arrays())
         found.append(dict(zip(STAGES, barriers.times, strict=True)))
         committed += 1 + _whole(submitted.count)

@@ -8,7 +8,12 @@ would cost one.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import mlx.core as mx
+
+_whole = False  # while it is True, nothing is sent before its graph is complete
 
 
 def submit_part(*arrays: mx.array) -> None:
@@ -19,4 +24,15 @@ def submit_part(*arrays: mx.array) -> None:
 
 def helps() -> bool:
     """Whether the device is one that a step has to be sent to in parts."""
-    return mx.default_device() == mx.cpu
+    return not _whole and mx.default_device() == mx.cpu
+
+
+@contextlib.contextmanager
+def in_one_piece() -> Iterator[None]:
+    """While it lasts, graphs are only built, as on a GPU: to be traced, or timed apart from their building."""
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.llama import Model, ModelArgs
 
+from mlx_redrafter import early
 from mlx_redrafter.drafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 
@@ -49,9 +50,10 @@ def stories() -> pathlib.Path:
 
 
 @pytest.fixture
-def in_one_piece(monkeypatch):
+def in_one_piece():
     """While it lasts, a step is sent to the device as a whole, as on a GPU; mx.compile can trace it."""
-    monkeypatch.setattr("mlx_redrafter.early.helps", lambda: False)
+    with early.in_one_piece():
+        yield
 
 
 @pytest.fixture
