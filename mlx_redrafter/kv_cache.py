@@ -92,6 +92,7 @@ class KVCache:
         they cost there. Their number is known beforehand, so steps may again be built ahead.
         """
         for cache in leaves(self.layers):
+            cache.settle()
             cache.offset = length
         self.length = mx.full((1,), length, mx.int32)
         self.bound, self.settled = length, True

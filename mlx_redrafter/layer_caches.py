@@ -98,11 +98,17 @@ class TreeRows:
     Attributes:
         frame: of the verification that is going on.
         base: position of the first row in the buffers.
+        rows: the last tree's keys and values, as the buffers keep them.
+        moving: of an accepted path, its rows and the position they go to. They are written
+            by the next verification, in front of its own rows: MLX updates a buffer in place
+            only where nothing before still has to read it, which is sure a whole pass later.
         window: how many rows up to itself a row sees; None for all.
     """
 
     frame: TreeFrame | None = None
     base = 0
+    rows: Any = None
+    moving: tuple[Any, mx.array] | None = None
     window: int | None = None
     keys: Any
     values: Any
@@ -130,10 +136,20 @@ class TreeRows:
             return super().update_and_fetch(keys, values)  # type: ignore[misc]
         if self.frame.replaying:
             return keys, values
-        at = self.frame.length - self.base
-        rows = (self.encode(self.frame.together(keys)), self.encode(self.frame.together(values)))
-        self.keys, self.values = tree_map(lambda b, r: write_rows(b, r, at), (self.keys, self.values), rows)
+        self.rows = (self.encode(self.frame.together(keys)), self.encode(self.frame.together(values)))
+        self._write(self.rows, self.frame.length)
         return self.keys_and_values()
+
+    def _write(self, rows: Any, position: mx.array) -> None:
+        """Writes rows into the buffers, from position (B,) on."""
+        at = position - self.base
+        self.keys, self.values = tree_map(lambda b, r: write_rows(b, r, at), (self.keys, self.values), rows)
+
+    def settle(self) -> None:
+        """Writes what an accepted path still has to move."""
+        if self.moving is not None:
+            self._write(*self.moving)
+            self.moving = None
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """What attention reads; layers that share another's rows ask for it."""
@@ -159,6 +175,7 @@ class TreeRows:
 
     def prepare(self, frame: TreeFrame) -> None:
         """Makes room for a verification, letting go of rows that no window reaches any more."""
+        self.settle()
         self.frame = frame
         start, visible = self._span(frame)
         if self.keys is not None:
@@ -188,17 +205,21 @@ class TreeRows:
 
     def end(self, length: int) -> None:
         """Back to what mlx-lm's cache is after `length` tokens."""
+        self.settle()
+        self.rows = None
         self.offset = length
 
     def move(self, path: mx.array, length: mx.array) -> None:
         """Moves one path's rows together behind the first tree row; path (B, D) without the root."""
-        source, target = (length[:, None] - self.base + path)[:, None, :, None], length - self.base + 1
-        self.map(lambda buffer: move_rows(buffer, source, target))
+        if self.rows is not None:
+            self.moving = tree_map(lambda rows: rows_along(rows, path), self.rows), length + 1
 
     def arrays(self) -> list[mx.array]:
         found: list[mx.array] = []
         if self.keys is not None:
             tree_map(found.append, (self.keys, self.values))
+        if self.moving is not None:
+            tree_map(found.append, self.moving[0])
         return found
 
 
@@ -206,6 +227,7 @@ class LayerCache(TreeRows, PlainKVCache):
     """One layer's keys and values as the model makes them."""
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedLayerCache:
+        self.settle()
         return like(QuantizedLayerCache(group_size, bits), super().to_quantized(group_size, bits))
 
 
@@ -235,7 +257,7 @@ class WindowCache(TreeRows, RotatingKVCache):  # type: ignore[misc]  # argument 
         self.base = self._offset - rows
 
     def end(self, length: int) -> None:
-        self.offset = length
+        super().end(length)
         if self.keys is not None:
             first = max(length - self.max_size, 0) - self.base
             self.map(lambda buffer: buffer[:, :, first : length - self.base])
@@ -266,19 +288,11 @@ def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, axis: int = 2)
     return buffer
 
 
-def move_rows(buffer: mx.array, source: mx.array, target: mx.array) -> mx.array:
-    """`buffer` with some of its rows copied together.
-
-    Args:
-        buffer: (B, heads, capacity, dim).
-        source: (B, 1, D, 1) int32 which rows.
-        target: (B,) int32 where the first of them goes; the others follow.
-    """
-    if buffer.shape[0] == 1:
-        rows = mx.take(buffer, source.reshape(-1), axis=2)
-    else:
-        rows = mx.take_along_axis(buffer, source, axis=2)
-    return write_rows(buffer, rows, target)
+def rows_along(rows: mx.array, path: mx.array) -> mx.array:
+    """(B, heads, D, width) rows of one path, of (B, heads, M, width) of a tree; path (B, D) int32."""
+    if rows.shape[0] == 1:
+        return mx.take(rows, path[0], axis=2)
+    return mx.take_along_axis(rows, path[:, None, :, None], axis=2)
 
 
 def tree_mask(

@@ -100,7 +100,8 @@ def _rope(a: mx.array, dims: int, *, offset: Any, **options: Any) -> mx.array:
     if isinstance(offset, mx.array) and offset.ndim == 2 and (a.shape[0], a.shape[-2]) != tuple(offset.shape):
         raise ValueError(f"rope over {a.shape[-2]} rows where a tree has {offset.shape[1]}")
     tables = getattr(_LOCAL, "tables", None)
-    if tables is None or mx.default_device() != mx.cpu or a.shape[-1] != dims:
+    # MLX turns half precision in float32 and rounds once; tables in it would round more often.
+    if tables is None or mx.default_device() != mx.cpu or a.shape[-1] != dims or a.dtype != mx.float32:
         return _rope_per_row(a, dims, offset, options)
     return _rope_from_tables(a, offset, options, tables)
 

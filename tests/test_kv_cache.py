@@ -7,7 +7,7 @@ from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_redrafter.kv_cache import KVCache
-from mlx_redrafter.layer_caches import BLOCK, LayerCache, move_rows, tree_mask, write_rows
+from mlx_redrafter.layer_caches import BLOCK, LayerCache, rows_along, tree_mask, write_rows
 
 
 def rows_of(start, count, batch=1):
@@ -123,7 +123,26 @@ def test_write_and_move(batch):
     buffer = mx.zeros((batch, 2, 12, 3))
     start = mx.arange(batch, dtype=mx.int32)
     out = write_rows(buffer, rows_of(1, 4, batch), start)
-    moved = move_rows(out, (start + 3)[:, None, None, None], start + 1)
+    path = mx.broadcast_to(mx.array([[3]], mx.int32), (batch, 1))
+    moved = write_rows(out, rows_along(rows_of(1, 4, batch), path), start + 1)
     for b in range(batch):
         assert out[b, 0, :, 0].tolist() == [0] * b + [1, 2, 3, 4] + [0] * (8 - b)
         assert moved[b, 0, :, 0].tolist() == [0] * b + [1, 4, 3, 4] + [0] * (8 - b)
+
+
+def test_an_accepted_path_is_moved_without_reading_the_buffers():
+    """If this fails, MLX copies the whole cache in every step of a tree, for something still reads it."""
+    plain = [PlainKVCache()]
+    plain[0].update_and_fetch(rows_of(0, 5), rows_of(100, 5))
+    cache = KVCache.adopt(plain)
+    cache.begin_trees()
+    write_tree(cache, 50, 6)
+    before = cache.layers[0].keys
+    cache.commit(mx.array([[2, 5]], mx.int32), mx.array([2], mx.int32), most=2)
+    assert cache.layers[0].keys is before
+    rows, position = cache.layers[0].moving
+    assert rows[0][0, 0, :, 0].tolist() == [52, 55] and position.tolist() == [6]
+    assert {id(array) for array in rows} <= {id(array) for array in cache.arrays()}
+    write_tree(cache, 60, 2)
+    assert cache.layers[0].moving is None
+    assert cache.layers[0].keys[0, 0, :10, 0].tolist() == [0, 1, 2, 3, 4, 50, 52, 55, 60, 61]
