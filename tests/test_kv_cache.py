@@ -34,6 +34,7 @@ def write_tree(cache, start, rows, batch=1):
 
 
 def numbers(layer, length, b=0):
+    layer.settle()
     return layer.keys[b, 1, :length, 2].tolist()
 
 
