@@ -13,6 +13,7 @@ from ..download import fetch
 from ..errors import UserError
 from ..heads import Drafter, open_drafter
 from ..medusa import MedusaHeads
+from ..packing import pack
 from ..settings import AUTO, OFF, ON
 from ..target import Target
 from .machine import weights
@@ -122,6 +123,7 @@ def open_contest(pair: Pair, draft_model: str | None, medusa: str | None) -> Con
         if heads.config.quantization is None:
             heads.set_dtype(target.dtype)
         mx.eval(heads.parameters())
+        pack(heads)
         pair.facts["Medusa heads"] = f"{medusa}, {weights(heads)[1] / 1e6:.1f} MB of weights"
     return Contest(pair, draft, heads, missing)
 

@@ -12,6 +12,7 @@ import mlx_lm
 from ..download import fetch
 from ..errors import UserError
 from ..loading import load_target
+from ..packing import pack
 from ..sampling import Chooser
 from ..target import Target
 from .methods import Decoder
@@ -31,7 +32,7 @@ def load_draft_model(path: str, target: Target) -> nn.Module:
     if not any("scales" in module for module in model.modules()):
         model.set_dtype(target.dtype)
     mx.eval(model.parameters())
-    return model
+    return pack(model)  # as the target is that it drafts for
 
 
 def with_draft_model(decoder: Decoder, draft: nn.Module, num_draft_tokens: int) -> Method:
