@@ -16,6 +16,7 @@ def ablation(work, out, *flags):
     return main(["bench", "ablation", "--work", str(work), "--out", str(out), *small, *flags])
 
 
+@pytest.mark.slow
 def test_variants_differ_in_one_thing_each(tmp_path, capsys):
     """If this fails, the table of what each choice is worth compares drafters that are not what it calls them."""
     work = tmp_path / "work"
