@@ -12,7 +12,7 @@ from mlx_lm.utils import load_tokenizer
 
 from ..errors import UserError, one_line
 from ..files import read_json
-from ..loading import check_sentencepiece, remote_code, splits_as_sentencepiece
+from ..loading import check_sentencepiece, reads_as_sentencepiece, remote_code
 
 _PATTERNS = ("*.json", "*.jinja", "*.py", "*.txt", "tokenizer.model")
 
@@ -24,7 +24,7 @@ def read_tokenizer(
 
     transformers makes one from tokenizer.model by itself, but knows that it is of Llama's
     kind only where tokenizer_config.json says so, and without that gives no text its leading
-    space or first token. If what it made splits text otherwise than SentencePiece does, it
+    space or first token. If what it made reads text otherwise than SentencePiece does, it
     is told so in a copy of the small files; if that does not help, a warning is all we can do.
 
     Args:
@@ -35,7 +35,7 @@ def read_tokenizer(
         UserError: there is no tokenizer, or none that can be read.
     """
     tokenizer = _load(source, source, config, trust_remote_code)
-    if splits_as_sentencepiece(source, tokenizer):
+    if reads_as_sentencepiece(source, tokenizer):
         return tokenizer
     file = source / "tokenizer_config.json"
     fields = read_json(file) if file.exists() else {}

@@ -129,25 +129,35 @@ def check_fingerprint(target: Target, tokenizer: TokenizerWrapper, drafter: Draf
 
 
 def check_sentencepiece(folder: pathlib.Path, tokenizer: TokenizerWrapper) -> None:
-    """Warns, in one line, where a tokenizer does not split text as the tokenizer.model that it was made from."""
-    if not splits_as_sentencepiece(folder, tokenizer):
+    """Warns, in one line, where a tokenizer does not read text as the tokenizer.model that it was made from."""
+    if not reads_as_sentencepiece(folder, tokenizer):
         logger.warning(
-            "%s: the tokenizer made from it splits text differently; name its tokenizer_class in"
-            " tokenizer_config.json, or try `mlx-redrafter convert target`",
+            "%s: the tokenizer made from it splits text differently, or leaves out the token that texts begin with;"
+            " name its tokenizer_class in tokenizer_config.json, or try `mlx-redrafter convert target`",
             folder / "tokenizer.model",
         )
 
 
-def splits_as_sentencepiece(folder: pathlib.Path, tokenizer: TokenizerWrapper) -> bool:
-    """False where SentencePiece's own reading of tokenizer.model, the only file there is, gives other tokens."""
-    file = folder / "tokenizer.model"
+def reads_as_sentencepiece(folder: pathlib.Path, tokenizer: TokenizerWrapper) -> bool:
+    """False where SentencePiece's own reading of tokenizer.model, the only file there is, gives other tokens.
+
+    The first token of texts is one of them, unless tokenizer_config.json names a class, which
+    knows about it, or says itself whether there is one.
+    """
+    file, settings = folder / "tokenizer.model", folder / "tokenizer_config.json"
     if not file.exists() or (folder / "tokenizer.json").exists():
         return True
     try:
         processor = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError):
         return True  # another kind of file by this name, as tiktoken's
-    return all(tokenizer.encode(t, add_special_tokens=False) == processor.encode(t) for t in SENTENCEPIECE_PROBES)
+    known = read_json(settings) if settings.exists() else {}
+    silent = not {"tokenizer_class", "auto_map", "add_bos_token"} & known.keys()
+    first = [processor.bos_id()] if silent and processor.bos_id() >= 0 else []
+    return all(
+        tokenizer.encode(text, add_special_tokens=silent) == first + processor.encode(text)
+        for text in SENTENCEPIECE_PROBES
+    )
 
 
 def remote_code(trusted: bool) -> dict[str, Any]:
