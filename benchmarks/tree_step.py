@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..proposers import RecurrentProposer
+from ..heads import proposer_for
 from ..sampling import greedy
 from ..settings import DecodingOptions, DraftShape
 from ..tree_view import token_text
@@ -56,7 +56,7 @@ def picture_of(pair: Pair, texts: list[list[int]]) -> TreeStep | None:
     best: tuple[float, list[int], WatchedStep] | None = None
     for ids in texts:
         written = list(ids)
-        proposer = RecurrentProposer(pair.drafter, verifier.target.embed, SHAPE)
+        proposer = proposer_for(pair.drafter, verifier.target.embed, SHAPE)
         options = DecodingOptions(greedy, TOKENS)
         for step, tokens in watch(verifier, proposer, ids, options, pair.drafter, pair.tokenizer.eos_token_ids):
             if step is not None and (best is None or _interest(step) > best[0]):

@@ -52,7 +52,13 @@ class Beam:
 
 
 def beam_search(
-    drafter: RecurrentDrafter, embed: Embedder, context: mx.array, root: mx.array, width: int, length: int
+    drafter: RecurrentDrafter,
+    embed: Embedder,
+    context: mx.array,
+    root: mx.array,
+    width: int,
+    length: int,
+    temperature: float = 1.0,
 ) -> Beam:
     """Beam search over the drafter (paper, section 3.2), as one lazy graph.
 
@@ -63,6 +69,7 @@ def beam_search(
         root: (B,) int32 the token that the target has chosen and not yet read.
         width: W beams.
         length: L tokens per beam, the root included.
+        temperature: that the drafter's scores are divided by (see `sampling.draft_temperature`).
 
     Returns:
         The L - 1 steps; within a step the entries are in order of falling log-probability.
@@ -71,6 +78,8 @@ def beam_search(
 
     def grow(log_probs: mx.array | None, entries: int) -> tuple[mx.array, mx.array, mx.array]:
         logits = drafter.logits(projected, state).astype(mx.float32)
+        if temperature != 1 and width > 1:  # a single beam takes the best token at any temperature
+            logits = logits * (1 / temperature)
         best, origins, log_probs = _grow(logits.reshape(batch, entries, vocab), log_probs, width)
         return drafter.target_ids(best), origins, log_probs
 

@@ -126,7 +126,9 @@ def stream_generate(
         if drafter is not None and shape == AUTO:
             tuning = tuning_for(verifier, drafter)
         fixed = shape if isinstance(shape, DraftShape) else None
-        proposer: Proposer | None = None if drafter is None else proposer_for(drafter, target.embed, fixed)
+        proposer: Proposer | None = None
+        if drafter is not None:
+            proposer = proposer_for(drafter, target.embed, fixed, options.choose)
         method = method_of(drafter)
         if proposer is None or lookup != OFF:
             proposer = LookupProposer(proposer, fixed, lookup, list(cached_tokens))

@@ -12,6 +12,7 @@ from .errors import UserError
 from .files import read_json
 from .medusa import MedusaHeads, load_medusa
 from .proposers import MedusaProposer, Proposer, RecurrentProposer
+from .sampling import Chooser, draft_temperature, greedy
 from .settings import LONGEST_BEAM, DraftShape
 
 Drafter: TypeAlias = RecurrentDrafter | MedusaHeads
@@ -32,11 +33,11 @@ def open_drafter(path: str | pathlib.Path) -> Drafter:
     return load_drafter(path)
 
 
-def proposer_for(drafter: Drafter, embed: Embedder, shape: DraftShape | None) -> Proposer:
-    """What proposes with a drafter; `embed` is the target's embedding."""
+def proposer_for(drafter: Drafter, embed: Embedder, shape: DraftShape | None, choose: Chooser = greedy) -> Proposer:
+    """What proposes with a drafter to a target that chooses in this way; `embed` is the target's embedding."""
     if isinstance(drafter, MedusaHeads):
         return MedusaProposer(drafter, shape)
-    return RecurrentProposer(drafter, embed, shape)
+    return RecurrentProposer(drafter, embed, shape, draft_temperature(choose))
 
 
 def deepest(drafter: Drafter) -> int:

@@ -69,11 +69,12 @@ class RecurrentProposer(Proposer):
     Args:
         drafter: the head.
         embed: the target's embedding.
+        temperature: of the drafter's probabilities, by which nodes are chosen.
     """
 
-    def __init__(self, drafter: RecurrentDrafter, embed: Embedder, shape: DraftShape | None):
+    def __init__(self, drafter: RecurrentDrafter, embed: Embedder, shape: DraftShape | None, temperature: float = 1.0):
         super().__init__(shape)
-        self.drafter, self.embed = drafter, embed
+        self.drafter, self.embed, self.temperature = drafter, embed, temperature
 
     def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
         shape = self.shape
@@ -83,7 +84,9 @@ class RecurrentProposer(Proposer):
             shape = shape.as_chain()
             beam = beam_search(self.drafter, self.embed, context, root, 1, shape.beam_length)
             return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), beam.tokens[:, :, 0]], axis=1))
-        beam = beam_search(self.drafter, self.embed, context, root, shape.beam_width, shape.beam_length)
+        beam = beam_search(
+            self.drafter, self.embed, context, root, shape.beam_width, shape.beam_length, self.temperature
+        )
         return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)
 
 
