@@ -17,7 +17,8 @@ from collections.abc import Callable
 from .calibration import Calibration
 from .costs import Costs
 from .expectation import Expectation
-from .settings import DraftShape
+from .lookup_worth import LookupMemory
+from .settings import DraftShape, LookupChain
 from .steering import Outcome
 
 BURST = 4  # steps of a trial
@@ -31,7 +32,15 @@ EARLY, EARLY_STEPS, USUAL = 4, 12, 16  # steps between reviews, at first and lat
 TIMES = 16  # measured times of a shape that count
 FORGET = 0.99  # of what was accepted from a tree of one shape, per step of it
 FIT_WEIGHT = 8.0  # draft tokens that the assumption about a shape is worth
+COARSE = 64  # tokens of context that make no difference to a step's time
 STALE = 1024  # steps after which a measured time does not count any more
+
+
+LOOKUP = LookupChain.of(1)  # stands for lookups of any length where times are kept
+
+
+def _kind(shape: DraftShape | None) -> DraftShape | None:
+    return LOOKUP if isinstance(shape, LookupChain) else shape
 
 
 @dataclasses.dataclass
@@ -66,29 +75,35 @@ class Memory:
         calibration: how often drafts were right.
         shapes: those to choose from; None, plain decoding, is always one of them.
         current: the one in use; best by what is known, until something better is found.
+        lookup: how lookups fared beside the drafter.
     """
 
     def __init__(self, costs: Costs, calibration: Calibration, shapes: list[DraftShape]):
         self.costs, self.calibration = costs, calibration
         self.shapes: list[DraftShape | None] = [None, *shapes]
         self.current: DraftShape | None = None
+        self.lookup = LookupMemory()
         self.steps = 0
         self.elapsed = self.spent = 0.0  # seconds of all steps, and what trials lost, as estimated
         self.waiting = {shape: Waiting() for shape in self.shapes}
         # Of each shape: measured over expected time, with the step at which it was measured.
         self.ratios: dict[DraftShape | None, deque[tuple[int, float]]] = {
-            shape: deque(maxlen=TIMES) for shape in self.shapes
+            shape: deque(maxlen=TIMES) for shape in [*self.shapes, LOOKUP]
         }
         self._drift: deque[float] = deque(maxlen=2 * TIMES)  # of any shape
+        # Every step asks for several of these while the device may be waiting.
+        self._slowness: dict[DraftShape | None, float] = {}
+        self._expected: dict[tuple[DraftShape | None, int], float] = {}
         # Accepted drafts of trees, as seen and as expected: of each shape, and of all (None).
         self._fits = {shape: _Fit() for shape in self.shapes}
         self.review(0)
 
     def note_time(self, shape: DraftShape | None, seconds: float, length: int) -> None:
         """A step's measured time behind `length` tokens."""
-        ratio = seconds / self.costs.step_seconds(shape, length)
-        self.ratios[shape].append((self.steps, ratio))
+        ratio = seconds / self._table(shape, length)
+        self.ratios[_kind(shape)].append((self.steps, ratio))
         self._drift.append(ratio)
+        self._slowness.clear()
 
     def note_outcome(self, outcome: Outcome) -> None:
         """A step's accepted drafts."""
@@ -113,10 +128,20 @@ class Memory:
 
     def seconds(self, shape: DraftShape | None, length: int) -> float:
         """Of a step: as lately measured, else as expected and as much slower or faster as other shapes are."""
-        recent = [ratio for step, ratio in self.ratios[shape] if self.steps - step <= STALE]
-        if len(recent) < 3:
-            recent = list(self._drift) if len(self._drift) >= 8 else [1.0]
-        return self.costs.step_seconds(shape, length) * statistics.median(recent)
+        kind = _kind(shape)
+        if (slowness := self._slowness.get(kind)) is None:
+            recent = [ratio for step, ratio in self.ratios[kind] if self.steps - step <= STALE]
+            if len(recent) < 3:
+                recent = list(self._drift) if len(self._drift) >= 8 else [1.0]
+            slowness = self._slowness[kind] = statistics.median(recent)
+        return self._table(shape, length) * slowness
+
+    def _table(self, shape: DraftShape | None, length: int) -> float:
+        """Seconds of a step as measured beforehand."""
+        key = shape, length // COARSE
+        if (seconds := self._expected.get(key)) is None:
+            seconds = self._expected[key] = self.costs.step_seconds(shape, length)
+        return seconds
 
     def tokens(self, shape: DraftShape | None) -> float:
         """Expected tokens of a step, its own one included."""
@@ -131,9 +156,13 @@ class Memory:
         """Expected tokens per second behind `length` tokens."""
         return self.tokens(shape) / self.seconds(shape, length)
 
+    def speed(self, length: int) -> float:
+        """Expected tokens per second of the shape in use."""
+        return self.rate(self.current, length)
+
     def due(self, length: int) -> list[DraftShape | None]:
         """Shapes to try now, the one that has waited longest first."""
-        speed = self.rate(self.current, length)
+        speed = self.speed(length)
         others = [shape for shape in self.shapes if shape != self.current]
         if self.current is None:
             others = sorted(others, key=lambda shape: -self.rate(shape, length))[:1]
@@ -186,12 +215,14 @@ class Adaptation:
         seconds, self._read_at = now - self._read_at, now
         memory.steps += 1
         # A step behind one of another shape has waited for it, or met cold caches.
-        if self._last == [shape]:
+        if self._last == [_kind(shape)]:
             memory.note_time(shape, seconds, length)
-        self._last = [shape]
-        memory.note_outcome(outcome)
+        self._last = [_kind(shape)]
         usual = memory.seconds(shape, length)
         memory.elapsed += usual
+        if isinstance(shape, LookupChain):
+            return  # tells nothing of the drafter, and was not chosen here
+        memory.note_outcome(outcome)
         if shape != memory.current:
             memory.spent += max(0.0, usual - (1 + outcome.accepted) / memory.rate(memory.current, length))
         if self._trial is not None:

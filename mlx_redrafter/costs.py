@@ -21,7 +21,7 @@ from .decoding import SpeculativeStep, prefill
 from .heads import Drafter, proposer_for
 from .kv_cache import KVCache, leaves
 from .layer_caches import BLOCK
-from .settings import DecodingOptions, DraftShape
+from .settings import DecodingOptions, DraftShape, LookupChain
 from .tree import CandidateTree
 from .verification import CHAIN, Verifier
 
@@ -61,7 +61,9 @@ class Costs:
         if shape is None:
             return _line(self.plain, context)
         rows = self.verify_seconds(1 + shape.num_draft_tokens, context)
-        return rows + self.draft_seconds(shape.beam_width, shape.beam_length)
+        # Looking text up takes about as many operations as one draft token, however many it finds.
+        length = min(LENGTHS) if isinstance(shape, LookupChain) else shape.beam_length
+        return rows + self.draft_seconds(shape.beam_width, length)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -206,16 +206,15 @@ def speculative(
     step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, prompt[0] if processors else None)
     mx.async_eval(root, hidden)
     pipelined = not processors
-    made, length = 1, held + prompt.shape[1]
+    made, length, asked = 1, held + prompt.shape[1], proposer.shape
 
     def submit(waiting: bool) -> _Submitted | None:
         """The next step; None where it is better built when the one before has been read."""
-        if steering is not None:
-            proposer.shape = steering.shape()
-            if proposer.shape is None and cache.can_settle and not cache.settled:
-                if not waiting:
-                    return None
-                cache.settle(length)
+        proposer.shape = proposer.plan(asked if steering is None else steering.shape())
+        if steering is not None and proposer.shape is None and cache.can_settle and not cache.settled:
+            if not waiting:
+                return None
+            cache.settle(length)
         return step.submit()
 
     ahead = submit(waiting=True) if max_tokens != 1 and pipelined else None

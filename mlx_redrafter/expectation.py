@@ -34,9 +34,15 @@ class Expectation:
         self.first_shares, self.later_shares = np.array(first), np.array(later)
         self._levels: dict[int, list[np.ndarray]] = {}
         self._sums: dict[tuple[int, int], np.ndarray] = {}
+        self._accepted: dict[DraftShape, float] = {}
 
     def accepted(self, shape: DraftShape) -> float:
         """Expected accepted draft tokens of one step of a shape."""
+        if (known := self._accepted.get(shape)) is None:
+            known = self._accepted[shape] = self._expect(shape)
+        return known
+
+    def _expect(self, shape: DraftShape) -> float:
         depth, nodes = shape.beam_length - 1, shape.num_draft_tokens
         if shape.beam_width == 1:
             shares = [self._first(level) for level in range(min(depth, nodes))]

@@ -131,7 +131,8 @@ def stream_generate(
             proposer = proposer_for(drafter, target.embed, fixed, options.choose)
         method = method_of(drafter)
         if proposer is None or lookup != OFF:
-            proposer = LookupProposer(proposer, fixed, lookup, list(cached_tokens))
+            known = () if tuning is None else (tuning.memory, tuning.memory.lookup)
+            proposer = LookupProposer(proposer, fixed, lookup, list(cached_tokens), *known)
         source = _drafting(verifier, proposer, ids, prompt_cache, options, tuning)
     with wired_limit(model):
         yield from responses(source, tokenizer, ids.shape[1], max_tokens, stop, method, reason)

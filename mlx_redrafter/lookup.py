@@ -15,13 +15,14 @@ import mlx.core as mx
 
 from .acceptance import Accepted, accept
 from .layer_caches import BLOCK, write_rows
-from .lookup_worth import LookupWorth
+from .lookup_worth import LookupMemory, LookupWorth, Prices
 from .proposers import Proposer
-from .settings import AUTO, DraftShape
+from .settings import AUTO, DraftShape, LookupChain
 from .tree import CandidateTree
 
 LONGEST = 4  # tokens that are compared
 SHORTEST = 2  # tokens that have to agree, the root among them
+KEPT = 8  # steps without lookup after which the device's copy of the text is given up
 
 
 class TextBuffer:
@@ -119,22 +120,33 @@ def _rows(batch: int, first: int, count: int) -> mx.array:
 
 
 class LookupProposer(Proposer):
-    """Adds what lookup finds to what another proposer proposes, within the same rows.
+    """Adds what lookup finds to what another proposer proposes, or puts it in its place.
 
     Half of a tree's rows go to the lookup where it finds something that the tree has not
     got. A chain is replaced as a whole. Without another proposer, lookup makes the chain.
 
     Args:
         inner: the other proposer, or None.
-        mode: "on", or "auto" to join only while that pays (see `LookupWorth`).
+        mode: "on": in every step, together with the other; "auto": in each step the other, or
+            lookup, or both in one tree, whatever should bring most (see `LookupWorth`).
         before: tokens that stand before the prompt, in the KV cache already.
+        prices, memory: for "auto", where they are known; see `LookupWorth`.
     """
 
-    def __init__(self, inner: Proposer | None, shape: DraftShape | None, mode: str, before: list[int] | None = None):
+    def __init__(
+        self,
+        inner: Proposer | None,
+        shape: DraftShape | None,
+        mode: str,
+        before: list[int] | None = None,
+        prices: Prices | None = None,
+        memory: LookupMemory | None = None,
+    ):
         super().__init__(shape)
         self.inner, self.before = inner, before or []
-        self.worth = LookupWorth(SHORTEST, LONGEST) if mode == AUTO else None
+        self.worth = LookupWorth(SHORTEST, LONGEST, inner is None, prices, memory) if mode == AUTO else None
         self.text: TextBuffer | None = None  # while it is needed
+        self._unused = 0  # steps since it was
         self._rooted = False
         self._in_flight: deque[Accepted] = deque()
 
@@ -152,25 +164,35 @@ class LookupProposer(Proposer):
             self.text = None
             self.worth.begin(text[0].tolist())  # type: ignore[arg-type]
 
+    def plan(self, shape: DraftShape | None) -> DraftShape | None:
+        return shape if self.worth is None else self.worth.choose(shape)
+
     def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
-        shape = self.shape
+        shape, first = self.shape, root[:, None].astype(mx.int32)
+        if isinstance(shape, LookupChain):
+            self._note(shape, False, 0)
+            tokens, _ = self._text().continuation(shape.num_draft_tokens)
+            return CandidateTree.chain(mx.concatenate([first, tokens], axis=1))
         if self.inner is None:
-            tree = CandidateTree.chain(root[:, None].astype(mx.int32))
+            tree = CandidateTree.chain(first)
         else:
             self.inner.shape = shape
             tree = self.inner.propose(context, root, chain_only)
         depth = 0 if shape is None else min(shape.beam_length - 1, shape.num_draft_tokens)
-        share = depth if tree.in_order else max(1, (tree.rows - 1) // 2)
-        if (text := self._text_to_look_in(depth, tree.in_order, share)) is None:
+        share = 0 if tree.in_order else max(1, (tree.rows - 1) // 2)
+        if self.worth is not None:
+            joined = share > 0 and self.worth.joins(share)
+            self._note(shape, joined, share)
+            if not joined:
+                return tree
+        elif depth == 0:
             return tree
-        tokens, found = text.continuation(depth)
+        tokens, found = self._text().continuation(depth)
         if self.inner is None:
-            return CandidateTree.chain(mx.concatenate([tree.tokens, tokens], axis=1))
+            return CandidateTree.chain(mx.concatenate([first, tokens], axis=1))
         if tree.in_order:
             drafted = tree.tokens[:, 1 : 1 + depth]
-            return CandidateTree.chain(
-                mx.concatenate([tree.tokens[:, :1], mx.where(found[:, None], tokens, drafted)], axis=1)
-            )
+            return CandidateTree.chain(mx.concatenate([first, mx.where(found[:, None], tokens, drafted)], axis=1))
         return join(tree, tokens, found, share)
 
     def advance(self, accepted: Accepted) -> None:
@@ -195,15 +217,19 @@ class LookupProposer(Proposer):
         mine = [] if self.text is None else [self.text.tokens, self.text.end]
         return mine + ([] if self.inner is None else self.inner.arrays())
 
-    def _text_to_look_in(self, depth: int, replaces: bool, share: int) -> TextBuffer | None:
-        """The text on the device, if this step looks anything up."""
-        if self.worth is None:
-            return self.text if depth else None
-        joins = self.worth.decide(depth, replaces, share)
-        if not self.worth.on:
+    def _note(self, shape: DraftShape | None, joined: bool, share: int) -> None:
+        """A step of "auto" is built; the text on the device goes when it has not been needed for long."""
+        assert self.worth is not None
+        self.worth.built(shape, joined, share)
+        self._unused = 0 if joined or isinstance(shape, LookupChain) else self._unused + 1
+        if self._unused > KEPT:
             self.text = None
-        elif self.text is None:
+
+    def _text(self) -> TextBuffer:
+        """The text on the device."""
+        if self.text is None:
+            assert self.worth is not None
             self.text = TextBuffer(mx.array([self.worth.index.tokens], mx.int32))
             for accepted in self._in_flight:  # built, and not read by the host yet
                 self.text.extend(accepted)
-        return self.text if joins else None
+        return self.text

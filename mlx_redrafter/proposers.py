@@ -31,6 +31,10 @@ class Proposer(abc.ABC):
     def __init__(self, shape: DraftShape | None):
         self.shape = shape
 
+    def plan(self, shape: DraftShape | None) -> DraftShape | None:
+        """What to draft in the next step where `shape` is what was asked for; may be asked more than once."""
+        return shape
+
     @abc.abstractmethod
     def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
         """The candidates for one step, as a lazy graph.

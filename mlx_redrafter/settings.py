@@ -68,6 +68,19 @@ class DraftShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class LookupChain(DraftShape):
+    """A chain of what followed in the text so far, and nothing of the drafter's."""
+
+    @classmethod
+    def of(cls, count: int) -> LookupChain:
+        """A chain of so many tokens."""
+        return cls(1, count + 1, count)
+
+    def __str__(self) -> str:
+        return f"lookup of {self.num_draft_tokens}"
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodingOptions:
     """What plain and speculative decoding have in common.
 

@@ -14,7 +14,7 @@ from .beam_search import Embedder
 from .decoding import speculative
 from .drafter import RecurrentDrafter
 from .proposers import Proposer
-from .settings import DecodingOptions
+from .settings import DecodingOptions, DraftShape
 from .tree import CandidateTree
 from .verification import Verifier
 
@@ -63,6 +63,9 @@ class Watched(Proposer):
         self.inner = inner
         self.steps: deque[tuple[mx.array, CandidateTree, Accepted]] = deque()
         self._asked: tuple[mx.array, CandidateTree] | None = None
+
+    def plan(self, shape: DraftShape | None) -> DraftShape | None:
+        return self.inner.plan(shape)
 
     def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
         self.inner.shape = self.shape

@@ -13,10 +13,10 @@ from mlx_redrafter.acceptance import accept
 from mlx_redrafter.cli import main
 from mlx_redrafter.decoding import SpeculativeStep, autoregressive, prefill, speculative
 from mlx_redrafter.lookup import LONGEST, SHORTEST, LookupProposer, TextBuffer, join
-from mlx_redrafter.lookup_worth import LookupWorth, TextIndex
+from mlx_redrafter.lookup_worth import LookupMemory, LookupWorth, TextIndex
 from mlx_redrafter.proposers import RecurrentProposer
 from mlx_redrafter.sampling import greedy, position_keyed
-from mlx_redrafter.settings import DecodingOptions
+from mlx_redrafter.settings import DecodingOptions, LookupChain
 from mlx_redrafter.target import Target
 from mlx_redrafter.tree import CandidateTree
 from mlx_redrafter.verification import CHAIN, Verifier
@@ -252,20 +252,39 @@ class Clock:
         return self.now
 
 
-def decode(worth, clock, text, steps, accepts, seconds):
-    """Plays steps over a text to a LookupWorth; returns which of them looked up."""
-    joined, position = [], 0
+SHAPE, TREE = DraftShape(), DraftShape(4, 5, 7)
+
+
+def decode(worth, clock, text, steps, accepts, seconds, shape=SHAPE, share=0):
+    """Plays steps over a text to a LookupWorth.
+
+    Args:
+        accepts: of the drafter's tokens in each step.
+        seconds: of a step without lookup (False) and with it (True).
+        share: rows that a branch of lookup's would get in the drafter's tree.
+
+    Returns:
+        of each step what was drafted, and whether lookup's branch was in it.
+    """
+    found, position = [], 0
     for _ in range(steps):
-        joined.append(worth.decide(3, replaces=False, share=3))
-        lookup = worth.index.continuation(3)
+        chosen = worth.choose(shape)
+        alone = isinstance(chosen, LookupChain)
+        joined = not alone and share > 0 and worth.joins(share)
+        worth.built(chosen, joined, 0 if alone else share)
+        found.append((chosen, joined))
+        count = chosen.num_draft_tokens if alone else share if joined else 0
+        lookup = worth.index.continuation(count)
         position = len(worth.index.tokens)
-        count = accepts
-        if joined[-1]:
-            right = next((i for i, token in enumerate(lookup) if text[position + i] != token), len(lookup))
-            count = max(count, right)
-        clock.now += seconds[joined[-1]]
-        worth.learn(text[position : position + count + 1])
-    return joined
+        right = next((i for i, token in enumerate(lookup) if text[position + i] != token), len(lookup))
+        accepted = right if alone else max(accepts, right)
+        clock.now += seconds[alone or joined]
+        worth.learn(text[position : position + accepted + 1])
+    return found
+
+
+def looked_up(found):
+    return [joined or isinstance(shape, LookupChain) for shape, joined in found]
 
 
 @pytest.fixture
@@ -275,38 +294,93 @@ def clock(monkeypatch):
     return clock
 
 
-def started(prompt):
-    worth = LookupWorth(SHORTEST, LONGEST)
+def started(prompt, **options):
+    worth = LookupWorth(SHORTEST, LONGEST, **options)
     worth.begin(prompt[:-1])
     worth.learn(prompt[-1:])
     return worth
 
 
+AGAIN = list(range(10)) * 400
+FRESH = np.random.default_rng(0).integers(10_000, size=600).tolist()
+
+
 def test_auto_weighs_gain_against_cost(clock):
     """If this fails, auto looks up where that costs speed, or does not where it brings some."""
-    again = list(range(10)) * 200
-    worth = started(again[:20])
-    cheap = decode(worth, clock, again, 60, accepts=1, seconds={False: 1.0, True: 1.2})
-    assert not any(cheap[:5]) and sum(cheap[-32:]) == 28  # one in eight goes without
-    worth = started(again[:20])
-    dear = decode(worth, clock, again, 90, accepts=1, seconds={False: 1.0, True: 3.0})
+    cheap = looked_up(decode(started(AGAIN[:20]), clock, AGAIN, 60, accepts=1, seconds={False: 1.0, True: 1.2}))
+    assert not any(cheap[:5]) and all(cheap[-40:])
+    dear = looked_up(decode(started(AGAIN[:20]), clock, AGAIN, 90, accepts=1, seconds={False: 1.0, True: 3.0}))
     assert any(dear) and not any(dear[-40:])  # tried, measured, and left
-    tokens = np.random.default_rng(0).integers(10_000, size=500).tolist()
-    worth = started(tokens[:20])
-    assert not any(decode(worth, clock, tokens, 60, accepts=1, seconds={False: 1.0, True: 1.0}))
-    worth = started(again[:20])
-    assert not any(decode(worth, clock, again, 60, accepts=3, seconds={False: 1.0, True: 1.05}))  # drafts do as well
+    assert not any(looked_up(decode(started(FRESH[:20]), clock, FRESH, 60, accepts=1, seconds={False: 1.0, True: 1.0})))
+    as_good = decode(started(AGAIN[:20]), clock, AGAIN, 60, accepts=3, seconds={False: 1.0, True: 1.05})
+    assert not any(looked_up(as_good))
 
 
 def test_auto_follows_the_text(clock):
     """If this fails, lookup stays on after the text has stopped repeating itself, or never comes back."""
-    fresh = np.random.default_rng(0).integers(10_000, size=400).tolist()
-    text = list(range(10)) * 30 + fresh + list(range(10)) * 60
-    worth = started(text[:20])
-    joined = decode(worth, clock, text, 380, accepts=1, seconds={False: 1.0, True: 1.2})
-    assert sum(joined[40:60]) > 15
-    assert sum(joined[200:250]) == 0
-    assert sum(joined[-30:]) > 20
+    text = AGAIN[:300] + FRESH[:400] + AGAIN[:2000]
+    worth, found, at = started(text[:20]), [], []
+    for _ in range(500):
+        at.append(len(worth.index.tokens))
+        found += looked_up(decode(worth, clock, text, 1, accepts=1, seconds={False: 1.0, True: 1.2}))
+    used = [(place, one) for place, one in zip(at, found)]
+    assert all(one for place, one in used if 100 < place < 290)
+    assert not any(one for place, one in used if 310 < place < 700)
+    assert all(one for place, one in used if place > 740) and max(at) > 1200
+
+
+class Device:
+    """Prices of a device on which every row beyond the first costs a tenth of a step."""
+
+    def __init__(self, tokens, slow_lookup=1.0):
+        self.tokens, self.slow_lookup = tokens, slow_lookup
+
+    def seconds(self, shape, length):
+        return 1 + 0.1 * shape.num_draft_tokens * (self.slow_lookup if isinstance(shape, LookupChain) else 1)
+
+    def speed(self, length):
+        return self.tokens / 1.3
+
+
+def test_auto_looks_as_far_as_it_pays(clock):
+    """If this fails, long repetitions are gone through a few tokens at a time, or guesses are long ones."""
+    text = FRESH[:40] + AGAIN[:3000]
+    worth = started(text[:20], prices=Device(2.0))
+    found = [shape for shape, _ in decode(worth, clock, text, 140, accepts=1, seconds={False: 1.0, True: 1.0})]
+    assert set(found[:10]) == {SHAPE}  # nothing was there before
+    lengths = [shape.num_draft_tokens for shape in found if isinstance(shape, LookupChain)]
+    assert lengths[0] < 15 and set(lengths[-20:]) == {15}
+    # What a shape that is only being tried would bring is of no matter to the choice.
+    fresh, once = started(FRESH[:20], prices=Device(2.0)), {False: 1.0, True: 1.0}
+    none = [shape for shape, _ in decode(fresh, clock, FRESH, 20, accepts=1, seconds=once, shape=None)]
+    assert set(none[-10:]) == {None}
+    better = started(text[:20], prices=Device(30.0))
+    assert not any(looked_up(decode(better, clock, text, 140, accepts=1, seconds={False: 1.0, True: 1.0})))
+
+
+def test_auto_joins_trees(clock):
+    """If this fails, auto never puts a branch into a tree, or does where the tree has it already."""
+    prices = Device(2.0, slow_lookup=100.0)
+    worth = started(AGAIN[:20], prices=prices)
+    found = decode(worth, clock, AGAIN, 80, accepts=1, seconds={False: 1.0, True: 1.0}, shape=TREE, share=3)
+    joined = [joined for _, joined in found]
+    assert not any(joined[:5]) and 25 <= sum(joined[-32:]) <= 29  # one in eight goes without
+    worth = started(AGAIN[:20], prices=prices)
+    found = decode(worth, clock, AGAIN, 80, accepts=4, seconds={False: 1.0, True: 1.0}, shape=TREE, share=3)
+    assert not any(joined for _, joined in found)  # the drafter says the same
+    worth = started(FRESH[:20], prices=prices)
+    found = decode(worth, clock, FRESH, 80, accepts=1, seconds={False: 1.0, True: 1.0}, shape=TREE, share=3)
+    assert not any(joined for _, joined in found)
+
+
+def test_what_lookups_brought_outlives_texts(clock):
+    """If this fails, every text finds out again what lookup is worth."""
+    memory, seconds = LookupMemory(), {False: 1.0, True: 1.0}
+    prices = Device(3.0)
+    first = looked_up(decode(started(AGAIN[:20], prices=prices, memory=memory), clock, AGAIN, 40, 1, seconds))
+    second = looked_up(decode(started(AGAIN[:20], prices=prices, memory=memory), clock, AGAIN, 40, 1, seconds))
+    assert all(second) and sum(second) >= sum(first)
+    assert [r.expected()[15] for r in memory.reach] != [r.expected()[15] for r in LookupMemory().reach]
 
 
 def test_auto_asks_nothing_of_the_device_while_it_is_off(small_model):
@@ -323,13 +397,11 @@ def test_the_text_is_whole_when_auto_turns_on(small_model, monkeypatch):
     """If this fails, tokens of the step in flight are missing from the text, or rows from what attention reads."""
     calls = []
 
-    def decide(self, depth, replaces, share):
-        calls.append(depth)
-        self._built.append(lookup_worth._Step(len(calls) > 4, depth, replaces, share))
-        self.on = len(calls) > 4
-        return self.on
+    def choose(self, shape):
+        calls.append(shape)
+        return LookupChain.of(8) if len(calls) > 4 else None
 
-    monkeypatch.setattr(LookupWorth, "decide", decide)
+    monkeypatch.setattr(LookupWorth, "choose", choose)
     verifier = Verifier(Target(small_model))
     proposer, cache = proposer_for(verifier, None, DraftShape(1, 9, 8), "auto"), verifier.make_cache()
     known, most = list(REPEATING), 0
