@@ -37,6 +37,7 @@ NOTES = [
     "drafter: weights beside the target's; memory: weights of both, and the most that decoding held beside them",
     "equal: texts that are plain mlx_lm's, token for token; at a temperature all draw with noise keyed by position,"
     " mlx_lm's draft model, too, which agrees with the target more often so than with mlx_lm's own sampler",
+    "ReDrafter auto: as generate runs it, which in every step chooses the drafter, lookup, both or neither",
     "each method takes part with the fastest of its settings on the prompts of the search; the clock is the same",
 ]
 

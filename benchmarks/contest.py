@@ -24,8 +24,8 @@ from .side_by_side import Method, side_by_side, summarize
 
 DRAFT_MODEL, MEDUSA, LOOKUP = "draft model", "Medusa", "lookup"
 CHAIN, BEAMS, BEST_FIRST = "ReDrafter chain", "ReDrafter beams", "ReDrafter best-first"
-REDRAFTER_AUTO, WITH_LOOKUP = "ReDrafter auto", "ReDrafter auto + lookup"
-REDRAFTER = (CHAIN, BEAMS, BEST_FIRST, REDRAFTER_AUTO, WITH_LOOKUP)
+NO_LOOKUP, REDRAFTER_AUTO = "ReDrafter auto, no lookup", "ReDrafter auto"  # the second as generate does it
+REDRAFTER = (CHAIN, BEAMS, BEST_FIRST, NO_LOOKUP, REDRAFTER_AUTO)
 
 # Of each method the settings that are tried; the fastest on the prompts of the search takes part.
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -35,9 +35,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     CHAIN: ("chain:2", "chain:3", "chain:4"),
     BEAMS: ("beams:2x4:4", "beams:3x4:6", "beams:4x5:8"),
     BEST_FIRST: ("best-first:3x4:5", "best-first:4x5:7", "best-first:4x5:12"),
-    REDRAFTER_AUTO: (AUTO,),
+    NO_LOOKUP: (AUTO,),
     LOOKUP: ("chain:2", "chain:3", "chain:4", "chain:6"),
-    WITH_LOOKUP: (AUTO,),
+    REDRAFTER_AUTO: (AUTO,),
 }
 
 
@@ -78,7 +78,7 @@ class Contest:
             return dataclasses.replace(decoder, drafter=self.medusa).drafted(shape)
         if name == LOOKUP:
             return dataclasses.replace(decoder, drafter=None).drafted(shape, ON)
-        return decoder.drafted(shape, AUTO if name == WITH_LOOKUP else OFF)
+        return decoder.drafted(shape, AUTO if name == REDRAFTER_AUTO else OFF)
 
     def drafter_bytes(self, name: str) -> int:
         """Bytes of weights that a method has beside the target's."""

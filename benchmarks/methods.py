@@ -1,4 +1,4 @@
-"""Ways of decoding by name: `plain`, `ours`, `chain:3`, `beams:4x5:7`, `best-first:4x5:7`, `auto`."""
+"""Ways of decoding by name: `plain`, `ours`, `chain:3`, `best-first:4x5:7`, `auto`, `auto-no-lookup` and others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ..settings import AUTO, OFF, DraftShape
 from .side_by_side import Method
 
 PLAIN, PACKED, OURS = "plain", "plain-packed", "ours"
-DEFAULTS = (PLAIN, PACKED, OURS, "chain:3", "beams:4x5:7", "best-first:4x5:7", AUTO)
+DRAFTER_AUTO = "auto-no-lookup"  # chooses among the drafter's shapes alone
+DEFAULTS = (PLAIN, PACKED, OURS, "chain:3", "beams:4x5:7", "best-first:4x5:7", DRAFTER_AUTO, AUTO)
 
 
 def _chain(name: str, size: str) -> DraftShape:
@@ -55,11 +56,11 @@ def shape_named(method: str) -> DraftShape | None:
     Raises:
         UserError: no such method, or a size that is none.
     """
-    if not drafts(method) or method == AUTO:
+    if not drafts(method) or method in (AUTO, DRAFTER_AUTO):
         return None
     name, _, size = method.partition(":")
     if name not in SHAPES:
-        known = ", ".join([PLAIN, PACKED, OURS, AUTO, *SHAPES])
+        known = ", ".join([PLAIN, PACKED, OURS, AUTO, DRAFTER_AUTO, *SHAPES])
         raise UserError(f"--methods {method}: no such method, expected one of {known}")
     shape = SHAPES[name](name, size)
     try:
@@ -91,7 +92,7 @@ class Decoder:
     def method(self, name: str) -> Method:
         """The method of that name (see `shape_named`)."""
         if drafts(name):
-            return self.drafted(shape_named(name) or AUTO)
+            return self.drafted(shape_named(name) or AUTO, AUTO if name == AUTO else OFF)
         return {PLAIN: self.plain, PACKED: self.packed, OURS: self.ours}[name]
 
     def plain(self, prompt: list[int]) -> Iterable:

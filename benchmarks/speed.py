@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--methods", nargs="+", default=list(DEFAULTS), metavar="METHOD", help="plain-packed (mlx_lm's loop, weights"
         " laid out for OpenBLAS as ours are), ours (our loop without drafts),"
-        " chain:N, beams:WxL:N, best-first:WxL:N, auto; plain (mlx_lm) always comes first"
+        " chain:N, beams:WxL:N, best-first:WxL:N, auto-no-lookup (the drafter's shapes alone), auto (as generate does"
+        " it); plain (mlx_lm) always comes first"
         f" (default: {' '.join(DEFAULTS)})")  # fmt: skip
     add("--temps", type=float, nargs="+", default=[0.0], help="temperatures, one after the other (default: 0)")
     add("--seed", type=int, default=0, help="of the texts at a temperature (default: %(default)s)")

@@ -1,9 +1,10 @@
 """Speed-up and mean acceptance length over the shapes of drafts.
 
 Two sweeps, greedy, all settings in turn on the same prompts, with mlx_lm's plain loop
-again after every eight of them. Over beam width W and beam length L: each cell is the best
-of the numbers N of draft tokens that were tried there. Over N: a chain, the paper's tree
-(beams) and the most probable nodes (best-first), at equal rows to verify.
+again after every eight of them, and beside them what auto reaches. Over beam width W and
+beam length L: each cell is the best of the numbers N of draft tokens that were tried there.
+Over N: a chain, the paper's tree (beams) and the most probable nodes (best-first), at equal
+rows to verify.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 
 from ..beam_search import BEAMS, BEST_FIRST
 from ..errors import UserError
-from ..settings import DraftShape
+from ..settings import AUTO, DraftShape
 from ..verification import verifier_of
 from . import charts
-from .methods import PLAIN
+from .methods import DRAFTER_AUTO, PLAIN
 from .report import Report, Table
 from .setup import add_common_arguments, add_text_arguments, check_texts, encode_texts, load_pair
 from .side_by_side import Method, Summary, side_by_side, summarize
@@ -31,6 +32,7 @@ WIDTHS, LENGTHS, NODES = (1, 2, 3, 4, 6, 8), (2, 3, 4, 5, 6), (2, 3, 4, 6, 8, 12
 QUICK_WIDTHS, QUICK_LENGTHS, QUICK_NODES = (1, 2, 4), (3, 5), (4, 8)
 POLICY_NODES = (4, 8, 12, 16)
 POLICY_WIDTH, POLICY_LENGTH = 4, 5
+AUTOS = (DRAFTER_AUTO, AUTO)
 
 NOTES = [
     "speed-up: mlx_lm's time per token over the setting's, median over the texts",
@@ -68,15 +70,18 @@ def run(args: argparse.Namespace) -> Report:
     decoder = pair.decoder(args.max_tokens)
     methods: dict[str, Method] = {PLAIN: decoder.plain}
     methods |= {name_of(shape): decoder.drafted(shape) for shape in shapes}
+    methods |= {name: decoder.method(name) for name in AUTOS}
     found = summarize(side_by_side(methods, texts, reference_every=8))
     best = {cell: max(tried, key=lambda s: found[name_of(s)].speed_up.median) for cell, tried in grid.items() if tried}
     results = {shape: found[name_of(shape)] for shape in shapes}
     winner = max(shapes, key=lambda shape: results[shape].speed_up.median)
-    equal, total = sum(one.equal for one in results.values()), sum(one.runs for one in results.values())
+    drafted = [one for name, one in found.items() if name != PLAIN]
+    equal, total = sum(one.equal for one in drafted), sum(one.runs for one in drafted)
     notes = [
         *NOTES,
         f"best: {name_of(winner)} at {results[winner].speed_up.median:.2f}x"
         f" (acceptance {results[winner].acceptance:.2f})",
+        *(_beside(name, found[name], results[winner]) for name in AUTOS),
         f"texts equal to mlx_lm's, token for token: {equal} of {total}",
     ]
     tables = [
@@ -91,6 +96,7 @@ def run(args: argparse.Namespace) -> Report:
             {"name": name_of(shape)} | dataclasses.asdict(shape) | dataclasses.asdict(one)
             for shape, one in results.items()
         ],
+        "auto": {name: dataclasses.asdict(found[name]) for name in AUTOS},
     }
 
     def draw(figure: Any) -> None:
@@ -115,6 +121,14 @@ def run(args: argparse.Namespace) -> Report:
             one.set_xlabel("draft tokens N verified per step")
 
     return Report("sweep", "Shapes of drafts", pair.facts, pair.command, tables, notes, data, draw, (12.0, 8.0))
+
+
+def _beside(name: str, auto: Summary, best: Summary) -> str:
+    """What choosing as it goes reached, in words."""
+    return (
+        f"{name}: {auto.speed_up.median:.2f}x (acceptance {auto.acceptance:.2f}),"
+        f" {auto.tokens_per_second / best.tokens_per_second:.0%} of the best setting's tokens per second"
+    )
 
 
 def name_of(shape: DraftShape) -> str:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--max-tokens has to be 2 or more, --prompts 1 or more")
     asked = draft_shape(args)
     model, drafter, tokenizer = load_from(args)
-    if drafter is None and args.lookup == OFF:
+    if drafter is None and args.lookup in (None, OFF):
         raise UserError("--draft is missing: the demo compares a target with and without its drafter")
     prompts = held_out_prefixes(args.prompts)
     if not prompts:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if args.show_tree:
         shape = DraftShape(4, 5, 7) if asked == AUTO else asked
         assert isinstance(shape, DraftShape)
-        return show_trees(model, drafter, tokenizer, prompts[0], shape, args.lookup, args.max_tokens)
+        return show_trees(model, drafter, tokenizer, prompts[0], shape, args.lookup or OFF, args.max_tokens)
 
     def plain(prompt: str) -> Iterable:
         return mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=args.max_tokens)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         return lambda prompt: stream_generate(model, tokenizer, prompt, drafter, **options)
 
     methods: dict[str, Method] = {"plain (mlx_lm)": plain}
-    source = "lookup" if drafter is None else "drafted" if args.lookup == OFF else f"lookup {args.lookup}"
+    source = "lookup" if drafter is None else "drafted" if args.lookup in (None, OFF) else f"lookup {args.lookup}"
     beside = [DraftShape(), DraftShape(4, 5, 7)] if asked == AUTO else [DraftShape(4, 5, 7)]
     for shape in [asked] if drafter is None else dict.fromkeys([asked, *beside]):
         methods[f"{source}, {describe(shape)}"] = drafted(shape)

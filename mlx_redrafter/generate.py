@@ -40,7 +40,7 @@ def stream_generate(
     logits_processors: Sequence[LogitsProcessor] | None = None,
     stop: Sequence[str] = (),
     shape: DraftShape | str = AUTO,
-    lookup: str = OFF,
+    lookup: str | None = None,
     prompt_cache: list[Any] | None = None,
     cached_tokens: Sequence[int] = (),
     prefill_step_size: int = 2048,
@@ -68,7 +68,8 @@ def stream_generate(
             by what is accepted, and decodes plainly while drafting does not pay. For lookup
             alone, "auto" is `DraftShape()`.
         lookup: "on" drafts what followed in the text so far where it last went like now,
-            together with the drafter or alone; "auto" does while that pays; or "off".
+            together with the drafter or alone; "auto" does so in steps where that pays; or "off".
+            Left out, it is "auto" with a drafter whose shape is "auto", else "off".
         prompt_cache: mlx-lm caches; go on from what they hold, and leave in them the
             prompt and every token that was yielded.
         cached_tokens: what the prompt cache holds, where that is known: for lookup.
@@ -97,6 +98,8 @@ def stream_generate(
         raise UserError(f"--kv-bits is {kv_bits}, expected 2, 4 or 8")
     if sampler is not None and chooser is not None:
         raise UserError("sampler and chooser were both given, expected one")
+    if lookup is None:
+        lookup = AUTO if drafter is not None and shape == AUTO else OFF
     if lookup not in LOOKUPS:
         raise UserError(f"--lookup is {lookup!r}, expected one of {', '.join(LOOKUPS)}")
     if not isinstance(shape, DraftShape) and shape != AUTO:

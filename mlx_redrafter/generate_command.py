@@ -20,7 +20,7 @@ from .loading import DTYPES, EMBEDDED, NO_DRAFTER, load
 from .prompt_cache import load_cache_file
 from .responses import GenerationResponse, summary
 from .sampling import position_keyed
-from .settings import AUTO, LOOKUPS, OFF, DraftShape, Progress
+from .settings import AUTO, LOOKUPS, DraftShape, Progress
 from .templates import encode, encode_messages
 
 HELP = "continue a prompt"
@@ -52,8 +52,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         " (default: auto; if one of the other two is given 4, or 5 with more than one beam)")  # fmt: skip
     add("--num-draft-tokens", type=number_or_auto, default=AUTO, metavar="N", help="draft tokens that the"
         " target checks per step (default: auto; if another is given all of a chain, or 7 of a tree)")  # fmt: skip
-    add("--lookup", choices=LOOKUPS, default=OFF, help="also draft what followed in the text so far where it went"
-        " like now; auto does while that pays; with --draft none, lookup alone (default: %(default)s)")  # fmt: skip
+    add("--lookup", choices=LOOKUPS, help="also draft what followed in the text so far where it went like now: on in"
+        " every step, auto in those where it pays; with --draft none, lookup alone (default: auto where the three"
+        " above are, with a drafter, else off)")  # fmt: skip
     add("--tree-policy", choices=POLICIES, help="which of the drafted tokens are checked (default: best-first;"
         " beams is not for auto, and counts as a given number)")  # fmt: skip
 
@@ -271,4 +272,5 @@ def report(text: str, tokens: list[int], last: GenerationResponse) -> dict:
         "reason": last.reason,
         "shape": None if last.shape is None else dataclasses.asdict(last.shape),
         "plain_share": last.plain_share,
+        "lookup_share": last.lookup_share,
     }

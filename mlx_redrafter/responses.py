@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .decoding import Produced
-from .settings import DraftShape
+from .settings import DraftShape, LookupChain
 from .stops import StopStrings
 
 
@@ -41,14 +41,21 @@ class Statistics:
 
     @property
     def shape(self) -> DraftShape | None:
-        """How much most of the drafting steps drafted; None where none did."""
+        """How much most of the steps with a drafter drafted, or of lookups, if there were only those; None for none."""
         drafting = [(count, shape) for shape, count in self.shapes.items() if shape is not None]
-        return max(drafting, key=lambda one: one[0])[1] if drafting else None
+        own = [one for one in drafting if not isinstance(one[1], LookupChain)]
+        return max(own or drafting, key=lambda one: one[0])[1] if drafting else None
 
     @property
     def plain_share(self) -> float:
         """Share of steps that drafted nothing."""
         return self.shapes[None] / self.steps if self.steps else 0.0
+
+    @property
+    def lookup_share(self) -> float:
+        """Share of steps that drafted only what lookup found."""
+        found = sum(count for shape, count in self.shapes.items() if isinstance(shape, LookupChain))
+        return found / self.steps if self.steps else 0.0
 
 
 @dataclasses.dataclass
@@ -67,8 +74,7 @@ class GenerationResponse:
         steps, mean_acceptance_length, acceptance_by_position: see `Statistics`.
         method: "redrafter", "medusa", "lookup" (alone), or "plain".
         reason: why a given drafter was not used, for people; empty otherwise.
-        shape: how much most of the drafting steps drafted; None where none did.
-        plain_share: share of steps that drafted nothing.
+        shape, plain_share, lookup_share: see `Statistics`.
     """
 
     text: str
@@ -88,6 +94,7 @@ class GenerationResponse:
     reason: str = ""
     shape: DraftShape | None = None
     plain_share: float = 0.0
+    lookup_share: float = 0.0
 
 
 def summary(response: GenerationResponse) -> str:
@@ -113,9 +120,9 @@ def drafted(response: GenerationResponse) -> str:
     """What was drafted, in a few words."""
     if response.shape is None:
         return "nothing, it does not pay here" if response.steps else "nothing"
-    if response.plain_share == 0:
-        return str(response.shape)
-    return f"mostly {response.shape}; {response.plain_share:.0%} of the steps plainly"
+    shares = ((response.lookup_share, "only lookup's"), (response.plain_share, "plain"))
+    rest = ", ".join(f"{share:.0%} of the steps {kind}" for share, kind in shares if 0 < share < 1)
+    return f"mostly {response.shape}; {rest}" if rest else str(response.shape)
 
 
 def responses(
@@ -159,6 +166,7 @@ def responses(
             reason=reason,
             shape=statistics.shape,
             plain_share=statistics.plain_share,
+            lookup_share=statistics.lookup_share,
         )
 
     try:

@@ -66,8 +66,10 @@ def test_sweep(tmp_path, capsys):
     assert all(one["equal"] == one["runs"] == 2 for one in names.values())
     assert data["best"] == max(names, key=lambda name: names[name]["speed_up"]["median"])
     assert (
-        "mean acceptance length at equal rows" in printed and "equal to mlx_lm's, token for token: 18 of 18" in printed
+        "mean acceptance length at equal rows" in printed and "equal to mlx_lm's, token for token: 22 of 22" in printed
     )
+    assert set(data["auto"]) == {"auto", "auto-no-lookup"}
+    assert "auto-no-lookup: " in printed and "of the best setting's tokens per second" in printed
 
 
 def test_verify_cost(tmp_path, capsys):
