@@ -21,7 +21,7 @@ from mlx_redrafter.expectation import Expectation
 from mlx_redrafter.lookup import LookupProposer
 from mlx_redrafter.proposers import RecurrentProposer
 from mlx_redrafter.sampling import greedy, position_keyed
-from mlx_redrafter.settings import DecodingOptions, DraftShape
+from mlx_redrafter.settings import DecodingOptions, DraftShape, LookupChain
 from mlx_redrafter.steering import Outcome
 from mlx_redrafter.target import Target
 from mlx_redrafter.verification import Verifier
@@ -224,6 +224,27 @@ def test_lookup_and_switching(small_model, lookup):
     ):
         tokens += produced.tokens
     assert tokens[:120] == by_mlx_lm(small_model, prompt, 120)
+
+
+def test_lookups_tell_nothing_of_the_drafter():
+    """If this fails, a text that repeats itself makes the drafter look better, or its steps slower."""
+    device = Device(new_memory())
+    device.write(500, 0.7)
+    memory = device.memory
+    steering = Adaptation(memory, lambda: device.now)
+    steering.begin()
+    before, usual = (memory.calibration.to_dict(), memory.current, memory.spent), memory.seconds(memory.current, 128)
+    for _ in range(40):
+        device.now += 7.0
+        steering.learn(Outcome(LookupChain.of(7), 7, [1] * 7, [0] * 7), 128)
+    assert (memory.calibration.to_dict(), memory.current, memory.spent) == before
+    assert memory.seconds(memory.current, 128) == usual
+    # Their own time is learnt, whatever their length.
+    expected = COSTS.step_seconds(LookupChain.of(7), 128)
+    assert memory.seconds(LookupChain.of(7), 128) == pytest.approx(7.0)
+    assert memory.seconds(LookupChain.of(3), 128) == pytest.approx(
+        7.0 / expected * COSTS.step_seconds(LookupChain.of(3), 128)
+    )
 
 
 def test_auto_says_what_it_did(pair, prefixes):

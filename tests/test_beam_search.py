@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 from conftest import make_drafter
 
+from mlx_redrafter import DraftShape
 from mlx_redrafter.beam_search import beam_search, candidate_tree, top
+from mlx_redrafter.embedded.corpus import held_out_prefixes
+from mlx_redrafter.target import Target
+from mlx_redrafter.training.acceptance_length import acceptance_length
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +19,14 @@ def setting():
     return drafter, (lambda tokens: table[tokens]), mx.random.normal((2, 32)), mx.array([5, 11], mx.int32)
 
 
-def search_with_lists(drafter, embed, context, root, width, length):
+def search_with_lists(drafter, embed, context, root, width, length, temperature=1.0):
     """All hypotheses of every step as (log-prob, tokens), best first."""
     projected = drafter.project_context(context)
     beams, steps = [(0.0, (), drafter.advance(embed(root), None))], []
     for _ in range(length - 1):
         grown = []
         for log_prob, tokens, state in beams:
-            logits = drafter.logits(projected, state)
+            logits = drafter.logits(projected, state) / temperature
             scores = np.array(logits - mx.logsumexp(logits))
             for token in np.argsort(-scores)[:width]:
                 grown.append((log_prob + float(scores[token]), (*tokens, int(token)), state))
@@ -34,14 +38,16 @@ def search_with_lists(drafter, embed, context, root, width, length):
     return steps
 
 
-@pytest.mark.parametrize("width, length", [(1, 2), (1, 5), (3, 2), (4, 5), (8, 3)])
-def test_same_hypotheses(setting, width, length):
+@pytest.mark.parametrize(
+    "width, length, temperature", [(1, 2, 1), (1, 5, 1), (3, 2, 1), (4, 5, 1), (8, 3, 1), (4, 5, 0.4)]
+)
+def test_same_hypotheses(setting, width, length, temperature):
     """If this fails, the drafter proposes other continuations than beam search would."""
     drafter, embed, context, root = setting
-    beam = beam_search(drafter, embed, context, root, width, length)
+    beam = beam_search(drafter, embed, context, root, width, length, temperature)
     assert beam.tokens.shape == (2, length - 1, width)
     for b in range(2):
-        expected = search_with_lists(drafter, embed, context[b], root[b], width, length)
+        expected = search_with_lists(drafter, embed, context[b], root[b], width, length, temperature)
         for step, hypotheses in enumerate(expected):
             np.testing.assert_allclose(beam.log_probs[b, step].tolist(), [lp for lp, _ in hypotheses], atol=1e-4)
         assert [tuple(s) for s in beam.sequences()[b].tolist()] == [tokens for _, tokens in expected[-1]]
@@ -105,6 +111,34 @@ def test_beams_keeps_the_final_beams(setting, width, length, budget):
                 if tuple(sequence[:depth]) not in wanted:
                     wanted.append(tuple(sequence[:depth]))
         assert sorted(paths_of(tree, b)) == sorted(wanted[:budget])
+
+
+def mean_lengths(pair, prompts, nodes, max_tokens):
+    """Mean acceptance lengths of a chain and of both trees (W = 4, L = 5) at equal rows, greedily."""
+    model, drafter, _ = pair
+    shapes = {
+        "chain": DraftShape(1, nodes + 1, nodes),
+        "beams": DraftShape(4, 5, nodes, "beams"),
+        "best-first": DraftShape(4, 5, nodes),
+    }
+    return {n: acceptance_length(Target(model), drafter, prompts, s, max_tokens) for n, s in shapes.items()}
+
+
+def test_best_first_gets_most_accepted(pair, prefixes):
+    """If this fails, rows are spent on nodes that a greedy target does not choose."""
+    found = mean_lengths(pair, prefixes[:6], 8, 48)
+    assert found["best-first"] > max(found["chain"], found["beams"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [4, 8, 12, 16])
+def test_best_first_gets_most_accepted_everywhere(pair, nodes):
+    """The full claim: the 20 prefixes of the benchmarks, 128 tokens, every number of rows."""
+    prompts = [pair[2].encode(text) for text in held_out_prefixes(20)]
+    found = mean_lengths(pair, prompts, nodes, 128)
+    assert found["best-first"] >= max(found["chain"], found["beams"])
+    # All nodes of a search are one tree, whoever chooses them; fewer are not.
+    assert nodes == 16 or found["best-first"] > max(found["chain"], found["beams"])
 
 
 def test_a_drafter_gone_wrong_still_gives_a_tree(setting):

@@ -3,10 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import make_drafter
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_redrafter import DraftShape
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.sampling import from_sampler, greedy, position_keyed
+from mlx_redrafter.heads import proposer_for
+from mlx_redrafter.sampling import draft_temperature, from_sampler, greedy, position_keyed
 
 
 def test_noise_depends_on_seed_and_position_alone():
@@ -71,3 +74,21 @@ def test_mlx_lm_samplers():
 def test_out_of_range(arguments, message):
     with pytest.raises(UserError, match=message):
         position_keyed(**arguments)
+
+
+def test_a_drafter_is_as_sure_as_the_target_is_cold():
+    """If this fails, trees are chosen as though the target drew its tokens otherwise than it does."""
+    assert draft_temperature(greedy) == pytest.approx(0.7)
+    found = [draft_temperature(position_keyed(temp)) for temp in (0.0, 0.3, 0.7, 1.0, 2.0)]
+    assert found == sorted(set(found)) and found[0] == draft_temperature(greedy)
+    assert found[4] == pytest.approx(2.0, rel=0.1)  # what the drafter does not know is little beside that
+    assert draft_temperature(from_sampler(make_sampler(0.9))) == draft_temperature(position_keyed(1.0))
+
+
+@pytest.mark.parametrize("choose", [greedy, position_keyed(1.0)])
+def test_the_proposer_goes_by_it(choose):
+    """If this fails, the temperature is known and not used."""
+    drafter = make_drafter()
+    table = mx.random.normal((97, 32), key=mx.random.key(1))
+    proposer = proposer_for(drafter, lambda tokens: table[tokens], DraftShape(4, 5, 7), choose)
+    assert proposer.temperature == draft_temperature(choose)
