@@ -102,7 +102,8 @@ class Memory:
         """A step's measured time behind `length` tokens."""
         ratio = seconds / self._table(shape, length)
         self.ratios[_kind(shape)].append((self.steps, ratio))
-        self._drift.append(ratio)
+        if not isinstance(shape, LookupChain):
+            self._drift.append(ratio)  # lookup's table is an assumption, and no drafter's
         self._slowness.clear()
 
     def note_outcome(self, outcome: Outcome) -> None:
@@ -120,6 +121,7 @@ class Memory:
     def review(self, length: int) -> bool:
         """Puts the best shape in use; True if that is another one."""
         self._expectation = Expectation(self.calibration.first(), self.calibration.later())
+        self._slowness.clear()  # some of it may be stale
         best = max(self.shapes, key=lambda shape: self.rate(shape, length))
         if best != self.current and self.rate(best, length) > BETTER * self.rate(self.current, length):
             self.current = best

@@ -56,14 +56,21 @@ class Costs:
         """Of everything in a step but its rows."""
         return max(0.0, _between({w: _line(times, length) for w, times in self.draft.items()}, width))
 
+    def undrafted_seconds(self) -> float:
+        """Of what a step of a chain takes beyond its rows and its draft tokens; looking text up is little beside it."""
+        times = self.draft[min(self.draft)]
+        short, long = min(times), max(times)
+        each = (times[long] - times[short]) / (long - short) if long > short else 0.0
+        return max(0.0, times[short] - each * (short - 1))
+
     def step_seconds(self, shape: DraftShape | None, context: int) -> float:
         """Of a whole step behind so many tokens of context; None stands for a plain one."""
         if shape is None:
             return _line(self.plain, context)
         rows = self.verify_seconds(1 + shape.num_draft_tokens, context)
-        # Looking text up takes about as many operations as one draft token, however many it finds.
-        length = min(LENGTHS) if isinstance(shape, LookupChain) else shape.beam_length
-        return rows + self.draft_seconds(shape.beam_width, length)
+        if isinstance(shape, LookupChain):
+            return rows + self.undrafted_seconds()
+        return rows + self.draft_seconds(shape.beam_width, shape.beam_length)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

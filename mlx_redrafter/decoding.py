@@ -190,7 +190,7 @@ def speculative(
         proposer: where the drafts come from.
         prompt: (1, P) token ids that the cache does not hold yet.
         cache: grows; `KVCache.end_trees` has to be called when the loop is left, early or not.
-        steering: chooses the proposer's shape for every step; else it is the proposer's own.
+        steering: chooses the shape that the proposer is asked for in every step; else it is the proposer's own.
 
     Yields:
         What each step brought. The last one may exceed `max_tokens`.
@@ -202,48 +202,51 @@ def speculative(
     assert cache.length is not None and hidden is not None
     logits = process(processors, prompt[0], logits)
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
-    proposer.begin(prompt, root)
     step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, prompt[0] if processors else None)
     mx.async_eval(root, hidden)
+    proposer.begin(prompt, root)
     pipelined = not processors
     made, length, asked = 1, held + prompt.shape[1], proposer.shape
 
     def submit(waiting: bool) -> _Submitted | None:
         """The next step; None where it is better built when the one before has been read."""
         proposer.shape = proposer.plan(asked if steering is None else steering.shape())
-        if steering is not None and proposer.shape is None and cache.can_settle and not cache.settled:
+        if proposer.shape is None and cache.can_settle and not cache.settled:
             if not waiting:
                 return None
             cache.settle(length)
         return step.submit()
 
-    ahead = submit(waiting=True) if max_tokens != 1 and pipelined else None
-    tokens = _wait_for(root)
-    proposer.learn(tokens)
-    if steering is not None:
-        steering.begin()
-    yield Produced(tokens, logits, [False], from_prompt=True)
-    while made != max_tokens:
-        current = ahead or submit(waiting=True)
-        assert current is not None
-        ahead = None
-        # Step t brings at least one token; t + 1 is only of use if that is not the last.
-        if pipelined and (max_tokens < 0 or made + 1 < max_tokens):
-            ahead = submit(waiting=False)
-        [count] = _wait_for(current.count)
-        before = tokens[-1:]  # the root that this step has read
-        tokens = _wait_for(current.tokens[0, : count + 1])
+    try:
+        ahead = submit(waiting=True) if max_tokens != 1 and pipelined else None
+        tokens = _wait_for(root)
         proposer.learn(tokens)
-        made, length = made + count + 1, length + count + 1
-        cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
         if steering is not None:
-            steering.learn(_outcome(current, count), length)
-        if step.history is not None:
-            step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
-        options.quantize(cache.layers, length)
-        yield Produced(tokens, current.logits[0], [True] * count + [False], shape=current.shape)
-        if 0 <= max_tokens <= made:
-            break
+            steering.begin()
+        yield Produced(tokens, logits, [False], from_prompt=True)
+        while made != max_tokens:
+            current = ahead or submit(waiting=True)
+            assert current is not None
+            ahead = None
+            # Step t brings at least one token; t + 1 is only of use if that is not the last.
+            if pipelined and (max_tokens < 0 or made + 1 < max_tokens):
+                ahead = submit(waiting=False)
+            [count] = _wait_for(current.count)
+            before = tokens[-1:]  # the root that this step has read
+            tokens = _wait_for(current.tokens[0, : count + 1])
+            proposer.learn(tokens)
+            made, length = made + count + 1, length + count + 1
+            cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
+            if steering is not None:
+                steering.learn(_outcome(current, count), length)
+            if step.history is not None:
+                step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
+            options.quantize(cache.layers, length)
+            yield Produced(tokens, current.logits[0], [True] * count + [False], shape=current.shape)
+            if 0 <= max_tokens <= made:
+                break
+    finally:
+        proposer.shape = asked  # what was planned for this text is nothing to the next one
 
 
 def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: DecodingOptions) -> Generator[Produced]:

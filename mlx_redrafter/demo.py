@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
     source = "lookup" if drafter is None else "drafted" if args.lookup in (None, OFF) else f"lookup {args.lookup}"
     beside = [DraftShape(), DraftShape(4, 5, 7)] if asked == AUTO else [DraftShape(4, 5, 7)]
     for shape in [asked] if drafter is None else dict.fromkeys([asked, *beside]):
-        methods[f"{source}, {describe(shape)}"] = drafted(shape)
+        with_lookup = shape == AUTO and drafter is not None and args.lookup is None
+        methods[f"{'drafter and lookup' if with_lookup else source}, {describe(shape)}"] = drafted(shape)
     print(f"Target: {args.model or 'embedded, 12.6 M parameters, continues Python'}")
     facts = device_facts()
     products = facts.get("float32 products by")

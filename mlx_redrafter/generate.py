@@ -57,7 +57,8 @@ def stream_generate(
         prompt: text, or token ids.
         drafter: made for this model, recurrent or Medusa; None decodes plainly, or with lookup alone.
         max_tokens: stop after this many; -1 for no limit.
-        sampler: an mlx-lm sampler; greedy if left out. Exact in distribution.
+        sampler: an mlx-lm sampler; greedy if left out. Exact in distribution. Trees are better chosen
+            with a `chooser`, whose temperature is known.
         chooser: in place of a sampler, a function from `mlx_redrafter.sampling`; with one
             that is keyed by position a seed gives the same text with and without a drafter.
         logits_processors: mlx-lm's; each sees exactly the tokens on the path to its row.

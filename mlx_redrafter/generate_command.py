@@ -53,8 +53,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-draft-tokens", type=number_or_auto, default=AUTO, metavar="N", help="draft tokens that the"
         " target checks per step (default: auto; if another is given all of a chain, or 7 of a tree)")  # fmt: skip
     add("--lookup", choices=LOOKUPS, help="also draft what followed in the text so far where it went like now: on in"
-        " every step, auto in those where it pays; with --draft none, lookup alone (default: auto where the three"
-        " above are, with a drafter, else off)")  # fmt: skip
+        " every step, auto in those where it pays, up to 15 tokens; with --draft none, lookup alone (default: auto"
+        " where the three above are, with a drafter, else off)")  # fmt: skip
     add("--tree-policy", choices=POLICIES, help="which of the drafted tokens are checked (default: best-first;"
         " beams is not for auto, and counts as a given number)")  # fmt: skip
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
 
@@ -143,7 +142,7 @@ class TreeRows:
     def _write(self, rows: Any, position: mx.array) -> None:
         """Writes rows into the buffers, from position (B,) on."""
         at = position - self.base
-        self.keys, self.values = tree_map(lambda b, r: write_rows(b, r, at), (self.keys, self.values), rows)
+        self.keys, self.values = each(lambda b, r: write_rows(b, r, at), (self.keys, self.values), rows)
 
     def settle(self) -> None:
         """Writes what an accepted path still has to move."""
@@ -157,7 +156,7 @@ class TreeRows:
             return super().keys_and_values()  # type: ignore[misc]
         start, visible = self._span(self.frame)
         first, to_all = start - self.base, self.frame.to_all
-        return tree_map(lambda buffer: to_all(buffer[..., first : first + visible, :]), (self.keys, self.values))
+        return each(lambda buffer: to_all(buffer[..., first : first + visible, :]), (self.keys, self.values))
 
     def _span(self, frame: TreeFrame) -> tuple[int, int]:
         """The first position that attention reads, and how many."""
@@ -171,7 +170,7 @@ class TreeRows:
     def map(self, function: Callable[[mx.array], mx.array]) -> None:
         """Replaces every buffer by what the function makes of it."""
         if self.keys is not None:
-            self.keys, self.values = tree_map(function, (self.keys, self.values))
+            self.keys, self.values = each(function, (self.keys, self.values))
 
     def prepare(self, frame: TreeFrame) -> None:
         """Makes room for a verification, letting go of rows that no window reaches any more."""
@@ -212,14 +211,14 @@ class TreeRows:
     def move(self, path: mx.array, length: mx.array) -> None:
         """Moves one path's rows together behind the first tree row; path (B, D) without the root."""
         if self.rows is not None:
-            self.moving = tree_map(lambda rows: rows_along(rows, path), self.rows), length + 1
+            self.moving = each(lambda rows: rows_along(rows, path), self.rows), length + 1
 
     def arrays(self) -> list[mx.array]:
         found: list[mx.array] = []
         if self.keys is not None:
-            tree_map(found.append, (self.keys, self.values))
+            each(found.append, (self.keys, self.values))
         if self.moving is not None:
-            tree_map(found.append, self.moving[0])
+            each(found.append, self.moving[0])
         return found
 
 
@@ -263,6 +262,16 @@ class WindowCache(TreeRows, RotatingKVCache):  # type: ignore[misc]  # argument 
             self.map(lambda buffer: buffer[:, :, first : length - self.base])
             self._idx = self.keys.shape[2]
         self.base = 0
+
+
+def each(function: Callable[..., Any], *buffers: Any) -> Any:
+    """The function of every array in buffers of one structure: arrays, or tuples of what is one.
+
+    As mlx's tree_map, which takes a tenth of the time that building a step takes.
+    """
+    if isinstance(buffers[0], mx.array):
+        return function(*buffers)
+    return tuple(each(function, *parts) for parts in zip(*buffers))
 
 
 def like(layer: Any, other: Any) -> Any:

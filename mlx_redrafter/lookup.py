@@ -142,6 +142,8 @@ class LookupProposer(Proposer):
         prices: Prices | None = None,
         memory: LookupMemory | None = None,
     ):
+        if inner is None and shape is not None:
+            shape = LookupChain.of(shape.as_chain().num_draft_tokens)
         super().__init__(shape)
         self.inner, self.before = inner, before or []
         self.worth = LookupWorth(SHORTEST, LONGEST, inner is None, prices, memory) if mode == AUTO else None
@@ -156,7 +158,7 @@ class LookupProposer(Proposer):
         if self.before:
             earlier = mx.broadcast_to(mx.array(self.before, mx.int32), (text.shape[0], len(self.before)))
             text = mx.concatenate([earlier, text], axis=1)
-        self._rooted = False
+        self._rooted, self._unused = False, 0
         self._in_flight.clear()
         if self.worth is None:
             self.text = TextBuffer(mx.concatenate([text, root[:, None].astype(mx.int32)], axis=1))
@@ -170,7 +172,8 @@ class LookupProposer(Proposer):
     def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
         shape, first = self.shape, root[:, None].astype(mx.int32)
         if isinstance(shape, LookupChain):
-            self._note(shape, False, 0)
+            if self.worth is not None:
+                self._note(shape, False, 0)
             tokens, _ = self._text().continuation(shape.num_draft_tokens)
             return CandidateTree.chain(mx.concatenate([first, tokens], axis=1))
         if self.inner is None:
@@ -181,15 +184,13 @@ class LookupProposer(Proposer):
         depth = 0 if shape is None else min(shape.beam_length - 1, shape.num_draft_tokens)
         share = 0 if tree.in_order else max(1, (tree.rows - 1) // 2)
         if self.worth is not None:
-            joined = share > 0 and self.worth.joins(share)
+            joined = share > 0 and self.worth.joins()
             self._note(shape, joined, share)
             if not joined:
                 return tree
         elif depth == 0:
             return tree
         tokens, found = self._text().continuation(depth)
-        if self.inner is None:
-            return CandidateTree.chain(mx.concatenate([first, tokens], axis=1))
         if tree.in_order:
             drafted = tree.tokens[:, 1 : 1 + depth]
             return CandidateTree.chain(mx.concatenate([first, mx.where(found[:, None], tokens, drafted)], axis=1))

@@ -26,9 +26,9 @@ STREAKS, ASSUMED = (0, 1, 2, 4, 8, 16), (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WEIGHT = 3.0  # lookups that an assumption is worth
 FORGET = 0.98  # of what was seen of a class, per lookup of it
 BETTER = 1.05  # by how much lookup has to be faster than what would be drafted else
-ENOUGH = 6  # steps before anything is decided
+ENOUGH = 6  # steps of the drafter's before lookup is compared with them
 RECENT = 24  # steps that averages and measured times remember
-PROBE = 8  # one in so many trees goes without a branch that would join: what it is compared with
+PROBE = 8  # one in so many steps with lookup goes without: what it is compared with, where prices do not tell
 ASSUMED_COST = 1.1  # of a step with lookup in steps without, until it has been measured
 STALE = 96  # steps without lookup after which its measured cost is not trusted any more
 
@@ -176,7 +176,7 @@ class LookupWorth:
         self._seconds: dict[bool, deque[float]] = {used: deque(maxlen=RECENT) for used in (False, True)}
         self._before = 0.0
         self._since = 0  # steps since one with lookup
-        self._joins = 0
+        self._probes = 0  # steps with lookup, and those that went without to compare
 
     @property
     def kind(self) -> int:
@@ -189,37 +189,47 @@ class LookupWorth:
         Args:
             shape: what would be drafted else; what lookup may draft, where there is no drafter.
         """
-        right, length = self.memory.reach[self.kind].expected(), len(self.index.tokens)
+        right = self.memory.reach[self.kind].expected()
         if self.prices is not None:
-            prices, best = self.prices, shape
-            # Not the shape's own speed: it may be one that is only tried for a few steps.
-            speed = BETTER * prices.speed(length)
-            for count, chain in CHAINS.items():
-                found = (1 + right[count]) / prices.seconds(chain, length)
-                if found > speed:
-                    best, speed = chain, found
-            return best
-        if shape is None:
-            return None
-        chain = LookupChain.of(min(shape.num_draft_tokens, DEEPEST))
+            return self._by_prices(self.prices, shape, right)
+        return None if shape is None else self._by_comparison(shape, right)
+
+    def _by_prices(self, prices: Prices, shape: DraftShape | None, right: list[float]) -> DraftShape | None:
+        """With a lookup of any length. `right`: tokens that lookups of 0, 1, 2, ... should get right."""
+        length, best = len(self.index.tokens), shape
+        # Not the shape's own speed: it may be one that is only tried for a few steps.
+        speed = BETTER * prices.speed(length)
+        for count, chain in CHAINS.items():
+            found = (1 + right[count]) / prices.seconds(chain, length)
+            if found > speed:
+                best, speed = chain, found
+        return best
+
+    def _by_comparison(self, shape: DraftShape, right: list[float]) -> DraftShape | None:
+        """With a lookup of as many rows, by what steps brought and took so far."""
+        other = None if self._alone else shape
         usual = 1.0 if self._alone else self.length.value
         if not self._alone and self.length.count < ENOUGH:
-            return shape
-        tokens = 1 + right[chain.num_draft_tokens]
-        return chain if tokens > BETTER * usual * self.cost else None if self._alone else shape
+            return other
+        chain = LookupChain.of(min(shape.num_draft_tokens, DEEPEST))
+        if 1 + right[chain.num_draft_tokens] <= BETTER * usual * self.cost:
+            return other
+        return other if self._probes % PROBE == PROBE - 1 else chain
 
-    def joins(self, share: int) -> bool:
-        """Whether a branch of so many rows should join the tree that is built now."""
+    def joins(self) -> bool:
+        """Whether a branch should join the tree that is built now."""
         gain = self.memory.gain[self.kind]
-        if gain.count < ENOUGH or self.length.value + gain.value <= self.length.value * self._join_cost:
+        if min(gain.count, self.length.count) < ENOUGH:
             return False
-        self._joins += 1
-        return self._joins % PROBE != 0
+        if self.length.value + gain.value <= self.length.value * self._join_cost:
+            return False
+        return self._probes % PROBE != PROBE - 1
 
     def built(self, shape: DraftShape | None, joined: bool, share: int) -> None:
         """Told of each step as it is built; see `_Step`."""
         step = _Step(shape, self.kind, joined, share)
         self._built.append(step)
+        self._probes = self._probes + 1 if step.with_lookup or self._probes % PROBE == PROBE - 1 else self._probes
         self._since = 0 if step.with_lookup else self._since + 1
         if self._since >= STALE:
             self._seconds[True].clear()

@@ -103,7 +103,7 @@ def multiply(x: mx.array, panels: mx.array) -> mx.array:
     count, depth, width = panels.shape[-3:]
     lead, rows = x.shape[:-1], x.size // x.shape[-1]
     if panels.ndim == 3:
-        product = mx.matmul(x.reshape(1, rows, depth), panels)
+        product = mx.matmul(x if x.ndim == 3 and lead[0] == 1 else x.reshape(1, rows, depth), panels)
     else:
         pieces = x.reshape(rows, -1, 1, depth).transpose(1, 2, 0, 3)
         product = mx.sum(mx.matmul(pieces, panels), axis=0)

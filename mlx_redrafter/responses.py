@@ -41,10 +41,9 @@ class Statistics:
 
     @property
     def shape(self) -> DraftShape | None:
-        """How much most of the steps with a drafter drafted, or of lookups, if there were only those; None for none."""
-        drafting = [(count, shape) for shape, count in self.shapes.items() if shape is not None]
-        own = [one for one in drafting if not isinstance(one[1], LookupChain)]
-        return max(own or drafting, key=lambda one: one[0])[1] if drafting else None
+        """How much most of the steps of a drafter drafted; None where there were none."""
+        own = {s: n for s, n in self.shapes.items() if s is not None and not isinstance(s, LookupChain)}
+        return max(own, key=lambda shape: own[shape], default=None)
 
     @property
     def plain_share(self) -> float:
@@ -118,11 +117,16 @@ def summary(response: GenerationResponse) -> str:
 
 def drafted(response: GenerationResponse) -> str:
     """What was drafted, in a few words."""
-    if response.shape is None:
+    if response.plain_share == 1 or not response.steps:
         return "nothing, it does not pay here" if response.steps else "nothing"
-    shares = ((response.lookup_share, "only lookup's"), (response.plain_share, "plain"))
-    rest = ", ".join(f"{share:.0%} of the steps {kind}" for share, kind in shares if 0 < share < 1)
-    return f"mostly {response.shape}; {rest}" if rest else str(response.shape)
+    by_drafter = 1 - response.plain_share - response.lookup_share
+    shares = {
+        f"by the drafter (mostly {response.shape})": 0.0 if response.shape is None else by_drafter,
+        "by lookup": response.lookup_share,
+        "nothing": response.plain_share,
+    }
+    parts = [f"{words} in {share:.0%} of the steps" for words, share in shares.items() if share]
+    return parts[0].removesuffix(" in 100% of the steps") if len(parts) == 1 else ", ".join(parts)
 
 
 def responses(

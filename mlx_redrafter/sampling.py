@@ -150,7 +150,9 @@ def draft_temperature(choose: Chooser) -> float:
     It matters for trees, whose nodes are ranked by these probabilities; never for the text.
 
     Args:
-        choose: how the target chooses. Of a sampler that is not ours, 1 is assumed.
+        choose: how the target chooses. Of a function that is not ours nothing is known, and
+            the drafter's probabilities stay as they are.
     """
-    temp = 0.0 if choose is greedy else choose.temp if isinstance(choose, PositionKeyed) else 1.0
-    return math.hypot(_UNKNOWN, temp)
+    if isinstance(choose, PositionKeyed):
+        return math.hypot(_UNKNOWN, choose.temp)
+    return _UNKNOWN if choose is greedy else 1.0

@@ -49,7 +49,7 @@ class Steering(Protocol):
         """The first token of a text has been read; the first step is under way."""
 
     def shape(self) -> DraftShape | None:
-        """How much the step that is built next should draft; None for a plain step.
+        """How much the step that is built next should draft; None for a plain step. The proposer may plan otherwise.
 
         May be asked more than once for a step.
         """

@@ -39,7 +39,8 @@ def show(step: WatchedStep, number: int, tokenizer: Any, colour: bool) -> str:
     """
     nodes = step.nodes
     accepted = sum(node.accepted for node in nodes) - 1
-    head = f"step {number}: {accepted} of {len(nodes) - 1} drafted accepted"
+    drafted = "looked up" if step.by_lookup else "drafted"
+    head = f"step {number}: {accepted} of {len(nodes) - 1} {drafted} accepted"
     own = step.tokens[accepted:]
     tail = f", then the target's own {word(tokenizer, own[0])}" if own else ""
     lines = [painted(head, BOLD, colour) + tail, f"  {word(tokenizer, nodes[0].token)}"]

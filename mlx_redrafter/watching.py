@@ -14,7 +14,7 @@ from .beam_search import Embedder
 from .decoding import speculative
 from .drafter import RecurrentDrafter
 from .proposers import Proposer
-from .settings import DecodingOptions, DraftShape
+from .settings import DecodingOptions, DraftShape, LookupChain
 from .tree import CandidateTree
 from .verification import Verifier
 
@@ -45,10 +45,12 @@ class WatchedStep:
     Attributes:
         nodes: the root and all candidates, parents before children.
         tokens: what the step produced: the accepted candidates, and the target's own choice after them.
+        by_lookup: the candidates are lookup's alone.
     """
 
     nodes: list[Node]
     tokens: list[int]
+    by_lookup: bool = False
 
 
 class Watched(Proposer):
@@ -126,9 +128,10 @@ def watch(
             continue
         context, tree, accepted = watched.steps.popleft()
         probabilities: Sequence[float | None] = [None] * tree.rows
-        if isinstance(drafter, RecurrentDrafter):
+        by_lookup = isinstance(produced.shape, LookupChain)
+        if isinstance(drafter, RecurrentDrafter) and not by_lookup:
             probabilities = node_probabilities(drafter, verifier.target.embed, context, tree)
-        yield WatchedStep(_nodes(tree, accepted, probabilities), tokens), tokens
+        yield WatchedStep(_nodes(tree, accepted, probabilities), tokens, by_lookup), tokens
         if last is not None:
             return
 

@@ -10,16 +10,18 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter import Conversation, DraftShape, UserError, lookup_worth, stream_generate
 from mlx_redrafter.acceptance import accept
+from mlx_redrafter.autotune import tuning_for
 from mlx_redrafter.cli import main
 from mlx_redrafter.decoding import SpeculativeStep, autoregressive, prefill, speculative
 from mlx_redrafter.lookup import LONGEST, SHORTEST, LookupProposer, TextBuffer, join
 from mlx_redrafter.lookup_worth import LookupMemory, LookupWorth, TextIndex
 from mlx_redrafter.proposers import RecurrentProposer
+from mlx_redrafter.responses import drafted
 from mlx_redrafter.sampling import greedy, position_keyed
 from mlx_redrafter.settings import DecodingOptions, LookupChain
 from mlx_redrafter.target import Target
 from mlx_redrafter.tree import CandidateTree
-from mlx_redrafter.verification import CHAIN, Verifier
+from mlx_redrafter.verification import CHAIN, Verifier, verifier_of
 
 REPEATING = [3, 14, 15, 92, 65, 35, 89, 79] * 4 + [3, 14, 15]
 RANDOM = np.random.default_rng(1).permutation(97)[:40].tolist()
@@ -270,7 +272,7 @@ def decode(worth, clock, text, steps, accepts, seconds, shape=SHAPE, share=0):
     for _ in range(steps):
         chosen = worth.choose(shape)
         alone = isinstance(chosen, LookupChain)
-        joined = not alone and share > 0 and worth.joins(share)
+        joined = not alone and share > 0 and worth.joins()
         worth.built(chosen, joined, 0 if alone else share)
         found.append((chosen, joined))
         count = chosen.num_draft_tokens if alone else share if joined else 0
@@ -308,7 +310,7 @@ FRESH = np.random.default_rng(0).integers(10_000, size=600).tolist()
 def test_auto_weighs_gain_against_cost(clock):
     """If this fails, auto looks up where that costs speed, or does not where it brings some."""
     cheap = looked_up(decode(started(AGAIN[:20]), clock, AGAIN, 60, accepts=1, seconds={False: 1.0, True: 1.2}))
-    assert not any(cheap[:5]) and all(cheap[-40:])
+    assert not any(cheap[:5]) and sum(cheap[-40:]) == 35  # one in eight goes without
     dear = looked_up(decode(started(AGAIN[:20]), clock, AGAIN, 90, accepts=1, seconds={False: 1.0, True: 3.0}))
     assert any(dear) and not any(dear[-40:])  # tried, measured, and left
     assert not any(looked_up(decode(started(FRESH[:20]), clock, FRESH, 60, accepts=1, seconds={False: 1.0, True: 1.0})))
@@ -324,9 +326,11 @@ def test_auto_follows_the_text(clock):
         at.append(len(worth.index.tokens))
         found += looked_up(decode(worth, clock, text, 1, accepts=1, seconds={False: 1.0, True: 1.2}))
     used = [(place, one) for place, one in zip(at, found)]
-    assert all(one for place, one in used if 100 < place < 290)
-    assert not any(one for place, one in used if 310 < place < 700)
-    assert all(one for place, one in used if place > 740) and max(at) > 1200
+    shares = [
+        np.mean([one for place, one in used if low < place < high])
+        for low, high in ((100, 290), (310, 700), (740, max(at)))
+    ]
+    assert min(shares[0], shares[2]) > 0.8 and shares[1] == 0 and max(at) > 1200
 
 
 class Device:
@@ -351,9 +355,8 @@ def test_auto_looks_as_far_as_it_pays(clock):
     lengths = [shape.num_draft_tokens for shape in found if isinstance(shape, LookupChain)]
     assert lengths[0] < 15 and set(lengths[-20:]) == {15}
     # What a shape that is only being tried would bring is of no matter to the choice.
-    fresh, once = started(FRESH[:20], prices=Device(2.0)), {False: 1.0, True: 1.0}
-    none = [shape for shape, _ in decode(fresh, clock, FRESH, 20, accepts=1, seconds=once, shape=None)]
-    assert set(none[-10:]) == {None}
+    tried, once = started(AGAIN[:20], prices=Device(30.0)), {False: 1.0, True: 1.0}
+    assert not any(looked_up(decode(tried, clock, AGAIN, 20, accepts=0, seconds=once, shape=None)))
     better = started(text[:20], prices=Device(30.0))
     assert not any(looked_up(decode(better, clock, text, 140, accepts=1, seconds={False: 1.0, True: 1.0})))
 
@@ -376,11 +379,21 @@ def test_auto_joins_trees(clock):
 def test_what_lookups_brought_outlives_texts(clock):
     """If this fails, every text finds out again what lookup is worth."""
     memory, seconds = LookupMemory(), {False: 1.0, True: 1.0}
-    prices = Device(3.0)
-    first = looked_up(decode(started(AGAIN[:20], prices=prices, memory=memory), clock, AGAIN, 40, 1, seconds))
-    second = looked_up(decode(started(AGAIN[:20], prices=prices, memory=memory), clock, AGAIN, 40, 1, seconds))
-    assert all(second) and sum(second) >= sum(first)
-    assert [r.expected()[15] for r in memory.reach] != [r.expected()[15] for r in LookupMemory().reach]
+    texts = [AGAIN[:20] if begun else FRESH[:20] + AGAIN[:20] for begun in (True, False)]
+    dear = Device(3.5)  # what is assumed of lookups does not pay, what is seen of them does
+    fresh = looked_up(decode(started(texts[0], prices=dear, memory=memory), clock, AGAIN, 60, 1, seconds))
+    after = looked_up(decode(started(texts[0], prices=dear, memory=memory), clock, AGAIN, 60, 1, seconds))
+    assert not fresh[0] and all(fresh[-20:]) and all(after)
+
+
+def test_a_branch_needs_steps_to_compare_with(clock):
+    """If this fails, every text begins with branches in its trees, whether they bring anything or not."""
+    memory = LookupMemory()
+    for gain in memory.gain:
+        for value in [0.0] * 10 + [0.01]:
+            gain.add(value)
+    worth = started(AGAIN[:20], prices=Device(2.0, slow_lookup=100.0), memory=memory)
+    assert not worth.joins()
 
 
 def test_auto_asks_nothing_of_the_device_while_it_is_off(small_model):
@@ -413,6 +426,49 @@ def test_the_text_is_whole_when_auto_turns_on(small_model, monkeypatch):
             text = proposer.text.tokens[0, LONGEST - 1 : proposer.text.end.item() + 1].tolist()
             assert text[: len(known)] == known
     assert most > 4 and proposer.text is not None
+
+
+def test_a_proposer_is_as_it_was_after_a_text(small_model):
+    """If this fails, the last step of one text decides how the next one is drafted."""
+    verifier, shapes = Verifier(Target(small_model)), []
+    for drafter, shape in ((None, DraftShape(1, 9, 8)), (make_drafter(), DraftShape(4, 5, 7))):
+        proposer = proposer_for(verifier, drafter, shape, "auto")
+        asked = proposer.shape
+        for _ in range(2):
+            options, steps = DecodingOptions(max_tokens=80), 0
+            for produced in speculative(verifier, proposer, mx.array([REPEATING]), verifier.make_cache(), options):
+                shapes.append(produced.shape)
+                steps += isinstance(produced.shape, LookupChain)
+            assert proposer.shape == asked and steps > 3
+    assert DraftShape(4, 5, 7) in shapes
+
+
+def test_plain_steps_beside_lookup_are_plain(small_model):
+    """If this fails, steps without a lookup cost more than plain decoding's."""
+    verifier = Verifier(Target(small_model))
+    proposer, cache, settled = proposer_for(verifier, None, DraftShape(), "auto"), verifier.make_cache(), []
+    options = DecodingOptions(position_keyed(3.0, 1), 30)
+    for produced in speculative(verifier, proposer, mx.array([RANDOM]), cache, options):
+        if not produced.from_prompt and produced.shape is None:
+            settled.append(cache.settled)
+    assert len(settled) > 10 and all(settled)
+
+
+def test_lookup_is_on_where_the_shape_is_chosen(pair):
+    """If this fails, a user has to know of lookup to have it; or it comes where a shape was asked for."""
+    model, drafter, tokenizer = pair
+    prompt = "import os\nimport sys\n" * 12
+    known = tuning_for(verifier_of(model), drafter).memory.lookup
+    before = known.reach[-1].expected()
+    *_, last = stream_generate(model, tokenizer, prompt, drafter, max_tokens=64)
+    assert last.lookup_share > 0.3 and "by lookup in" in drafted(last)
+    assert known.reach[-1].expected() != before  # what it brought is remembered of this pair
+    *_, last = stream_generate(model, tokenizer, prompt, drafter, max_tokens=64, shape=DraftShape())
+    assert last.lookup_share == 0 and drafted(last) == "by the drafter (mostly chain of 3)"
+    *_, last = stream_generate(model, tokenizer, prompt, None, max_tokens=64, lookup="on")
+    assert (last.lookup_share, last.shape, drafted(last)) == (1, None, "by lookup")
+    *_, last = stream_generate(model, tokenizer, prompt, None, max_tokens=64)
+    assert last.method == "plain"
 
 
 def test_earlier_turns_are_looked_at(pair):

@@ -82,7 +82,7 @@ def test_a_drafter_is_as_sure_as_the_target_is_cold():
     found = [draft_temperature(position_keyed(temp)) for temp in (0.0, 0.3, 0.7, 1.0, 2.0)]
     assert found == sorted(set(found)) and found[0] == draft_temperature(greedy)
     assert found[4] == pytest.approx(2.0, rel=0.1)  # what the drafter does not know is little beside that
-    assert draft_temperature(from_sampler(make_sampler(0.9))) == draft_temperature(position_keyed(1.0))
+    assert draft_temperature(from_sampler(make_sampler(0.9))) == 1
 
 
 @pytest.mark.parametrize("choose", [greedy, position_keyed(1.0)])
