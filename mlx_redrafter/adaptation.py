@@ -33,6 +33,7 @@ TIMES = 16  # measured times of a shape that count
 FORGET = 0.99  # of what was accepted from a tree of one shape, per step of it
 FIT_WEIGHT = 8.0  # draft tokens that the assumption about a shape is worth
 COARSE = 64  # tokens of context that make no difference to a step's time
+TRUSTED = 8  # measured times of a shape, from which on those of others do not count
 STALE = 1024  # steps after which a measured time does not count any more
 
 
@@ -129,13 +130,16 @@ class Memory:
         return False
 
     def seconds(self, shape: DraftShape | None, length: int) -> float:
-        """Of a step: as lately measured, else as expected and as much slower or faster as other shapes are."""
+        """Of a step: as lately measured, and while that is little, as much slower or faster as other shapes are."""
         kind = _kind(shape)
         if (slowness := self._slowness.get(kind)) is None:
-            recent = [ratio for step, ratio in self.ratios[kind] if self.steps - step <= STALE]
-            if len(recent) < 3:
-                recent = list(self._drift) if len(self._drift) >= 8 else [1.0]
-            slowness = self._slowness[kind] = statistics.median(recent)
+            own = [ratio for step, ratio in self.ratios[kind] if self.steps - step <= STALE]
+            others = statistics.median(self._drift) if len(self._drift) >= 8 else 1.0
+            # A few times of its own may have met another program; a shape that they make look
+            # slow would not be tried again for long.
+            trust = min(1.0, len(own) / TRUSTED)
+            slowness = trust * statistics.median(own) + (1 - trust) * others if own else others
+            self._slowness[kind] = slowness
         return self._table(shape, length) * slowness
 
     def _table(self, shape: DraftShape | None, length: int) -> float:

@@ -233,7 +233,7 @@ def speculative(
                 ahead = submit(waiting=False)
             [count] = _wait_for(current.count)
             before = tokens[-1:]  # the root that this step has read
-            tokens = _wait_for(current.tokens[0, : count + 1])
+            tokens = _row(current.tokens)[: count + 1]
             proposer.learn(tokens)
             made, length = made + count + 1, length + count + 1
             cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
@@ -281,7 +281,7 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
             history = mx.concatenate([history, current[0]])
             logits = process(options.processors, history, logits)
         token = choose()
-        yield Produced(_wait_for(current[0]), current_logits, [False], from_prompt=made == 1)
+        yield Produced(_row(current), current_logits, [False], from_prompt=made == 1)
         if made % 256 == 0:
             mx.clear_cache()
 
@@ -290,7 +290,7 @@ def _outcome(step: _Submitted, count: int) -> Outcome:
     """What the host has read of a step whose count it knows."""
     if step.path is None or step.parents is None:
         return Outcome(step.shape, count, [1] * step.most, [0] * count)
-    return Outcome.of_tree(step.shape, _wait_for(step.path[0, : count + 1]), _wait_for(step.parents[0]))
+    return Outcome.of_tree(step.shape, _row(step.path)[: count + 1], _row(step.parents))
 
 
 def cached(layers: list[Any]) -> int:
@@ -298,7 +298,13 @@ def cached(layers: list[Any]) -> int:
     return max((int(c.offset) for c in leaves(layers) if isinstance(getattr(c, "offset", None), int)), default=0)
 
 
-def _wait_for(tokens: mx.array) -> list[int]:
+def _wait_for(numbers: mx.array) -> list[int]:
     """The host's copy of a few whole numbers, (n,), once the device has them."""
-    values: Any = tokens.tolist()
+    values: Any = numbers.tolist()
     return values
+
+
+def _row(numbers: mx.array) -> list[int]:
+    """The same of (1, n). A slice would be an operation of its own, behind the step that is on its way already."""
+    values: Any = numbers.tolist()
+    return values[0]

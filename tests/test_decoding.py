@@ -1,6 +1,7 @@
 """Speculative decoding writes what plain decoding writes: the promise of the whole project."""
 
 import functools
+import time
 
 import mlx.core as mx
 import pytest
@@ -9,7 +10,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 
-from mlx_redrafter.decoding import SpeculativeStep, autoregressive, check_pair, prefill, speculative
+from mlx_redrafter.decoding import SpeculativeStep, _row, autoregressive, check_pair, prefill, speculative
 from mlx_redrafter.drafter import quantize_drafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.proposers import RecurrentProposer
@@ -266,3 +267,18 @@ def test_a_drafter_of_another_model(small_model):
         check_pair(Target(small_model), make_drafter(hidden=48))
     with pytest.raises(UserError, match="vocab_size is 96, but the target's is 97"):
         check_pair(Target(small_model), make_drafter(vocab=96))
+
+
+def test_reading_a_step_does_not_wait_for_the_next():
+    """If this fails, the host waits for the step that is on its way before it builds another: no overlap at all."""
+    tokens, large = mx.array([[3, 1, 4]]), mx.random.normal((1500, 1500))
+    mx.eval(tokens, large)
+    begin = time.perf_counter()
+    product = large
+    for _ in range(6):
+        product = product @ large
+    mx.async_eval(product)
+    assert _row(tokens) == [3, 1, 4]
+    read = time.perf_counter() - begin
+    mx.eval(product)
+    assert read < 0.3 * (time.perf_counter() - begin)
