@@ -298,13 +298,11 @@ def cached(layers: list[Any]) -> int:
     return max((int(c.offset) for c in leaves(layers) if isinstance(getattr(c, "offset", None), int)), default=0)
 
 
-def _wait_for(numbers: mx.array) -> list[int]:
-    """The host's copy of a few whole numbers, (n,), once the device has them."""
-    values: Any = numbers.tolist()
-    return values
+def _wait_for(numbers: mx.array) -> Any:
+    """The host's copy of a few whole numbers, as lists, once the device has them."""
+    return numbers.tolist()
 
 
 def _row(numbers: mx.array) -> list[int]:
     """The same of (1, n). A slice would be an operation of its own, behind the step that is on its way already."""
-    values: Any = numbers.tolist()
-    return values[0]
+    return _wait_for(numbers)[0]

@@ -198,6 +198,6 @@ def test_demo(capsys):
     assert "Texts equal to the plain one, token for token: 6 of 6" in out
     lines = [line for line in out.splitlines() if line.endswith("x")]
     assert lines[-4].startswith("plain (mlx_lm)") and lines[-4].endswith("1.00x")
-    assert lines[-3].startswith("drafted, auto ")
+    assert lines[-3].startswith("drafter and lookup, auto ")
     assert lines[-2].startswith("drafted, chain of 3") and lines[-1].startswith("drafted, tree of 7")
     assert mx.default_device().type != mx.DeviceType.cpu or "Device: CPU" in out
