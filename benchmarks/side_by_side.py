@@ -211,10 +211,11 @@ def table(runs: Runs) -> str:
     """The comparison in total tokens per second; speed-up is relative to the first method."""
     summaries = summarize(runs)
     reference, *others = summaries.values()
-    lines = [f"{'':20}{'tokens/s':>10}{'mean acceptance length':>26}{'speed-up':>10}"]
+    width = max(map(len, summaries))
+    lines = [f"{'':{width}}{'tokens/s':>10}{'mean acceptance length':>26}{'speed-up':>10}"]
     for name, one in summaries.items():
         speed_up = one.tokens_per_second / reference.tokens_per_second
-        lines.append(f"{name:20}{one.tokens_per_second:10.1f}{one.acceptance:26.2f}{speed_up:9.2f}x")
+        lines.append(f"{name:{width}}{one.tokens_per_second:10.1f}{one.acceptance:26.2f}{speed_up:9.2f}x")
     equal, total = sum(one.equal for one in others), sum(one.runs for one in others)
     lines.append(f"Texts equal to the plain one, token for token: {equal} of {total}")
     return "\n".join(lines)
