@@ -91,7 +91,7 @@ class Memory:
         self.ratios: dict[DraftShape | None, deque[tuple[int, float]]] = {
             shape: deque(maxlen=TIMES) for shape in [*self.shapes, LOOKUP]
         }
-        self._drift: deque[float] = deque(maxlen=2 * TIMES)  # of any shape
+        self._drift: deque[float] = deque(maxlen=2 * TIMES)  # of any shape of the drafter's
         # Every step asks for several of these while the device may be waiting.
         self._slowness: dict[DraftShape | None, float] = {}
         self._expected: dict[tuple[DraftShape | None, int], float] = {}

@@ -379,10 +379,9 @@ def test_auto_joins_trees(clock):
 def test_what_lookups_brought_outlives_texts(clock):
     """If this fails, every text finds out again what lookup is worth."""
     memory, seconds = LookupMemory(), {False: 1.0, True: 1.0}
-    texts = [AGAIN[:20] if begun else FRESH[:20] + AGAIN[:20] for begun in (True, False)]
     dear = Device(3.5)  # what is assumed of lookups does not pay, what is seen of them does
-    fresh = looked_up(decode(started(texts[0], prices=dear, memory=memory), clock, AGAIN, 60, 1, seconds))
-    after = looked_up(decode(started(texts[0], prices=dear, memory=memory), clock, AGAIN, 60, 1, seconds))
+    fresh = looked_up(decode(started(AGAIN[:20], prices=dear, memory=memory), clock, AGAIN, 60, 1, seconds))
+    after = looked_up(decode(started(AGAIN[:20], prices=dear, memory=memory), clock, AGAIN, 60, 1, seconds))
     assert not fresh[0] and all(fresh[-20:]) and all(after)
 
 
