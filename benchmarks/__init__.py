@@ -1,1 +1,4 @@
-"""Speed, measured side by side on the device at hand."""
+"""Speed, measured side by side on the device at hand.
+
+Knows nothing of how a step works; it times what others built.
+"""

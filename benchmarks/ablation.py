@@ -12,24 +12,34 @@ import json
 import pathlib
 from typing import Any
 
-from ..decoding import check_pair
-from ..drafter import RecurrentDrafter, load_drafter, quantize_drafter
-from ..embedded.corpus import stdlib_files
-from ..errors import UserError
-from ..files import replace_file
-from ..loading import NO_DRAFTER
-from ..settings import DraftShape
-from ..target import Target
-from ..training import command as train_command
-from ..training.acceptance_length import acceptance_length
-from ..training.data import prepare
-from ..training.plan import SELF, DataPlan
-from ..verification import verifier_of
-from .charts import COLOURS, plain_axes
-from .methods import Decoder
-from .report import Report, Table, check_out
-from .setup import Loaded, add_out_argument, add_text_arguments, check_texts, encode_texts, in_range, load_scaled
-from .side_by_side import side_by_side, summarize
+from mlx_redrafter.benchmarks.charts import COLOURS, plain_axes
+from mlx_redrafter.benchmarks.methods import Decoder
+from mlx_redrafter.benchmarks.report import Report, check_out
+from mlx_redrafter.benchmarks.setup import (
+    Loaded,
+    add_out_argument,
+    add_text_arguments,
+    check_texts,
+    encode_texts,
+    in_range,
+    load_scaled,
+)
+from mlx_redrafter.benchmarks.side_by_side import side_by_side, summarize
+
+from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter, load_drafter, quantize_drafter
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.embedded.corpus import stdlib_files
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.table import Table
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.text.loading import NO_DRAFTER
+from mlx_redrafter.training import command as train_command
+from mlx_redrafter.training.acceptance_length import acceptance_length
+from mlx_redrafter.training.text.data_plan import SELF, DataPlan
+from mlx_redrafter.training.text.sources import prepare
 
 HELP = "train drafters that differ in one choice each, and compare them"
 TREE, CHAIN = DraftShape(4, 5, 12), DraftShape(1, 4, 3)

@@ -27,14 +27,14 @@ import mlx_lm
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_tokenizer
+from mlx_redrafter.benchmarks.small_models import PerfectDrafter, build, modules, random_drafter
 
-from ..drafter import RecurrentDrafter
-from ..files import replace_file
-from ..kv_cache import leaves
-from ..loading import EMBEDDED
-from ..settings import DraftShape
-from ..verification import CHAIN, NONE, TREE, verifier_of
-from .small_models import PerfectDrafter, build, modules, random_drafter
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.target.cache.kv_cache import leaves
+from mlx_redrafter.target.verification import CHAIN, NONE, TREE, verifier_of
+from mlx_redrafter.text.loading import EMBEDDED
 
 TOKENS = 64
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]

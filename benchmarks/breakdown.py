@@ -13,18 +13,26 @@ import argparse
 from statistics import median
 from typing import Any
 
+from mlx_redrafter.benchmarks import charts
+from mlx_redrafter.benchmarks.methods import shape_named
+from mlx_redrafter.benchmarks.report import Report
+from mlx_redrafter.benchmarks.setup import (
+    Pair,
+    add_common_arguments,
+    add_text_arguments,
+    check_texts,
+    encode_texts,
+    load_pair,
+)
+from mlx_redrafter.benchmarks.side_by_side import Spread, turn_order
+from mlx_redrafter.benchmarks.stages import STAGES, begin, device_times, require_verification, stages, step_times
+from mlx_redrafter.benchmarks.workload import never_end
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..settings import DraftShape
-from ..verification import verifier_of
-from . import charts
-from .methods import shape_named
-from .report import Report, Table
-from .setup import Pair, add_common_arguments, add_text_arguments, check_texts, encode_texts, load_pair
-from .side_by_side import Spread, turn_order
-from .stages import STAGES, begin, device_times, require_verification, stages, step_times
-from .workload import never_end
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.table import Table
+from mlx_redrafter.target.verification import verifier_of
 
 HELP = "time of each part of a step, and of the host between steps"
 

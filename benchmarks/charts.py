@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import UserError
+from mlx_redrafter.errors import UserError
 
 # Okabe and Ito's palette, black and yellow left out.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")

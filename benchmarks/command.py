@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import ablation, breakdown, compare, context, speed, sweep, verify_cost
+from mlx_redrafter.benchmarks import ablation, breakdown, compare, context, speed, sweep, verify_cost
 
 HELP = (
     "measure on this device: speed, other methods, tree shapes, cost of rows, parts of a step, long contexts,"

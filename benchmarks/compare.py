@@ -11,21 +11,30 @@ import dataclasses
 import math
 from typing import Any
 
-from ..drafter import RecurrentDrafter
-from ..errors import UserError
-from . import charts
-from .contest import DRAFT_MODEL, Contest, Tried, open_contest, search
-from .elsewhere import PUBLISHED
-from .findings import at, equality, findings, title
-from .html_page import page
-from .machine import weights
-from .methods import PLAIN
-from .prompts import evenly
-from .report import Report, Table
-from .rows import ALL, Row, as_data, row_id, rows_of
-from .setup import add_common_arguments, add_text_arguments, check_texts, encode_texts, in_range, load_pair
-from .side_by_side import side_by_side
-from .tree_step import picture_of
+from mlx_redrafter.benchmarks import charts
+from mlx_redrafter.benchmarks.contest import DRAFT_MODEL, Contest, Tried, open_contest, search
+from mlx_redrafter.benchmarks.elsewhere import PUBLISHED
+from mlx_redrafter.benchmarks.findings import at, equality, findings, title
+from mlx_redrafter.benchmarks.html_page import page
+from mlx_redrafter.benchmarks.methods import PLAIN
+from mlx_redrafter.benchmarks.prompts import evenly
+from mlx_redrafter.benchmarks.report import Report
+from mlx_redrafter.benchmarks.rows import ALL, Row, as_data, row_id, rows_of
+from mlx_redrafter.benchmarks.setup import (
+    add_common_arguments,
+    add_text_arguments,
+    check_texts,
+    encode_texts,
+    in_range,
+    load_pair,
+)
+from mlx_redrafter.benchmarks.side_by_side import side_by_side
+from mlx_redrafter.benchmarks.tree_step import picture_of
+
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.table import Table
+from mlx_redrafter.system.weights import weights
 
 HELP = "mlx_lm's draft model, Medusa, ReDrafter and lookup, each at its best, with a page to read"
 

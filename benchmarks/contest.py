@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_redrafter.benchmarks.methods import PLAIN, Decoder, shape_named
+from mlx_redrafter.benchmarks.peers import load_draft_model, with_draft_model
+from mlx_redrafter.benchmarks.setup import Pair
+from mlx_redrafter.benchmarks.side_by_side import Method, side_by_side, summarize
 
-from ..decoding import check_pair
-from ..download import fetch
-from ..errors import UserError
-from ..heads import Drafter, open_drafter
-from ..medusa import MedusaHeads
-from ..packing import pack
-from ..settings import AUTO, OFF, ON
-from ..target import Target
-from .machine import weights
-from .methods import PLAIN, Decoder, shape_named
-from .peers import load_draft_model, with_draft_model
-from .setup import Pair
-from .side_by_side import Method, side_by_side, summarize
+from mlx_redrafter.drafting.kinds import Drafter, open_drafter
+from mlx_redrafter.drafting.medusa import MedusaHeads
+from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.drafting.shape import AUTO, OFF, ON
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.system.openblas_layout import pack
+from mlx_redrafter.system.weights import weights
+from mlx_redrafter.target.model import Target
 
 DRAFT_MODEL, MEDUSA, LOOKUP = "draft model", "Medusa", "lookup"
 CHAIN, BEAMS, BEST_FIRST = "ReDrafter chain", "ReDrafter beams", "ReDrafter best-first"

@@ -21,19 +21,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+from mlx_redrafter.benchmarks import charts
+from mlx_redrafter.benchmarks.methods import PLAIN, drafts, shape_named
+from mlx_redrafter.benchmarks.report import Report
+from mlx_redrafter.benchmarks.setup import Pair, add_common_arguments, in_range, load_pair
+from mlx_redrafter.benchmarks.side_by_side import Spread, turn_order
+from mlx_redrafter.benchmarks.stages import require_verification, step_times
+from mlx_redrafter.benchmarks.workload import bytes_per_row, lift_context, long_text, never_end, roomy_cache
 from tqdm import tqdm
 
-from ..generate import stream_generate
-from ..settings import AUTO, DraftShape
-from ..verification import verifier_of
-from . import charts
-from .machine import weights
-from .methods import PLAIN, drafts, shape_named
-from .report import Report, Table
-from .setup import Pair, add_common_arguments, in_range, load_pair
-from .side_by_side import Spread, turn_order
-from .stages import require_verification, step_times
-from .workload import bytes_per_row, lift_context, long_text, never_end, roomy_cache
+from mlx_redrafter.drafting.shape import AUTO, DraftShape
+from mlx_redrafter.system.table import Table
+from mlx_redrafter.system.weights import weights
+from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.text.generate import stream_generate
 
 HELP = "speed and memory up to 16k tokens, and the cost of a roomy cache"
 

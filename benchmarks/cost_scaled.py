@@ -19,8 +19,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UserError
-from .machine import weights
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.weights import weights
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 MULTIPLE = 64  # widths stay multiples of this, as real ones are

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..settings import AUTO
-from .contest import REDRAFTER
-from .methods import PLAIN
-from .rows import Row
+from mlx_redrafter.benchmarks.contest import REDRAFTER
+from mlx_redrafter.benchmarks.methods import PLAIN
+from mlx_redrafter.benchmarks.rows import Row
+
+from mlx_redrafter.drafting.shape import AUTO
 
 CLOSE = 0.03  # differences below this share are no win
 

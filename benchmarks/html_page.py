@@ -6,13 +6,13 @@ import importlib.resources
 from collections.abc import Sequence
 from typing import Any
 
-from .contest import REDRAFTER
-from .findings import at, title
-from .html_parts import Fields, bars, figure, table, text
-from .html_pictures import acceptance_chart, tree_picture
-from .methods import PLAIN
-from .report import Report
-from .rows import ALL, Row
+from mlx_redrafter.benchmarks.contest import REDRAFTER
+from mlx_redrafter.benchmarks.findings import at, title
+from mlx_redrafter.benchmarks.html_parts import Fields, bars, figure, table, text
+from mlx_redrafter.benchmarks.html_pictures import acceptance_chart, tree_picture
+from mlx_redrafter.benchmarks.methods import PLAIN
+from mlx_redrafter.benchmarks.report import Report
+from mlx_redrafter.benchmarks.rows import ALL, Row
 
 
 def page(report: Report, said: Sequence[tuple[str, list[Row]]], equality: str, notes: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .html_parts import Fields, text, traced
+from mlx_redrafter.benchmarks.html_parts import Fields, text, traced
 
 # Of each series of the chart.
 _MARKS = ("circle", "square", "triangle", "diamond")

@@ -11,14 +11,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+from mlx_redrafter.benchmarks.side_by_side import Method
 
-from ..beam_search import BEAMS, BEST_FIRST
-from ..errors import UserError
-from ..generate import stream_generate
-from ..heads import Drafter
-from ..sampling import Chooser, position_keyed
-from ..settings import AUTO, OFF, DraftShape
-from .side_by_side import Method
+from mlx_redrafter.decoding.sampling import Chooser, position_keyed
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.shape import AUTO, BEAMS, BEST_FIRST, OFF, DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.text.generate import stream_generate
 
 PLAIN, PACKED, OURS = "plain", "plain-packed", "ours"
 DRAFTER_AUTO = "auto-no-lookup"  # chooses among the drafter's shapes alone

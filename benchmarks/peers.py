@@ -8,15 +8,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+from mlx_redrafter.benchmarks.methods import Decoder
+from mlx_redrafter.benchmarks.side_by_side import Method
 
-from ..download import fetch
-from ..errors import UserError
-from ..loading import load_target
-from ..packing import pack
-from ..sampling import Chooser
-from ..target import Target
-from .methods import Decoder
-from .side_by_side import Method
+from mlx_redrafter.decoding.sampling import Chooser
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.system.openblas_layout import pack
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.loading import load_target
 
 
 def load_draft_model(path: str, target: Target) -> nn.Module:

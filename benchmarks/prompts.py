@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from ..errors import UserError, one_line
-from ..templates import check_text, encode, encode_messages
-from ..training.documents import SOURCE_SUFFIXES
+from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.text.prompts import check_text, encode, encode_messages
+from mlx_redrafter.training.text.documents import SOURCE_SUFFIXES
 
 _T = TypeVar("_T")
 

@@ -7,40 +7,13 @@ import dataclasses
 import json
 import pathlib
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
-from ..errors import UserError
-from ..files import replace_file
-from .charts import Draw, require_matplotlib, save_chart
+from mlx_redrafter.benchmarks.charts import Draw, require_matplotlib, save_chart
 
-
-@dataclasses.dataclass
-class Table:
-    """Rows of short texts under headings; the first column is a name, the others are figures."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-    def text(self) -> str:
-        widths = [max(len(str(line[i])) for line in (self.columns, *self.rows)) for i in range(len(self.columns))]
-        lines = [self.title] if self.title else []
-        for line in (self.columns, *self.rows):
-            cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines + ([self.note] if self.note else []))
-
-    def markdown(self) -> str:
-        lines = [f"### {self.title}", ""] if self.title else []
-        lines += [_row(self.columns), _row(["---", *["---:"] * (len(self.columns) - 1)])]
-        lines += [_row(row) for row in self.rows]
-        return "\n".join(lines + (["", self.note] if self.note else []))
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.table import Table
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .side_by_side import Run, Runs, summarize
+from mlx_redrafter.benchmarks.side_by_side import Run, Runs, summarize
 
 ALL = "all texts"
 

@@ -8,18 +8,19 @@ import math
 from typing import Any
 
 import mlx.nn as nn
+from mlx_redrafter.benchmarks.cost_scaled import check_scale, scale_cost
+from mlx_redrafter.benchmarks.methods import Decoder
+from mlx_redrafter.benchmarks.prompts import Prompt, evenly, read_prompts, token_ids
+from mlx_redrafter.benchmarks.report import check_out, command_line
 
-from ..drafter import RecurrentDrafter
-from ..embedded.corpus import held_out_prefixes
-from ..errors import UserError
-from ..generate_command import add_pair_arguments, load_from
-from ..packing import pack, panels_are_faster
-from ..target import Target
-from .cost_scaled import check_scale, scale_cost
-from .machine import describe, device_facts
-from .methods import Decoder
-from .prompts import Prompt, evenly, read_prompts, token_ids
-from .report import check_out, command_line
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.embedded.corpus import held_out_prefixes
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.device import device_facts
+from mlx_redrafter.system.openblas_layout import pack, panels_are_faster
+from mlx_redrafter.system.weights import describe
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.flags import add_pair_arguments, load_from
 
 SCALE = (
     "widen the target's feed-forward layers by neurons that contribute nothing, until a token reads X times the"

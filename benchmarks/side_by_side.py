@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from ..errors import UserError
+from mlx_redrafter.errors import UserError
 
 Method = Callable[[Any], Iterable]  # a prompt in, a stream of responses out (mlx-lm's or ours)
 

@@ -14,10 +14,10 @@ import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_redrafter.benchmarks.small_configs import ALWAYS, COMMON, SPECIAL
 
-from ..drafter import DrafterConfig, RecurrentDrafter
-from ..target import Target
-from .small_configs import ALWAYS, COMMON, SPECIAL
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
+from mlx_redrafter.target.model import Target
 
 
 def modules() -> list[str]:

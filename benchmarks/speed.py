@@ -14,14 +14,24 @@ import dataclasses
 import statistics
 from typing import Any
 
-from ..settings import DraftShape
-from ..verification import verifier_of
-from . import charts
-from .methods import DEFAULTS, PLAIN, shape_named
-from .report import Report, Table
-from .setup import Pair, add_common_arguments, add_text_arguments, check_texts, encode_texts, in_range, load_pair
-from .side_by_side import Runs, Summary, median_time, side_by_side, summarize
-from .stages import Rows, require_verification
+from mlx_redrafter.benchmarks import charts
+from mlx_redrafter.benchmarks.methods import DEFAULTS, PLAIN, shape_named
+from mlx_redrafter.benchmarks.report import Report
+from mlx_redrafter.benchmarks.setup import (
+    Pair,
+    add_common_arguments,
+    add_text_arguments,
+    check_texts,
+    encode_texts,
+    in_range,
+    load_pair,
+)
+from mlx_redrafter.benchmarks.side_by_side import Runs, Summary, median_time, side_by_side, summarize
+from mlx_redrafter.benchmarks.stages import Rows, require_verification
+
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.system.table import Table
+from mlx_redrafter.target.verification import verifier_of
 
 HELP = "plain decoding and ways to draft, side by side"
 

@@ -23,13 +23,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..decoding import SpeculativeStep, prefill
-from ..early import in_one_piece
-from ..errors import UserError
-from ..heads import Drafter, proposer_for
-from ..settings import DecodingOptions, DraftShape
-from ..tree import CandidateTree
-from ..verification import CHAIN, NONE, Verifier
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.step import SpeculativeStep, prefill
+from mlx_redrafter.drafting.kinds import Drafter, proposer_for
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.partial_submit import in_one_piece
+from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.verification import CHAIN, NONE, Verifier
 
 STAGES = ("draft", "verify", "accept and commit")
 AT_ONCE = 4  # graphs built before the clock starts; more would make attention read far past the committed rows

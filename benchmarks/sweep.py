@@ -15,16 +15,23 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..beam_search import BEAMS, BEST_FIRST
-from ..errors import UserError
-from ..settings import AUTO, DraftShape
-from ..verification import verifier_of
-from . import charts
-from .methods import DRAFTER_AUTO, PLAIN
-from .report import Report, Table
-from .setup import add_common_arguments, add_text_arguments, check_texts, encode_texts, load_pair
-from .side_by_side import Method, Summary, side_by_side, summarize
-from .stages import require_verification
+from mlx_redrafter.benchmarks import charts
+from mlx_redrafter.benchmarks.methods import DRAFTER_AUTO, PLAIN
+from mlx_redrafter.benchmarks.report import Report
+from mlx_redrafter.benchmarks.setup import (
+    add_common_arguments,
+    add_text_arguments,
+    check_texts,
+    encode_texts,
+    load_pair,
+)
+from mlx_redrafter.benchmarks.side_by_side import Method, Summary, side_by_side, summarize
+from mlx_redrafter.benchmarks.stages import require_verification
+
+from mlx_redrafter.drafting.shape import AUTO, BEAMS, BEST_FIRST, DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.table import Table
+from mlx_redrafter.target.verification import verifier_of
 
 HELP = "speed-up and acceptance over beam width, beam length and number of draft tokens"
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..heads import proposer_for
-from ..sampling import greedy
-from ..settings import DecodingOptions, DraftShape
-from ..tree_view import token_text
-from ..verification import TREE, verifier_of
-from ..watching import WatchedStep, watch
-from .setup import Pair
+from mlx_redrafter.benchmarks.setup import Pair
+
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.sampling import greedy
+from mlx_redrafter.decoding.trace import WatchedStep, watch
+from mlx_redrafter.decoding.tree_view import token_text
+from mlx_redrafter.drafting.kinds import proposer_for
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.target.verification import TREE, verifier_of
 
 SHAPE = DraftShape(4, 5, 12)
 TOKENS = 48  # of each text that is looked at

@@ -10,17 +10,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mlx_redrafter.benchmarks import charts
+from mlx_redrafter.benchmarks.cost_scaled import check_scale
+from mlx_redrafter.benchmarks.report import Report, check_out
+from mlx_redrafter.benchmarks.setup import SCALE, Loaded, add_out_argument, in_range, load_scaled
+from mlx_redrafter.benchmarks.side_by_side import Spread, turn_order
+from mlx_redrafter.benchmarks.stages import Rows
+from mlx_redrafter.benchmarks.workload import long_text
 from tqdm import tqdm
 
-from ..generate_command import add_pair_arguments
-from ..verification import verifier_of
-from . import charts
-from .cost_scaled import check_scale
-from .report import Report, Table, check_out
-from .setup import SCALE, Loaded, add_out_argument, in_range, load_scaled
-from .side_by_side import Spread, turn_order
-from .stages import Rows
-from .workload import long_text
+from mlx_redrafter.system.table import Table
+from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.text.flags import add_pair_arguments
 
 HELP = "time of verifying 1 to 32 rows, against context length and cost of the target"
 

@@ -9,8 +9,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..embedded.corpus import stdlib_files
-from ..errors import UserError
+from mlx_redrafter.embedded.corpus import stdlib_files
+from mlx_redrafter.errors import UserError
 
 
 def long_text(tokenizer: TokenizerWrapper, count: int) -> list[int]:

@@ -1,1 +1,4 @@
-"""Hugging Face weights to MLX weights."""
+"""Weights in and out: targets, heads, export, inspection.
+
+Knows nothing of training.
+"""

@@ -6,18 +6,18 @@ import argparse
 import pathlib
 
 from mlx_lm.convert import QUANT_RECIPES
+from mlx_redrafter.convert.drafter import convert_drafter
+from mlx_redrafter.convert.export import export
+from mlx_redrafter.convert.medusa import convert_medusa, is_medusa
+from mlx_redrafter.convert.target import convert_target
+from mlx_redrafter.convert.upload import require_login, upload
 
-from ..errors import UserError
-from ..heads import open_drafter
-from ..loading import DTYPES
-from ..medusa_choices import PUBLISHED
-from ..training.plan import SELF
-from .drafter import convert_drafter
-from .export import export
-from .medusa import convert_medusa, is_medusa
-from .medusa_tree import fit_medusa_tree
-from .target import convert_target
-from .upload import require_login, upload
+from mlx_redrafter.drafting.kinds import open_drafter
+from mlx_redrafter.drafting.medusa_tree import PUBLISHED
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.text.loading import DTYPES
+from mlx_redrafter.training.drafters.medusa_tree_fit import fit_medusa_tree
+from mlx_redrafter.training.text.data_plan import SELF
 
 HELP = "convert weights of a target or of a drafter from the Hugging Face layout to MLX, or back"
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")

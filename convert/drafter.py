@@ -10,12 +10,12 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_redrafter.convert.heads import Kind, convert_head
+from mlx_redrafter.convert.source import source_weights
 
-from ..drafter import DrafterConfig, RecurrentDrafter, build_drafter, quantize_drafter
-from ..errors import UserError
-from ..files import read_json
-from .heads import Kind, convert_head
-from .source import source_weights
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, build_drafter, quantize_drafter
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import read_json
 
 _HEAD = r"(?:lm_head|lm_heads|lm_heads\.0|0)"
 _BLOCK = re.compile(_HEAD + r"\.(\d+)\.linear\.(weight|bias)")

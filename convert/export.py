@@ -9,14 +9,14 @@ import tempfile
 from typing import Any
 
 from mlx_lm.utils import dequantize_model, load_model, save_config
+from mlx_redrafter.convert.drafter import export_names, read_config, read_drafter
 
-from ..download import fetch
-from ..drafter import MODEL_TYPE
-from ..errors import UserError, one_line
-from ..files import read_json, require_free, write_directory
-from ..loading import check_model_directory, remote_code, rope_fields
-from ..weights import save_weights, take_weights
-from .drafter import export_names, read_config, read_drafter
+from mlx_redrafter.drafting.redrafter import MODEL_TYPE
+from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.files import read_json, require_free, write_directory
+from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.system.weights import save_weights, take_weights
+from mlx_redrafter.text.loading import check_model_directory, remote_code, rope_fields
 
 _OTHER_FILES = ("*.json", "*.jinja", "*.py", "*.txt", "tokenizer.model", "README.md")
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.utils import dequantize_model
+from mlx_redrafter.convert.source import TORCH_PATTERNS
 
-from ..decoding import check_pair
-from ..download import fetch
-from ..files import require_free, write_directory
-from ..fingerprint import fingerprint
-from ..head_files import check_quantization
-from ..heads import Drafter
-from ..loading import load_target
-from ..target import Target
-from ..weights import save_weights, take_weights
-from .source import TORCH_PATTERNS
+from mlx_redrafter.drafting.drafter_files import check_quantization
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.system.files import require_free, write_directory
+from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.system.weights import save_weights, take_weights
+from mlx_redrafter.target.fingerprint import fingerprint
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.loading import load_target
 
 PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "model.pt", *TORCH_PATTERNS)
 

@@ -8,16 +8,16 @@ import re
 from typing import Any
 
 import mlx.core as mx
+from mlx_redrafter.convert.heads import Kind, convert_head
+from mlx_redrafter.convert.source import source_weights
+from mlx_redrafter.convert.torch_files import as_safetensors
 
-from ..download import fetch
-from ..errors import UserError
-from ..files import read_json
-from ..head_files import whole_number
-from ..medusa import MODEL_TYPE, MedusaConfig, MedusaHeads, build_medusa, quantize_medusa
-from ..weights import read_weights
-from .heads import Kind, convert_head
-from .source import source_weights
-from .torch_files import as_safetensors
+from mlx_redrafter.drafting.drafter_files import whole_number
+from mlx_redrafter.drafting.medusa import MODEL_TYPE, MedusaConfig, MedusaHeads, build_medusa, quantize_medusa
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import read_json
+from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.system.weights import read_weights
 
 WEIGHT_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 _PATTERNS = ["config.json", *WEIGHT_FILES, "model*.safetensors", "model.safetensors.index.json"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pathlib
 
 import mlx.core as mx
+from mlx_redrafter.convert.torch_files import as_safetensors, find_torch_files
 
-from ..errors import UserError
-from ..weights import find_weights, read_weights
-from .torch_files import as_safetensors, find_torch_files
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.weights import find_weights, read_weights
 
 TORCH_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 EXPECTED = "model.safetensors, model.pt, pytorch_model.bin, or either kind in shards with its index"

@@ -15,17 +15,17 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_config
+from mlx_redrafter.convert.source import TORCH_PATTERNS, weight_files
+from mlx_redrafter.convert.tokenizer import read_tokenizer
+from mlx_redrafter.convert.torch_files import as_safetensors
 
-from ..download import MODEL_PATTERNS, fetch
-from ..drafter import MODEL_TYPE
-from ..errors import UserError, one_line
-from ..files import read_json, require_free, write_directory
-from ..head_files import check_quantization
-from ..loading import DTYPES, check_model_directory, remote_code, rope_fields
-from ..weights import read_weights, save_weights, take_weights
-from .source import TORCH_PATTERNS, weight_files
-from .tokenizer import read_tokenizer
-from .torch_files import as_safetensors
+from mlx_redrafter.drafting.drafter_files import check_quantization
+from mlx_redrafter.drafting.redrafter import MODEL_TYPE
+from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.files import read_json, require_free, write_directory
+from mlx_redrafter.system.hub import MODEL_PATTERNS, fetch
+from mlx_redrafter.system.weights import read_weights, save_weights, take_weights
+from mlx_redrafter.text.loading import DTYPES, check_model_directory, remote_code, rope_fields
 
 
 def convert_target(

@@ -10,9 +10,9 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from ..errors import UserError, one_line
-from ..files import read_json
-from ..loading import check_sentencepiece, reads_as_sentencepiece, remote_code
+from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.files import read_json
+from mlx_redrafter.text.loading import check_sentencepiece, reads_as_sentencepiece, remote_code
 
 _PATTERNS = ("*.json", "*.jinja", "*.py", "*.txt", "tokenizer.model")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import UserError, one_line
-from ..weights import ITEM_BYTES, find_weights, require_space, write_safetensors
+from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.weights import ITEM_BYTES, find_weights, require_space, write_safetensors
 
 _NAMES = {
     "float32": "F32",

@@ -6,7 +6,7 @@ import pathlib
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from ..errors import UserError, one_line
+from mlx_redrafter.errors import UserError, one_line
 
 
 def require_login(repo: str) -> None:

@@ -1,16 +1,16 @@
 """ReDrafter on MLX: the same text from a language model, in fewer steps of it."""
 
-from .blas import prefer_openblas
+from mlx_redrafter.system.openblas import prefer_openblas
 
 prefer_openblas()  # has to come before anything that imports mlx
 
-from .conversation import Conversation  # noqa: E402
-from .drafter import DrafterConfig, RecurrentDrafter  # noqa: E402
-from .errors import UserError  # noqa: E402
-from .generate import generate, stream_generate  # noqa: E402
-from .loading import load  # noqa: E402
-from .responses import GenerationResponse  # noqa: E402
-from .settings import DraftShape  # noqa: E402
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter  # noqa: E402
+from mlx_redrafter.drafting.shape import DraftShape  # noqa: E402
+from mlx_redrafter.errors import UserError  # noqa: E402
+from mlx_redrafter.text.conversation import Conversation  # noqa: E402
+from mlx_redrafter.text.generate import generate, stream_generate  # noqa: E402
+from mlx_redrafter.text.loading import load  # noqa: E402
+from mlx_redrafter.text.responses import GenerationResponse  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

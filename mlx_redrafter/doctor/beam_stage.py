@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..beam_search import Embedder, beam_search
-from ..drafter import RecurrentDrafter
-from .comparison import Outputs, Stage
+from mlx_redrafter.doctor.comparison import Outputs, Stage
+from mlx_redrafter.drafting.beam_search import Embedder, beam_search
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 
 WIDTH, LENGTH = 4, 5
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import UserError, one_line
+from mlx_redrafter.errors import UserError, one_line
 
 OK, NOTE, FAILED, NOT_MADE = "ok", "note", "FAILED", "not made"
 REPORT = "please report this, with all of this text or the file of --json"

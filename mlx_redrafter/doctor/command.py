@@ -14,26 +14,26 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ..autotune import tuning_for
-from ..benchmarks.machine import describe, device_facts
-from ..capability import TREE, Capability
-from ..device import on_cpu
-from ..errors import UserError
-from ..files import replace_file
-from ..generate_command import add_pair_arguments, load_from
-from ..heads import Drafter
-from ..loading import load
-from ..target import Target
-from ..verification import NONE, verifier_of
-from .checks import FAILED, NOT_MADE, NOTE, OK, REPORT, Check, broken, guarded
-from .comparison import Places, compare
-from .fixed_stages import fixed_stages
-from .memory import active_memory, memory_check
-from .pair_stages import every_way, inputs, pair_stages, plain_stage, reading_seconds, tolerances
-from .products import products_check
-from .report import Report
-from .texts import PROMPTS, SHAPES, TOKENS, greedy_check, greedy_texts, measure, sampled_check
-from .variants import Variant, variants
+from mlx_redrafter.doctor.checks import FAILED, NOT_MADE, NOTE, OK, REPORT, Check, broken, guarded
+from mlx_redrafter.doctor.comparison import Places, compare
+from mlx_redrafter.doctor.fixed_stages import fixed_stages
+from mlx_redrafter.doctor.float32_precision import products_check
+from mlx_redrafter.doctor.memory import active_memory, memory_check
+from mlx_redrafter.doctor.pair_stages import every_way, inputs, pair_stages, plain_stage, reading_seconds, tolerances
+from mlx_redrafter.doctor.report import Report
+from mlx_redrafter.doctor.texts import PROMPTS, SHAPES, TOKENS, greedy_check, greedy_texts, measure, sampled_check
+from mlx_redrafter.doctor.weight_types import Variant, variants
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.device import device_facts, on_cpu
+from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.weights import describe
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.probe import TREE, Capability
+from mlx_redrafter.target.verification import NONE, verifier_of
+from mlx_redrafter.text.flags import add_pair_arguments, load_from
+from mlx_redrafter.text.loading import load
+from mlx_redrafter.tuning.session import tuning_for
 
 HELP = "check this program on this device, and print a report that can be pasted"
 EMBEDDED_PAIR, YOUR_PAIR, NO_PAIR = "Embedded pair", "Your pair", "Without a model"

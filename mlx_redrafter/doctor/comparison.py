@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from ..errors import one_line
-from .checks import FAILED, NOT_MADE, OK, REPORT, Check
+from mlx_redrafter.doctor.checks import FAILED, NOT_MADE, OK, REPORT, Check
+from mlx_redrafter.errors import one_line
 
 Place: TypeAlias = mx.Stream | mx.Device | mx.DeviceType
 Outputs: TypeAlias = dict[str, np.ndarray]

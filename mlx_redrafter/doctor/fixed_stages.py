@@ -8,11 +8,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..acceptance import accept
-from ..beam_search import POLICIES, Beam, candidate_tree
-from ..sampling import Chooser, greedy, position_keyed
-from ..tree import CandidateTree
-from .comparison import Stage
+from mlx_redrafter.decoding.sampling import Chooser, greedy, position_keyed
+from mlx_redrafter.doctor.comparison import Stage
+from mlx_redrafter.drafting.beam_search import Beam, candidate_tree
+from mlx_redrafter.drafting.shape import POLICIES
+from mlx_redrafter.target.acceptance import accept
+from mlx_redrafter.target.tree import CandidateTree
 
 WIDTH, LENGTH, VOCAB, ROWS = 4, 5, 4096, 12
 NODES = (3, 8, WIDTH * (LENGTH - 1))

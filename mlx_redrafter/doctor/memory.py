@@ -9,12 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..benchmarks.machine import weights
-from ..generate import stream_generate
-from ..heads import Drafter
-from ..kv_cache import leaves
-from ..settings import DraftShape
-from .checks import FAILED, OK, REPORT, Check
+from mlx_redrafter.doctor.checks import FAILED, OK, REPORT, Check
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.system.weights import weights
+from mlx_redrafter.target.cache.kv_cache import leaves
+from mlx_redrafter.text.generate import stream_generate
 
 SPARE = 0.05  # of what was predicted
 LEAST_SPARE = 8e6  # bytes; activations of a few rows, which small weights do not hide

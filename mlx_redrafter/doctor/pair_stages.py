@@ -12,14 +12,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..capability import CHAIN, TREE, Capability, is_quantized, probe
-from ..drafter import RecurrentDrafter
-from ..heads import Drafter
-from ..target import Target
-from ..tree import CandidateTree
-from ..verification import Verifier
-from .beam_stage import beam_stage
-from .comparison import Place, Stage
+from mlx_redrafter.doctor.beam_stage import beam_stage
+from mlx_redrafter.doctor.comparison import Place, Stage
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.probe import CHAIN, TREE, Capability, is_quantized, probe
+from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.verification import Verifier
 
 PARENTS = (0, 0, 0, 1, 2, 4)  # of the tree whose rows are verified
 PATH = (2, 4)  # what is accepted of it, the root aside

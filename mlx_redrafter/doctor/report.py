@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..costs import Costs
-from ..tune_command import cost_lines
-from .checks import FAILED, NOT_MADE, Check
+from mlx_redrafter.cli.tune import cost_lines
+from mlx_redrafter.doctor.checks import FAILED, NOT_MADE, Check
+from mlx_redrafter.tuning.step_costs import Costs
 
 
 @dataclasses.dataclass

@@ -17,11 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 
-from ..generate import stream_generate
-from ..heads import Drafter
-from ..sampling import Chooser, position_keyed
-from ..settings import DraftShape
-from .checks import FAILED, NOTE, OK, REPORT, Check
+from mlx_redrafter.decoding.sampling import Chooser, position_keyed
+from mlx_redrafter.doctor.checks import FAILED, NOTE, OK, REPORT, Check
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.text.generate import stream_generate
 
 SHAPES = (DraftShape(), DraftShape(4, 5, 7))
 TOKENS = 32  # per text

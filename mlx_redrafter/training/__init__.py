@@ -1,1 +1,4 @@
-"""Training a drafter for a target."""
+"""Training a drafter for a target.
+
+Knows nothing of conversion or of benchmarks.
+"""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..decoding import speculative
-from ..errors import UserError
-from ..heads import Drafter, proposer_for
-from ..sampling import greedy
-from ..settings import DecodingOptions, DraftShape
-from ..target import Target
-from ..verification import NONE, Verifier
-from .teacher import Rows
+from mlx_redrafter.decoding.loop import speculative
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.sampling import greedy
+from mlx_redrafter.drafting.kinds import Drafter, proposer_for
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.verification import NONE, Verifier
+from mlx_redrafter.training.teacher import Rows
 
 
 def acceptance_length(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from ..heads import Drafter
-from .method import Method
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.training.drafters.base import Method
 
 NOT_SHOWN = ("out", "resume", "upload_repo", "run", "command")
 

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from ..errors import UserError
-from ..files import read_safetensors, replace_file
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import read_safetensors, replace_file
 
 
 @dataclasses.dataclass

@@ -11,25 +11,25 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..convert.upload import require_login, upload
-from ..download import fetch
-from ..errors import UserError
-from ..files import remove_left_over, replace_file, require_free
-from ..fingerprint import fingerprint
-from ..head_files import save_head
-from ..loading import EMBEDDED, load_target
-from ..target import Target
-from ..verification import NONE, verifier_of
-from .acceptance_length import acceptance_length, held_out_prompts
-from .begun import arguments_of, check_resumed, earlier_drafter, earlier_rows
-from .data import check_length, prepare
-from .flags import add_arguments, check, check_for, data_plan, training_plan
-from .methods import METHODS
-from .report import EVALUATED_TOKENS, report
-from .shards import Rows
-from .teacher import Teacher
-from .trainer import TrainingPlan, TrainingResult, train
-from .vocabulary import vocab_map_of
+from mlx_redrafter.convert.upload import require_login, upload
+from mlx_redrafter.drafting.drafter_files import save_head
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import remove_left_over, replace_file, require_free
+from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.target.fingerprint import fingerprint
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.verification import NONE, verifier_of
+from mlx_redrafter.text.loading import EMBEDDED, load_target
+from mlx_redrafter.training.acceptance_length import acceptance_length, held_out_prompts
+from mlx_redrafter.training.drafters.kinds import METHODS
+from mlx_redrafter.training.flags import add_arguments, check, check_for, data_plan, training_plan
+from mlx_redrafter.training.report import EVALUATED_TOKENS, report
+from mlx_redrafter.training.resume import arguments_of, check_resumed, earlier_drafter, earlier_rows
+from mlx_redrafter.training.teacher import Teacher
+from mlx_redrafter.training.text.shards import Rows
+from mlx_redrafter.training.text.sources import check_length, prepare
+from mlx_redrafter.training.trainer import TrainingPlan, TrainingResult, train
+from mlx_redrafter.training.vocabulary import vocab_map_of
 
 __all__ = ["HELP", "add_arguments", "run"]
 

@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from ..files import replace_file
+from mlx_redrafter.system.files import replace_file
 
 
 def draw_curves(log: pathlib.Path, picture: pathlib.Path, title: str) -> bool:

@@ -7,16 +7,16 @@ import math
 
 import mlx.core as mx
 
-from ..errors import UserError
-from ..head_files import check_quantization
-from ..medusa_choices import PUBLISHED
-from ..target import Target
-from .initial import FROM_TARGET, OUTPUTS
-from .method import flag
-from .methods import METHODS
-from .plan import REGENERATED, SELF, DataPlan
-from .teacher import KL, LABELS, Objective
-from .trainer import AUTO, OFF, ON, TrainingPlan
+from mlx_redrafter.drafting.drafter_files import check_quantization
+from mlx_redrafter.drafting.medusa_tree import PUBLISHED
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.training.drafters.base import flag
+from mlx_redrafter.training.drafters.kinds import METHODS
+from mlx_redrafter.training.init_weights import FROM_TARGET, OUTPUTS
+from mlx_redrafter.training.teacher import KL, LABELS, Objective
+from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, DataPlan
+from mlx_redrafter.training.trainer import AUTO, OFF, ON, TrainingPlan
 
 DECAY = 0.9  # weight of each draft step beside the one before it
 

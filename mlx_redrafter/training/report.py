@@ -12,19 +12,19 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..decoding import check_pair
-from ..files import replace_file
-from ..heads import open_drafter
-from ..target import Target
-from .acceptance_length import acceptance_length, held_out_prompts
-from .begun import arguments_of, defaults
-from .card import command_line, model_card
-from .curves import draw_curves
-from .methods import METHODS
-from .shards import Rows
-from .teacher import KL, Objective
-from .trainer import TrainingPlan, TrainingResult
-from .vocabulary import coverage, vocab_map_of
+from mlx_redrafter.drafting.kinds import open_drafter
+from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.training.acceptance_length import acceptance_length, held_out_prompts
+from mlx_redrafter.training.card import command_line, model_card
+from mlx_redrafter.training.curves import draw_curves
+from mlx_redrafter.training.drafters.kinds import METHODS
+from mlx_redrafter.training.resume import arguments_of, defaults
+from mlx_redrafter.training.teacher import KL, Objective
+from mlx_redrafter.training.text.shards import Rows
+from mlx_redrafter.training.trainer import TrainingPlan, TrainingResult
+from mlx_redrafter.training.vocabulary import coverage, vocab_map_of
 
 EVALUATED_TOKENS = 64  # per prompt, at least
 

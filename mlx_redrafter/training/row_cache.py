@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from ..errors import UserError
+from mlx_redrafter.errors import UserError
 
 
 class RowCache:

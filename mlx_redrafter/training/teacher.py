@@ -9,9 +9,9 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..target import Target
-from .loss import Batch
-from .row_cache import RowCache
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.training.loss import Batch
+from mlx_redrafter.training.row_cache import RowCache
 
 KL, HARD, TEXT = "kl", "hard", "text"
 LABELS = (KL, HARD, TEXT)

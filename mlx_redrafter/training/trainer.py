@@ -17,12 +17,12 @@ import numpy as np
 from mlx.utils import tree_map
 from tqdm import tqdm
 
-from ..errors import UserError
-from .checkpoint import Progress, restore, save, save_weights
-from .loss import Batch, distillation_loss
-from .method import Method
-from .precision import as_seen
-from .teacher import BatchMaker, Objective, Teacher
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.training.checkpoint import Progress, restore, save, save_weights
+from mlx_redrafter.training.drafters.base import Method
+from mlx_redrafter.training.fake_quant import as_seen
+from mlx_redrafter.training.loss import Batch, distillation_loss
+from mlx_redrafter.training.teacher import BatchMaker, Objective, Teacher
 
 AUTO, ON, OFF = "auto", "on", "off"
 LOG_EVERY = 10

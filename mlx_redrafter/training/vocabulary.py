@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from .teacher import Rows
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.training.teacher import Rows
 
 _BLOCK = 1024  # rows at a time
 

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from transformers import LlamaForCausalLM
 
-from mlx_redrafter.drafter import DrafterConfig, RecurrentDrafter, build_drafter
-from mlx_redrafter.verification import Verifier, verifier_of
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, build_drafter
+from mlx_redrafter.target.verification import Verifier, verifier_of
 
 from . import DEVICE, Drafter
 from .verification import read_sequence

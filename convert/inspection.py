@@ -1,0 +1,263 @@
+"""What a directory is, what it lacks, and what it would cost to run; no weight is read for it.
+
+mlx builds graphs lazily, so a model of mapped weights has sizes without having contents,
+and a prompt that nobody evaluates leaves caches of the right shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+from collections import Counter
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.utils import get_total_parameters, load_model
+from mlx_redrafter.convert.drafter import is_converted, read_config, read_drafter
+from mlx_redrafter.convert.source import weight_files
+
+from mlx_redrafter.drafting.redrafter import MODEL_TYPE, RecurrentDrafter
+from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.files import read_json
+from mlx_redrafter.system.weights import read_weights, tensors
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.loading import check_model_directory, remote_code, rope_fields
+
+TARGET, TORCH_TARGET, DRAFTER, HF_DRAFTER, ADAPTER, UNKNOWN = (
+    "target",
+    "unconverted target",
+    "drafter",
+    "unconverted drafter",
+    "adapter",
+    "unknown",
+)
+CACHE_LENGTHS = (1024, 8192)  # tokens
+DRAFT_STEPS = 3  # of the default chain
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+# What models call the experts that one token uses, in the order to look.
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+
+
+@dataclasses.dataclass
+class Inspection:
+    """What was found.
+
+    Attributes:
+        kind: one of the words above.
+        about: model type, or what else it says of itself, for people.
+        lacks: what has to be there before it can be used, for people; empty where nothing.
+        remarks: what is good to know.
+        files, weight_bytes: weight files and their size on disk.
+        parameters: numbers in the weights, however they are packed; None if not known.
+        weight_types: bytes by type, "4-bit affine" for quantised ones.
+        bytes_per_step: weights that one step of decoding reads: for a target one pass, of
+            experts those that a token uses; for a drafter the draft steps of a chain of 3.
+        cache_bytes: of the target's KV cache or state at so many tokens, in the type it
+            comes in.
+        runnable: whether `--model`, `--draft` or `--adapter-path` takes it as it is.
+    """
+
+    path: str
+    kind: str = UNKNOWN
+    about: str = ""
+    lacks: list[str] = dataclasses.field(default_factory=list)
+    remarks: list[str] = dataclasses.field(default_factory=list)
+    files: int = 0
+    weight_bytes: int = 0
+    parameters: int | None = None
+    weight_types: dict[str, int] = dataclasses.field(default_factory=dict)
+    bytes_per_step: int | None = None
+    cache_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def runnable(self) -> bool:
+        return self.kind in (TARGET, DRAFTER, ADAPTER) and not self.lacks
+
+
+def inspect_directory(folder: pathlib.Path, trust_remote_code: bool = False) -> Inspection:
+    """Looks at a directory. What is wrong with it is said in `lacks`, not raised."""
+    found = Inspection(str(folder))
+    if (folder / "adapter_config.json").exists() or (folder / "adapters.safetensors").exists():
+        _inspect_adapter(folder, found)
+        return found
+    try:
+        fields = read_json(folder / "config.json")
+    except UserError as error:
+        found.lacks.append(str(error))
+        return found
+    try:
+        files = weight_files(folder)
+        found.files, found.weight_bytes = len(files), sum(file.stat().st_size for file in files)
+        torch = files[0].suffix != ".safetensors"
+    except UserError as error:
+        found.lacks.append(str(error))
+        files, torch = [], False
+    if fields.get("model_type") == MODEL_TYPE:
+        _inspect_drafter(folder, found, files, torch)
+    elif "model_type" in fields:
+        _inspect_target(folder, found, fields, files, torch, trust_remote_code)
+    else:
+        found.lacks.append(f"{folder / 'config.json'}: key 'model_type' is missing")
+    return found
+
+
+def _inspect_adapter(folder: pathlib.Path, found: Inspection) -> None:
+    found.kind = ADAPTER
+    found.remarks.append("needs the target it was trained on: --model TARGET --adapter-path PATH")
+    try:
+        fields = read_json(folder / "adapter_config.json")
+        settings = fields.get("lora_parameters") or {}
+        parts = [
+            fields.get("fine_tune_type", "lora"),
+            *(f"{key} {settings[key]}" for key in ("rank",) if key in settings),
+        ]
+        if "num_layers" in fields:
+            parts.append(f"{fields['num_layers']} layers")
+        if "model" in fields:
+            parts.append(f"for {fields['model']}")
+        found.about = ", ".join(map(str, parts))
+    except UserError as error:
+        found.lacks.append(str(error))
+    try:
+        file = folder / "adapters.safetensors"
+        weights = read_weights([file])
+        found.files, found.weight_bytes = 1, file.stat().st_size
+        found.parameters = sum(value.size for value in weights.values())
+        found.weight_types = _types(weights)
+        found.bytes_per_step = sum(value.nbytes for value in weights.values())
+    except UserError as error:
+        found.lacks.append(str(error))
+
+
+def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathlib.Path], torch: bool) -> None:
+    found.kind = HF_DRAFTER if torch else DRAFTER
+    try:
+        config = read_config(folder)
+        found.about = f"for targets of hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
+        if config.target_fingerprint:
+            found.about += f", made for {config.target_fingerprint.get('name', 'a target of unknown name')}"
+        else:
+            found.remarks.append("does not say which target it was made for; `convert drafter --target` notes it")
+        if torch:
+            found.parameters = get_total_parameters(RecurrentDrafter(config))
+        elif files:
+            if not is_converted(read_weights(files)):
+                found.kind = HF_DRAFTER
+            with tempfile.TemporaryDirectory() as scratch:
+                drafter = read_drafter(folder, config, pathlib.Path(scratch))
+                found.parameters = get_total_parameters(drafter)
+                found.weight_types = _types(drafter)
+                context = sum(v.nbytes for name, v in tensors(drafter).items() if name.startswith("input_proj_context"))
+                found.bytes_per_step = DRAFT_STEPS * drafter.bytes_per_draft_step() + context
+            if config.tie_output:
+                found.remarks.append("its output layer is the target's, whose bytes come on top")
+    except UserError as error:
+        if str(error) not in found.lacks:
+            found.lacks.append(str(error))
+    if found.kind == HF_DRAFTER:
+        found.lacks.append("conversion: mlx-redrafter convert drafter --hf-path PATH --mlx-path NEW")
+
+
+def _inspect_target(
+    folder: pathlib.Path,
+    found: Inspection,
+    fields: dict[str, Any],
+    files: list[pathlib.Path],
+    torch: bool,
+    trust_remote_code: bool,
+) -> None:
+    found.kind = TORCH_TARGET if torch else TARGET
+    found.about = str(fields["model_type"])
+    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
+        found.lacks.append("a tokenizer (tokenizer.json or tokenizer.model)")
+    elif not (folder / "chat_template.jinja").exists() and "chat_template" not in _tokenizer_config(folder):
+        found.remarks.append("no chat template: it continues text")
+    if torch:
+        found.lacks.append("conversion: mlx-redrafter convert target --hf-path PATH --mlx-path NEW")
+        return
+    if not files:
+        return
+    try:
+        check_model_directory(folder)
+        read_weights(files)
+    except UserError as error:
+        found.lacks.append(str(error))
+        return
+    try:
+        model, config = load_model(
+            folder, lazy=True, model_config=rope_fields(fields), **remote_code(trust_remote_code)
+        )
+    except Exception as error:  # whatever mlx-lm makes of the files
+        found.lacks.append(f"a form that mlx-lm can load: {one_line(error)}")
+        return
+    found.parameters = get_total_parameters(model)
+    found.weight_types = _types(model)
+    found.bytes_per_step = _bytes_per_pass(model, config, found)
+    for length in CACHE_LENGTHS:
+        try:
+            cache = make_prompt_cache(model)
+            model(mx.zeros((1, length), mx.int32), cache=cache)
+            found.cache_bytes[length] = sum(layer.nbytes for layer in cache)
+        except Exception as error:  # of a model's own code; the rest of the report stands
+            found.remarks.append(f"cache at {length} tokens: not known ({one_line(error)})")
+    if missing := Target(model).missing:
+        found.remarks.append(f"nothing can be drafted for it: {missing}")
+
+
+def _tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "tokenizer_config.json")
+    except UserError:
+        return {}
+
+
+def _bytes_per_pass(model: nn.Module, config: dict[str, Any], found: Inspection) -> int:
+    """Weights that one pass over one token reads."""
+    total = _bytes(model)
+    tables = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))]
+    if tables:
+        table = max(tables, key=_bytes)
+        rows = table.weight.shape[0]
+        heads = [
+            m for m in model.modules() if isinstance(m, (nn.Linear, nn.QuantizedLinear)) and m.weight.shape[0] == rows
+        ]
+        if heads:  # or the table is the output layer, too, and read whole
+            total -= _bytes(table)
+    experts = [module for module in model.modules() if isinstance(module, (SwitchLinear, QuantizedSwitchLinear))]
+    if experts:
+        places = (config, config.get("text_config") or {})
+        active = next(
+            (place[key] for key in _ACTIVE_EXPERTS for place in places if isinstance(place.get(key), int)), None
+        )
+        if active is None:
+            found.remarks.append("how many experts a token uses is not known; all are counted")
+        else:
+            idle = sum(_bytes(m) * (m.weight.shape[0] - active) // m.weight.shape[0] for m in experts)
+            found.remarks.append(f"experts: {active} of {experts[0].weight.shape[0]} per token")
+            total -= idle
+    return total
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(value.nbytes for value in tensors(module).values())
+
+
+def _types(model: nn.Module | dict[str, mx.array]) -> dict[str, int]:
+    """Bytes by type of weights, the largest first."""
+    counts: Counter[str] = Counter()
+    quantised: set[str] = set()
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if "scales" in module:
+                quantised.add(f"{name}.")
+                settings: Any = module
+                counts[f"{settings.bits}-bit {settings.mode}"] += _bytes(module)
+        model = tensors(model)
+    for name, value in model.items():
+        if not quantised or name.rpartition(".")[0] + "." not in quantised:
+            counts[str(value.dtype).removeprefix("mlx.core.")] += value.nbytes
+    return dict(counts.most_common())

@@ -1,0 +1,108 @@
+"""`mlx-redrafter chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.text.conversation import Conversation
+from mlx_redrafter.text.flags import (
+    add_generation_arguments,
+    add_model_arguments,
+    draft_shape,
+    generation_options,
+    load_from,
+    model_name,
+    template_options,
+)
+from mlx_redrafter.text.prompt_cache import check_cache_name
+from mlx_redrafter.text.responses import drafted
+
+HELP = "talk to a model"
+COMMANDS = """q: quit   r: forget the conversation   h: this help   Ctrl-C: stop the answer
+\"\"\" begins a message of several lines, and \"\"\" ends it"""
+FENCE = '"""'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add_generation_arguments(parser, max_tokens=256)
+    parser.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="go on from this file if it is there, and save the conversation in it",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    draft_shape(args)
+    template = template_options(args)
+    if args.prompt_cache_file is not None:
+        check_cache_name(args.prompt_cache_file)
+    model, drafter, tokenizer = load_from(args)
+    options = generation_options(args, tokenizer)
+    conversation = Conversation(model, tokenizer, drafter, args.system_prompt, template, **options)
+    file = args.prompt_cache_file
+    if file is not None and pathlib.Path(file).exists():
+        conversation.load(file, model_name(args))
+        print(f"(going on from {file}: {len(conversation.messages)} messages)")
+    if args.model is None:
+        print("The embedded model continues Python code; name one that talks with --model.")
+    print(COMMANDS)
+    try:
+        while (text := read_message()) is not None:
+            command = text.strip()
+            if command == "q":
+                break
+            if command == "r":
+                conversation.reset()
+                print("(forgotten)")
+            elif command == "h":
+                print(COMMANDS)
+            elif command:
+                answer(conversation, text)
+    finally:
+        if file is not None and conversation.begun:
+            conversation.save(file, model_name(args))
+
+
+def read_message() -> str | None:
+    """One message from the terminal, of one line or fenced; None at the end of input or on Ctrl-C."""
+    try:
+        line = input(">> ")
+        if not line.lstrip().startswith(FENCE):
+            return line
+        lines = [line.lstrip().removeprefix(FENCE)]
+        while FENCE not in lines[-1]:
+            lines.append(input(".. "))
+        lines[-1] = lines[-1].partition(FENCE)[0]
+        return "\n".join(lines).strip("\n")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def answer(conversation: Conversation, text: str) -> None:
+    """Prints one answer as it comes and a line of figures; Ctrl-C ends it, a mistake is one line."""
+    response = None
+    stream = conversation.ask(text)
+    try:
+        for response in stream:
+            print(response.text, end="", flush=True)
+        stopped = ""
+    except KeyboardInterrupt:
+        stream.close()
+        stopped = ", stopped"
+    except UserError as error:
+        print(f"({error})")
+        return
+    if response is None:
+        print(f"\n({stopped.strip(', ') or 'no answer'})")
+        return
+    figures = f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s"
+    if response.method != "plain":
+        figures += f", mean acceptance length {response.mean_acceptance_length:.2f}, {drafted(response)}"
+    elif response.reason:
+        figures += f", without drafts: {response.reason}"
+    print(f"\n[{figures}{stopped}]")

@@ -1,0 +1,108 @@
+"""`mlx-redrafter generate`, and the flags that every generating command has."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.text.flags import (
+    add_generation_arguments,
+    add_model_arguments,
+    draft_shape,
+    generation_options,
+    load_from,
+    model_name,
+    template_options,
+)
+from mlx_redrafter.text.generate import stream_generate
+from mlx_redrafter.text.loading import NO_DRAFTER
+from mlx_redrafter.text.prompt_cache import load_cache_file
+from mlx_redrafter.text.prompts import encode, encode_messages
+from mlx_redrafter.text.responses import GenerationResponse, summary
+
+HELP = "continue a prompt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add_generation_arguments(parser, max_tokens=100)
+    add = parser.add_argument
+    add("--prompt", "-p", required=True, help="text to continue or to answer; - reads standard input")
+    add("--prompt-cache-file", metavar="FILE", help="a prompt cache to go on from; it is not changed")
+    add("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
+    add("--json", action="store_true", help="print one JSON object when done, and nothing else")
+
+
+def prompt_tokens(args: argparse.Namespace, tokenizer: Any, after_cache: bool) -> list[int]:
+    """The prompt's token ids.
+
+    Args:
+        after_cache: a prompt cache stands before it; as in mlx-lm, what the template puts
+            before the message is then in the cache already.
+    """
+    # A shell hands over "\\n" as two characters; mlx-lm reads them as a line break, too.
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if not text:
+        raise UserError("--prompt is empty, expected text")
+    # The embedded target continues Python and knows nothing of conversations.
+    if args.ignore_chat_template or args.model is None or tokenizer.chat_template is None:
+        if args.system_prompt is not None:
+            raise UserError("--system-prompt needs a chat template, which is not used here")
+        return encode(tokenizer, text)
+    system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+    messages = [*system, {"role": "user", "content": text}]
+    return encode_messages(tokenizer, messages, template_options(args), after_cache)
+
+
+def run(args: argparse.Namespace) -> None:
+    draft_shape(args)
+    template_options(args)
+    if args.prompt == "":
+        raise UserError("--prompt is empty, expected text")
+    model, drafter, tokenizer = load_from(args)
+    options = generation_options(args, tokenizer)
+    if args.prompt_cache_file is not None:
+        options["prompt_cache"], _ = load_cache_file(args.prompt_cache_file, model, model_name(args))
+    prompt = prompt_tokens(args, tokenizer, after_cache=args.prompt_cache_file is not None)
+    mx.reset_peak_memory()
+    pieces, tokens, response = [], [], None
+    for response in stream_generate(model, tokenizer, prompt, drafter, **options):
+        pieces.append(response.text)
+        tokens.append(response.token)
+        if not args.json:
+            print(response.text, end="", flush=True)
+    assert response is not None
+    if args.json:
+        print(json.dumps(report("".join(pieces), tokens, response)))
+    else:
+        print("\n" + "=" * 10 + "\n" + summary(response))
+        if response.method == "plain" and drafter is None and args.draft is None and args.model is not None:
+            print(f"No drafter was given (--draft PATH, or --draft {NO_DRAFTER} to say so): decoded plainly")
+
+
+def report(text: str, tokens: list[int], last: GenerationResponse) -> dict:
+    """What `--json` prints."""
+    return {
+        "text": text,
+        "tokens": tokens,
+        "prompt_tokens": last.prompt_tokens,
+        "prompt_tps": last.prompt_tps,
+        "generation_tokens": last.generation_tokens,
+        "generation_tps": last.generation_tps,
+        "steps": last.steps,
+        "mean_acceptance_length": last.mean_acceptance_length,
+        "acceptance_by_position": last.acceptance_by_position,
+        "peak_memory_gb": last.peak_memory,
+        "finish_reason": last.finish_reason,
+        "method": last.method,
+        "reason": last.reason,
+        "shape": None if last.shape is None else dataclasses.asdict(last.shape),
+        "plain_share": last.plain_share,
+        "lookup_share": last.lookup_share,
+    }

@@ -1,0 +1,149 @@
+"""The step, and the two loops built on it: speculative and autoregressive decoding.
+
+A loop submits step t + 1 before it reads the tokens of step t: cache length, context and
+root stay on the device, so building one graph hides behind the run of the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.decoding.logits_processors import process
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.steering import Outcome, Steering
+from mlx_redrafter.decoding.step import Produced, SpeculativeStep, Submitted, prefill
+from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.target.cache.kv_cache import KVCache, cached
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.verification import Verifier
+
+
+def speculative(
+    verifier: Verifier,
+    proposer: Proposer,
+    prompt: mx.array,
+    cache: KVCache,
+    options: DecodingOptions,
+    steering: Steering | None = None,
+) -> Generator[Produced]:
+    """Decodes with drafts (batch size 1).
+
+    Args:
+        verifier: with a capability other than "none".
+        proposer: where the drafts come from.
+        prompt: (1, P) token ids that the cache does not hold yet.
+        cache: grows; `KVCache.end_trees` has to be called when the loop is left, early or not.
+        steering: chooses the shape that the proposer is asked for in every step; else it is the proposer's own.
+
+    Yields:
+        What each step brought. The last one may exceed `max_tokens`.
+    """
+    max_tokens, processors = options.max_tokens, options.processors
+    held = cached(cache.layers)
+    hidden, logits = prefill(verifier.target, prompt, cache.layers, options)
+    cache.begin_trees(length=held + prompt.shape[1])
+    assert cache.length is not None and hidden is not None
+    logits = process(processors, prompt[0], logits)
+    root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
+    step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, prompt[0] if processors else None)
+    mx.async_eval(root, hidden)
+    proposer.begin(prompt, root)
+    pipelined = not processors
+    made, length, asked = 1, held + prompt.shape[1], proposer.shape
+
+    def submit(waiting: bool) -> Submitted | None:
+        """The next step; None where it is better built when the one before has been read."""
+        proposer.shape = proposer.plan(asked if steering is None else steering.shape())
+        if proposer.shape is None and cache.can_settle and not cache.settled:
+            if not waiting:
+                return None
+            cache.settle(length)
+        return step.submit()
+
+    try:
+        ahead = submit(waiting=True) if max_tokens != 1 and pipelined else None
+        tokens = _wait_for(root)
+        proposer.learn(tokens)
+        if steering is not None:
+            steering.begin()
+        yield Produced(tokens, logits, [False], from_prompt=True)
+        while made != max_tokens:
+            current = ahead or submit(waiting=True)
+            assert current is not None
+            ahead = None
+            # Step t brings at least one token; t + 1 is only of use if that is not the last.
+            if pipelined and (max_tokens < 0 or made + 1 < max_tokens):
+                ahead = submit(waiting=False)
+            [count] = _wait_for(current.count)
+            before = tokens[-1:]  # the root that this step has read
+            tokens = _row(current.tokens)[: count + 1]
+            proposer.learn(tokens)
+            made, length = made + count + 1, length + count + 1
+            cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
+            if steering is not None:
+                steering.learn(_outcome(current, count), length)
+            if step.history is not None:
+                step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
+            options.quantize(cache.layers, length)
+            yield Produced(tokens, current.logits[0], [True] * count + [False], shape=current.shape)
+            if 0 <= max_tokens <= made:
+                break
+    finally:
+        proposer.shape = asked  # what was planned for this text is nothing to the next one
+
+
+def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: DecodingOptions) -> Generator[Produced]:
+    """Decodes plainly, one token per call of the target (batch size 1).
+
+    Args:
+        cache: mlx-lm caches of any kind; they hold the prompt and every token yielded.
+
+    Yields:
+        One token at a time.
+    """
+    position = prompt.shape[1] + cached(cache)
+    _, logits = prefill(target, prompt, cache, options)
+    history = prompt[0]
+    made = 0
+
+    def choose() -> mx.array:
+        token = options.choose(logits[:, None], mx.array([[position]]))
+        mx.async_eval(token)
+        return token
+
+    logits = process(options.processors, history, logits)
+    token = choose()
+    while made != options.max_tokens:
+        current, current_logits = token, logits
+        made += 1
+        position += 1
+        _, logits = target.forward(current, cache)
+        options.quantize(cache, position)
+        logits = logits[:, -1]
+        if options.processors:
+            history = mx.concatenate([history, current[0]])
+            logits = process(options.processors, history, logits)
+        token = choose()
+        yield Produced(_row(current), current_logits, [False], from_prompt=made == 1)
+        if made % 256 == 0:
+            mx.clear_cache()
+
+
+def _outcome(step: Submitted, count: int) -> Outcome:
+    """What the host has read of a step whose count it knows."""
+    if step.path is None or step.parents is None:
+        return Outcome(step.shape, count, [1] * step.most, [0] * count)
+    return Outcome.of_tree(step.shape, _row(step.path)[: count + 1], _row(step.parents))
+
+
+def _wait_for(numbers: mx.array) -> Any:
+    """The host's copy of a few whole numbers, as lists, once the device has them."""
+    return numbers.tolist()
+
+
+def _row(numbers: mx.array) -> list[int]:
+    """The same of (1, n). A slice would be an operation of its own, behind the step that is on its way already."""
+    return _wait_for(numbers)[0]

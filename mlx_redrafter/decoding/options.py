@@ -1,0 +1,41 @@
+"""What a user can set: how much is drafted, and what plain and speculative decoding share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlx_redrafter.decoding.logits_processors import LogitsProcessor
+from mlx_redrafter.decoding.sampling import Chooser, greedy
+from mlx_redrafter.target.cache.kv_cache import quantize_layers
+
+Progress = Callable[[int, int], None]  # prompt tokens read so far, and in all
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingOptions:
+    """What plain and speculative decoding have in common.
+
+    Args:
+        choose: how the target chooses.
+        max_tokens: stop after this many; -1 for no limit.
+        processors: mlx-lm's logits processors; they see the prompt and all tokens after it.
+        prefill_step_size: prompt tokens read at a time.
+        progress: called with the prompt tokens read so far and in all.
+        kv_bits, kv_group_size, quantized_kv_start: keep the KV cache in so many bits once
+            it holds so many rows; None keeps it as it is.
+    """
+
+    choose: Chooser = greedy
+    max_tokens: int = 256
+    processors: Sequence[LogitsProcessor] = ()
+    prefill_step_size: int = 2048
+    progress: Progress | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    def quantize(self, layers: list[Any], length: int) -> None:
+        """Quantises the caches where it is time for it."""
+        quantize_layers(layers, self.quantized_kv_start, self.kv_group_size, self.kv_bits, length)

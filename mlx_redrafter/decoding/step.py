@@ -1,0 +1,150 @@
+"""One step of speculative decoding as one lazy graph; knows nothing of loops and text."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.decoding.logits_processors import process_tree
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.system.partial_submit import submit_part
+from mlx_redrafter.target.acceptance import accept
+from mlx_redrafter.target.cache.kv_cache import KVCache, cached
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.verification import CHAIN, Verifier
+
+
+@dataclasses.dataclass
+class Produced:
+    """What one step brought.
+
+    Attributes:
+        tokens: the new tokens, at least one.
+        logits: (len(tokens) or more, vocab_size) the target's, row i for tokens[i]; lazy.
+        drafted: whether tokens[i] had been drafted; all but the last of a speculative step.
+        from_prompt: True for the token that follows the prompt, which no step made.
+        last: False for a part of a step's tokens that more of them follow.
+        shape: how much the step drafted; None for a plain one.
+    """
+
+    tokens: list[int]
+    logits: mx.array
+    drafted: list[bool]
+    from_prompt: bool = False
+    last: bool = True
+    shape: DraftShape | None = None
+
+
+@dataclasses.dataclass
+class Submitted:
+    """A step's results while the device is still at it.
+
+    `most` is the largest count it can have; `path` and `parents` are those of a tree, and
+    None where rows lie in order.
+    """
+
+    count: mx.array
+    tokens: mx.array
+    logits: mx.array
+    most: int
+    shape: DraftShape | None
+    path: mx.array | None
+    parents: mx.array | None
+
+    def arrays(self) -> list[mx.array]:
+        """What the host will read."""
+        return [a for a in (self.count, self.tokens, self.path, self.parents) if a is not None]
+
+
+def prefill(
+    target: Target, prompt: mx.array, cache: list[Any], options: DecodingOptions
+) -> tuple[mx.array | None, mx.array]:
+    """Reads a prompt in chunks, as mlx-lm does.
+
+    Args:
+        target: the model.
+        prompt: (B, P) token ids, P at least 1.
+        cache: one mlx-lm cache per layer; may already hold the tokens before the prompt.
+
+    Returns:
+        hidden (B, hidden_size), where the target gives one, and logits (B, vocab_size) of
+        the last prompt token; lazy.
+    """
+    total, read = prompt.shape[1], 0
+    held = cached(cache)
+    while total - read > 1:
+        if options.progress is not None:
+            options.progress(read, total)
+        chunk = prompt[:, read : min(read + options.prefill_step_size, total - 1)]
+        target.forward(chunk, cache)  # no logits are computed: nothing reads them
+        read += chunk.shape[1]
+        options.quantize(cache, held + read)
+        mx.eval([c.state for c in cache])
+        mx.clear_cache()
+    hidden, logits = target.forward(prompt[:, read:], cache)
+    options.quantize(cache, held + total)
+    if options.progress is not None:
+        mx.eval(logits)
+        options.progress(total, total)
+    return None if hidden is None else hidden[:, -1], logits[:, -1]
+
+
+class SpeculativeStep:
+    """One round of proposing, verification, acceptance and commit, as one lazy graph.
+
+    Calling it builds the graph for the next step from the state the last one left and
+    returns its results unevaluated. Nothing is read by the host, unless there are logits
+    processors (see `processors`).
+
+    Attributes:
+        proposer: whose candidates are verified; its shape may change between steps.
+        context: (B, hidden_size) the target's hidden state at the last committed token.
+        root: (B,) int32 the token the target has chosen and not yet read.
+        history: (n,) all tokens before the root, for logits processors.
+    """
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        proposer: Proposer,
+        options: DecodingOptions,
+        cache: KVCache,
+        context: mx.array,
+        root: mx.array,
+        history: mx.array | None = None,
+    ):
+        self.verifier, self.proposer, self.options, self.cache = verifier, proposer, options, cache
+        self.context, self.root, self.history = context, root, history
+
+    def __call__(self) -> Submitted:
+        cache = self.cache
+        assert cache.length is not None
+        tree = self.proposer.propose(self.context, self.root, chain_only=self.verifier.capability == CHAIN)
+        submit_part(tree.tokens, tree.ancestors)
+        hidden, logits = self.verifier(tree, cache)
+        if self.options.processors:
+            assert self.history is not None
+            logits = process_tree(self.options.processors, self.history, tree, logits)
+        choices = self.options.choose(logits, cache.length[:, None] + tree.depths + 1)
+        accepted = accept(tree, choices)
+        cache.commit(None if tree.in_order else accepted.path[:, 1:], accepted.count, tree.max_depth)
+        self.proposer.advance(accepted)
+        self.root = accepted.root
+        if tree.rows > 1:
+            hidden = mx.take_along_axis(hidden, accepted.last[:, None, None], axis=1)
+        self.context = hidden[:, 0]
+        if not tree.in_order:
+            logits = mx.take_along_axis(logits, accepted.path[..., None], axis=1)
+        path, parents = (None, None) if tree.in_order else (accepted.path, tree.parents)
+        shape = self.proposer.shape
+        return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, shape, path, parents)
+
+    def submit(self) -> Submitted:
+        """Builds a step and sends it to the device."""
+        submitted = self()
+        mx.async_eval(submitted.arrays(), self.root, self.context, *self.cache.arrays(), *self.proposer.arrays())
+        return submitted

@@ -1,0 +1,187 @@
+"""Decoding that can be watched: what each step drafted, how sure the drafter was, what was accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Collection, Generator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.decoding.loop import speculative
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.drafting.beam_search import Embedder
+from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.drafting.shape import DraftShape, LookupChain
+from mlx_redrafter.target.acceptance import Accepted
+from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.verification import Verifier
+
+
+@dataclasses.dataclass
+class Node:
+    """One candidate token.
+
+    Attributes:
+        token: its id.
+        parent: index of the node it follows; the root is node 0, and its own.
+        depth: distance from the root.
+        accepted: whether the target chose it; the root is always accepted.
+        probability: the drafter's, given what comes before; None where the drafter says none.
+    """
+
+    token: int
+    parent: int
+    depth: int
+    accepted: bool
+    probability: float | None
+
+
+@dataclasses.dataclass
+class WatchedStep:
+    """One step.
+
+    Attributes:
+        nodes: the root and all candidates, parents before children.
+        tokens: what the step produced: the accepted candidates, and the target's own choice after them.
+        by_lookup: the candidates are lookup's alone.
+    """
+
+    nodes: list[Node]
+    tokens: list[int]
+    by_lookup: bool = False
+
+
+class Watched(Proposer):
+    """Another proposer, whose candidates and what became of them are kept until they are taken.
+
+    Attributes:
+        steps: of each step in order its context (1, hidden_size), tree and acceptance; still on the device.
+    """
+
+    def __init__(self, inner: Proposer):
+        super().__init__(inner.shape)
+        self.inner = inner
+        self.steps: deque[tuple[mx.array, CandidateTree, Accepted]] = deque()
+        self._asked: tuple[mx.array, CandidateTree] | None = None
+
+    def plan(self, shape: DraftShape | None) -> DraftShape | None:
+        return self.inner.plan(shape)
+
+    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
+        self.inner.shape = self.shape
+        tree = self.inner.propose(context, root, chain_only)
+        self._asked = context, tree
+        return tree
+
+    def begin(self, text: mx.array, root: mx.array) -> None:
+        self.steps.clear()
+        self.inner.begin(text, root)
+
+    def advance(self, accepted: Accepted) -> None:
+        assert self._asked is not None
+        self.steps.append((*self._asked, accepted))
+        self.inner.advance(accepted)
+
+    def learn(self, tokens: list[int]) -> None:
+        self.inner.learn(tokens)
+
+    def arrays(self) -> list[mx.array]:
+        return self.inner.arrays()
+
+
+def watch(
+    verifier: Verifier,
+    proposer: Proposer,
+    prompt: Sequence[int],
+    options: DecodingOptions,
+    drafter: Any = None,
+    ends: Collection[int] = (),
+) -> Generator[tuple[WatchedStep | None, list[int]]]:
+    """Decodes one text, step by step.
+
+    Args:
+        verifier: with a capability other than "none".
+        proposer: where the drafts come from.
+        prompt: token ids.
+        options: as for `speculative`.
+        drafter: a recurrent one says how probable its candidates are; any other, or None, does not.
+        ends: tokens after the first of which nothing is decoded.
+
+    Yields:
+        each step with its tokens, at most `max_tokens` of them in all; first None, with the
+        token that follows the prompt.
+    """
+    watched, cache, made = Watched(proposer), verifier.make_cache(), 0
+    for produced in speculative(verifier, watched, mx.array([list(prompt)]), cache, options):
+        tokens = produced.tokens
+        if options.max_tokens >= 0:
+            tokens = tokens[: options.max_tokens - made]
+        last = next((i for i, token in enumerate(tokens) if token in ends), None)
+        tokens = tokens if last is None else tokens[: last + 1]
+        made += len(tokens)
+        if produced.from_prompt:
+            yield None, tokens
+            if last is not None:
+                return
+            continue
+        context, tree, accepted = watched.steps.popleft()
+        probabilities: Sequence[float | None] = [None] * tree.rows
+        by_lookup = isinstance(produced.shape, LookupChain)
+        if isinstance(drafter, RecurrentDrafter) and not by_lookup:
+            probabilities = node_probabilities(drafter, verifier.target.embed, context, tree)
+        yield WatchedStep(_nodes(tree, accepted, probabilities), tokens, by_lookup), tokens
+        if last is not None:
+            return
+
+
+def node_probabilities(
+    drafter: RecurrentDrafter, embed: Embedder, context: mx.array, tree: CandidateTree
+) -> list[float | None]:
+    """The drafter's probability of every row of a tree (batch size 1), given the path to its parent.
+
+    Args:
+        context: (1, hidden_size) as the drafter read it.
+
+    Returns:
+        one per row; None for the root, and for tokens that the drafter cannot draft.
+    """
+    tokens, parents = _host(tree.tokens), _host(tree.parents)
+    states: list[mx.array] = []
+    for row, token in enumerate(tokens):
+        above = None if row == 0 else states[parents[row]]
+        states.append(drafter.advance(embed(mx.array([token])), above))
+    logits = drafter.logits(drafter.project_context(context), mx.concatenate(states)).astype(mx.float32)
+    shares = mx.softmax(logits, axis=-1)
+    drafts: dict[int, int] = {}
+    if drafter.config.draft_vocab_size is not None:
+        ids: Any = drafter.target_ids(mx.arange(drafter.config.scored)).tolist()
+        drafts = {target: draft for draft, target in enumerate(ids)}
+    found: list[float | None] = [None]
+    for row, token in enumerate(tokens[1:], 1):
+        draft = drafts.get(token) if drafts else token
+        share: Any = None if draft is None else shares[parents[row], draft].item()
+        found.append(share)
+    return found
+
+
+def _nodes(tree: CandidateTree, accepted: Accepted, probabilities: Sequence[float | None]) -> list[Node]:
+    """The tree on the host; rows that only fill the shape are left out."""
+    [count] = _host(accepted.count[None])
+    path = set(_host(accepted.path)[: count + 1])
+    tokens, parents, depths, valid = (_host(a) for a in (tree.tokens, tree.parents, tree.depths, tree.valid))
+    seats: dict[int, int] = {}
+    nodes: list[Node] = []
+    for row in range(tree.rows):
+        if valid[row]:
+            seats[row] = len(nodes)
+            nodes.append(Node(tokens[row], seats[parents[row]], depths[row], row in path, probabilities[row]))
+    return nodes
+
+
+def _host(row: mx.array) -> list[Any]:
+    """(1, n) as a list."""
+    values: Any = row[0].tolist()
+    return values

@@ -1,0 +1,50 @@
+"""All kinds of drafters there are: which one a directory holds, and what proposes with it."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import TypeAlias
+
+from mlx_redrafter.decoding.sampling import Chooser, draft_temperature, greedy
+from mlx_redrafter.drafting import medusa
+from mlx_redrafter.drafting.beam_search import Embedder
+from mlx_redrafter.drafting.medusa import MedusaHeads, load_medusa
+from mlx_redrafter.drafting.proposers import MedusaProposer, Proposer, RecurrentProposer
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter, load_drafter
+from mlx_redrafter.drafting.shape import LONGEST_BEAM, DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import read_json
+
+Drafter: TypeAlias = RecurrentDrafter | MedusaHeads
+
+
+def open_drafter(path: str | pathlib.Path) -> Drafter:
+    """Reads a drafter of the kind that its config.json says.
+
+    Raises:
+        UserError: naming the missing or damaged file, key or tensor.
+    """
+    file = pathlib.Path(path) / "config.json"
+    fields = read_json(file)
+    if fields.get("model_type") == medusa.MODEL_TYPE and "vocab_size" in fields:
+        return load_medusa(path)
+    if "medusa_num_heads" in fields:
+        raise UserError(f"{file}: Medusa heads as published; run `mlx-redrafter convert drafter` on them first")
+    return load_drafter(path)
+
+
+def proposer_for(drafter: Drafter, embed: Embedder, shape: DraftShape | None, choose: Chooser = greedy) -> Proposer:
+    """What proposes with a drafter to a target that chooses in this way; `embed` is the target's embedding."""
+    if isinstance(drafter, MedusaHeads):
+        return MedusaProposer(drafter, shape)
+    return RecurrentProposer(drafter, embed, shape, draft_temperature(choose))
+
+
+def deepest(drafter: Drafter) -> int:
+    """Draft tokens in a row that a drafter can propose."""
+    return drafter.config.medusa_num_heads if isinstance(drafter, MedusaHeads) else LONGEST_BEAM - 1
+
+
+def method_of(drafter: Drafter | None) -> str:
+    """The name that statistics give to decoding with this drafter; without one, it is lookup that drafts."""
+    return "lookup" if drafter is None else "medusa" if isinstance(drafter, MedusaHeads) else "redrafter"

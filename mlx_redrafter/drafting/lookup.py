@@ -1,0 +1,236 @@
+"""Lookup: what followed the last time the text ended like this, proposed once more.
+
+Texts repeat themselves and their prompts: names, quotations, code that is being edited.
+The text so far lies on the device; the longest run of tokens that ends in the root is
+looked for in it, the most recent place wins, and what followed there is proposed (prompt
+lookup, as in Saxena's prompt-lookup-decoding and transformers' assisted generation). That
+joins the tree of another proposer, takes the place of a chain, or stands alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import mlx.core as mx
+
+from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.drafting.shape import AUTO, DraftShape, LookupChain
+from mlx_redrafter.target.acceptance import Accepted, accept
+from mlx_redrafter.target.cache.attention import BLOCK, write_rows
+from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.tuning.lookup_controller import LookupMemory, LookupWorth, Prices
+
+LONGEST = 4  # tokens that are compared
+SHORTEST = 2  # tokens that have to agree, the root among them
+KEPT = 8  # steps without lookup after which the device's copy of the text is given up
+
+
+class TextBuffer:
+    """The text so far on the device, the root at its end; grows in blocks like the KV cache.
+
+    Args:
+        text: (B, n) int32, n at least 1, the root last.
+
+    Attributes:
+        tokens: (B, capacity) int32; LONGEST - 1 zeros stand before the text.
+        end: (B,) int32 index of the root.
+    """
+
+    def __init__(self, text: mx.array):
+        before = LONGEST - 1
+        self.tokens = mx.pad(text.astype(mx.int32), [(0, 0), (before, 0)])
+        self.end = mx.full((text.shape[0],), before + text.shape[1] - 1, mx.int32)
+        self._bound = self.tokens.shape[1]  # rows that may be in use, known to the host
+
+    def extend(self, accepted: Accepted) -> None:
+        """Takes a step's tokens, of which count + 1 stay; its last one is the new root."""
+        self._bound += accepted.tokens.shape[1]
+        if (more := -(-(self._bound - self.tokens.shape[1]) // BLOCK) * BLOCK) > 0:
+            self.tokens = mx.pad(self.tokens, [(0, 0), (0, more)])
+        self.tokens = write_rows(self.tokens, accepted.tokens, self.end + 1, axis=1)
+        self.end = self.end + accepted.count + 1
+
+    def tighten(self, unused: int) -> None:
+        """Tells the host's bound how many tokens of a step were not accepted."""
+        self._bound -= unused
+
+    def continuation(self, count: int) -> tuple[mx.array, mx.array]:
+        """What followed the most recent of the longest matches.
+
+        Where the match is close to the end, what follows it runs into the root and goes on
+        from behind the match: a repetition is continued.
+
+        Returns:
+            tokens (B, count) int32, and whether there was a match, (B,) bool.
+        """
+        batch, capacity = self.tokens.shape
+        places = capacity - LONGEST + 1  # place i holds the LONGEST tokens that end at i + LONGEST - 1
+        windows = mx.as_strided(self.tokens, (batch, places, LONGEST), (capacity, 1, 1))
+        last = mx.take_along_axis(self.tokens, self.end[:, None] + mx.arange(1 - LONGEST, 1), axis=1)
+        same = (windows == last[:, None]).astype(mx.int32)
+        length = mx.sum(mx.cumprod(same, axis=2, reverse=True), axis=2)
+        place = mx.arange(places, dtype=mx.int32)
+        earlier = place < self.end[:, None] - (LONGEST - 1)
+        score = mx.where(earlier, length * places + place, 0)
+        found = mx.max(score, axis=1) >= SHORTEST * places
+        at = mx.argmax(score, axis=1).astype(mx.int32) + (LONGEST - 1)
+        period = mx.maximum(self.end - at, 1)
+        ahead = mx.arange(count, dtype=mx.int32) % period[:, None]
+        return mx.take_along_axis(self.tokens, at[:, None] + 1 + ahead, axis=1), found
+
+
+def join(tree: CandidateTree, tokens: mx.array, found: mx.array, share: int) -> CandidateTree:
+    """A tree whose last rows make way for one more branch, where there is one.
+
+    As far as the branch runs along rows that stay, it shares them, so no candidate is there
+    twice. Where nothing was found, or all of it is in the tree already, the tree stays.
+
+    Args:
+        tree: 1 + N rows, parents before children; the last rows are given up.
+        tokens: (B, D) the branch, from the root's successor on.
+        found: (B,) bool, False where there is no branch.
+        share: rows that may go to the branch, 1 to N.
+    """
+    stay, depth = tree.rows - share, tokens.shape[1]
+    kept = CandidateTree(
+        tree.tokens[:, :stay],
+        tree.parents[:, :stay],
+        tree.depths[:, :stay],
+        tree.ancestors[:, :stay, :stay],
+        tree.valid[:, :stay],
+        tree.max_depth,
+    )
+    # The branch walks through the tree as though it were what the target chooses.
+    walked = accept(kept, mx.take_along_axis(tokens, mx.minimum(kept.depths, depth - 1), axis=1))
+    # At depth D its last token was asked for once more; no row there can have children.
+    level = walked.count[:, None] + mx.arange(share, dtype=mx.int32)
+    joins = (found & (walked.count < depth))[:, None]
+    above = mx.concatenate([walked.last[:, None], _rows(tree.tokens.shape[0], stay, share - 1)], axis=1)
+    new = mx.take_along_axis(tokens, mx.minimum(level, depth - 1), axis=1)
+    return CandidateTree.from_parents(
+        mx.concatenate([kept.tokens, mx.where(joins, new, tree.tokens[:, stay:])], axis=1),
+        mx.concatenate([kept.parents, mx.where(joins, above, tree.parents[:, stay:])], axis=1),
+        max_depth=max(tree.max_depth, depth),
+        valid=mx.concatenate([kept.valid, mx.where(joins, level < depth, tree.valid[:, stay:])], axis=1),
+    )
+
+
+def _rows(batch: int, first: int, count: int) -> mx.array:
+    return mx.broadcast_to(mx.arange(first, first + count, dtype=mx.int32), (batch, count))
+
+
+class LookupProposer(Proposer):
+    """Adds what lookup finds to what another proposer proposes, or puts it in its place.
+
+    Half of a tree's rows go to the lookup where it finds something that the tree has not
+    got. A chain is replaced as a whole. Without another proposer, lookup makes the chain.
+
+    Args:
+        inner: the other proposer, or None.
+        mode: "on": in every step, together with the other; "auto": in each step the other, or
+            lookup, or both in one tree, whatever should bring most (see `LookupWorth`).
+        before: tokens that stand before the prompt, in the KV cache already.
+        prices, memory: for "auto", where they are known; see `LookupWorth`.
+    """
+
+    def __init__(
+        self,
+        inner: Proposer | None,
+        shape: DraftShape | None,
+        mode: str,
+        before: list[int] | None = None,
+        prices: Prices | None = None,
+        memory: LookupMemory | None = None,
+    ):
+        if inner is None and shape is not None:
+            shape = LookupChain.of(shape.as_chain().num_draft_tokens)
+        super().__init__(shape)
+        self.inner, self.before = inner, before or []
+        self.worth = LookupWorth(SHORTEST, LONGEST, inner is None, prices, memory) if mode == AUTO else None
+        self.text: TextBuffer | None = None  # while it is needed
+        self._unused = 0  # steps since it was
+        self._rooted = False
+        self._in_flight: deque[Accepted] = deque()
+
+    def begin(self, text: mx.array, root: mx.array) -> None:
+        if self.inner is not None:
+            self.inner.begin(text, root)
+        if self.before:
+            earlier = mx.broadcast_to(mx.array(self.before, mx.int32), (text.shape[0], len(self.before)))
+            text = mx.concatenate([earlier, text], axis=1)
+        self._rooted, self._unused = False, 0
+        self._in_flight.clear()
+        if self.worth is None:
+            self.text = TextBuffer(mx.concatenate([text, root[:, None].astype(mx.int32)], axis=1))
+        else:
+            self.text = None
+            self.worth.begin(text[0].tolist())  # type: ignore[arg-type]
+
+    def plan(self, shape: DraftShape | None) -> DraftShape | None:
+        return shape if self.worth is None else self.worth.choose(shape)
+
+    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
+        shape, first = self.shape, root[:, None].astype(mx.int32)
+        if isinstance(shape, LookupChain):
+            if self.worth is not None:
+                self._note(shape, False, 0)
+            tokens, _ = self._text().continuation(shape.num_draft_tokens)
+            return CandidateTree.chain(mx.concatenate([first, tokens], axis=1))
+        if self.inner is None:
+            tree = CandidateTree.chain(first)
+        else:
+            self.inner.shape = shape
+            tree = self.inner.propose(context, root, chain_only)
+        depth = 0 if shape is None else min(shape.beam_length - 1, shape.num_draft_tokens)
+        share = 0 if tree.in_order else max(1, (tree.rows - 1) // 2)
+        if self.worth is not None:
+            joined = share > 0 and self.worth.joins()
+            self._note(shape, joined, share)
+            if not joined:
+                return tree
+        elif depth == 0:
+            return tree
+        tokens, found = self._text().continuation(depth)
+        if tree.in_order:
+            drafted = tree.tokens[:, 1 : 1 + depth]
+            return CandidateTree.chain(mx.concatenate([first, mx.where(found[:, None], tokens, drafted)], axis=1))
+        return join(tree, tokens, found, share)
+
+    def advance(self, accepted: Accepted) -> None:
+        if self.inner is not None:
+            self.inner.advance(accepted)
+        self._in_flight.append(accepted)
+        if self.text is not None:
+            self.text.extend(accepted)
+
+    def learn(self, tokens: list[int]) -> None:
+        if self.inner is not None:
+            self.inner.learn(tokens)
+        if self._rooted:
+            read = self._in_flight.popleft()
+            if self.text is not None:
+                self.text.tighten(read.tokens.shape[1] - len(tokens))
+        self._rooted = True
+        if self.worth is not None:
+            self.worth.learn(tokens)
+
+    def arrays(self) -> list[mx.array]:
+        mine = [] if self.text is None else [self.text.tokens, self.text.end]
+        return mine + ([] if self.inner is None else self.inner.arrays())
+
+    def _note(self, shape: DraftShape | None, joined: bool, share: int) -> None:
+        """A step of "auto" is built; the text on the device goes when it has not been needed for long."""
+        assert self.worth is not None
+        self.worth.built(shape, joined, share)
+        self._unused = 0 if joined or isinstance(shape, LookupChain) else self._unused + 1
+        if self._unused > KEPT:
+            self.text = None
+
+    def _text(self) -> TextBuffer:
+        """The text on the device."""
+        if self.text is None:
+            assert self.worth is not None
+            self.text = TextBuffer(mx.array([self.worth.index.tokens], mx.int32))
+            for accepted in self._in_flight:  # built, and not read by the host yet
+                self.text.extend(accepted)
+        return self.text

@@ -1,0 +1,150 @@
+"""Medusa heads: each guesses a token further ahead from the same hidden state.
+
+    z = h;  z = z + SiLU(W_i z + b_i)  for i in 1..medusa_num_layers;  logits = O z
+
+h is the target's last hidden state, which chose the root; head k = 0, 1, ... scores the
+token k + 1 places after the root (Medusa, arXiv 2401.10774, section 2.1.1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_redrafter.drafting.drafter_files import fill, quantize_head, read_quantization, whole_number
+from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, check_choices
+from mlx_redrafter.drafting.redrafter import ResidualBlock
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import read_json, read_safetensors
+
+MODEL_TYPE = "medusa"
+MOST_HEADS = 31  # as many tokens as a beam can have after its root
+
+
+@dataclasses.dataclass
+class MedusaConfig:
+    """Shape of a set of heads; the names are those of Medusa's config.json where it has them.
+
+    Args:
+        vocab_size, hidden_size: of the target.
+        medusa_num_heads: tokens ahead that there are heads for.
+        medusa_num_layers: residual blocks of each head, 0 or more.
+        medusa_choices: the static tree, most useful nodes first; the published one, as far as
+            there are heads for it, if the file does not say.
+        quantization: {"group_size": int, "bits": int} of quantised heads, else None.
+        target_fingerprint: which target they were made for; see fingerprint.py.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    medusa_num_heads: int
+    medusa_num_layers: int = 1
+    medusa_choices: tuple[Choice, ...] = ()
+    quantization: dict[str, int] | None = None
+    target_fingerprint: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.medusa_choices:
+            self.medusa_choices = tuple(c for c in PUBLISHED if len(c) <= self.medusa_num_heads)
+
+    @property
+    def scored(self) -> int:
+        """Tokens that the heads score."""
+        return self.vocab_size
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], source: str) -> MedusaConfig:
+        """Reads and checks the keys of a config.json; unknown ones are ignored.
+
+        Args:
+            source: where it came from, for messages.
+
+        Raises:
+            UserError: a missing key, or a value of the wrong type or range.
+        """
+        vocab, hidden = (whole_number(fields, key, 1, source) for key in ("vocab_size", "hidden_size"))
+        heads = whole_number(fields, "medusa_num_heads", 1, source)
+        if heads > MOST_HEADS:
+            raise UserError(f"{source}: medusa_num_heads is {heads}, expected 1 to {MOST_HEADS}")
+        layers = whole_number({"medusa_num_layers": 1} | fields, "medusa_num_layers", 0, source)
+        choices: tuple[Choice, ...] = ()
+        if fields.get("medusa_choices") is not None:
+            choices = check_choices(fields["medusa_choices"], heads, source)
+        target = fields.get("target_fingerprint")
+        if target is not None and not isinstance(target, dict):
+            raise UserError(f"{source}: target_fingerprint is {target!r}, expected an object")
+        quantization = read_quantization(fields, {"hidden_size": hidden}, source)
+        return cls(vocab, hidden, heads, layers, choices, quantization, target)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+class MedusaHead(nn.Module):
+    """One head: residual blocks and an output layer of its own."""
+
+    def __init__(self, config: MedusaConfig):
+        super().__init__()
+        self.blocks = [ResidualBlock(config.hidden_size) for _ in range(config.medusa_num_layers)]
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, context: mx.array) -> mx.array:
+        for block in self.blocks:
+            context = block(context)
+        return self.lm_head(context)
+
+
+class MedusaHeads(nn.Module):
+    """All heads over one context."""
+
+    def __init__(self, config: MedusaConfig):
+        super().__init__()
+        self.config = config
+        self.heads = [MedusaHead(config) for _ in range(config.medusa_num_heads)]
+
+    def __call__(self, context: mx.array, count: int | None = None) -> mx.array:
+        """Scores of the tokens after the root.
+
+        Args:
+            context: (..., hidden_size).
+            count: the first so many heads; all if left out.
+
+        Returns:
+            (..., count, vocab_size), unnormalised.
+        """
+        return mx.stack([head(context) for head in self.heads[:count]], axis=-2)
+
+    def bytes_per_draft_step(self) -> int:
+        """Bytes of weights that drafting reads: all heads, once per step of decoding."""
+        parts: dict[str, Any] = dict(tree_flatten(self.parameters()))
+        return sum(value.nbytes for value in parts.values())
+
+
+def quantize_medusa(heads: MedusaHeads, group_size: int = 64, bits: int = 4) -> None:
+    """Quantises all matrices in place and notes it in the config. Raises UserError as `quantize_head` does."""
+    quantize_head(heads, {"hidden_size": heads.config.hidden_size}, group_size, bits)
+
+
+def load_medusa(path: str | pathlib.Path) -> MedusaHeads:
+    """Reads a directory written by `save_head`.
+
+    Raises:
+        UserError: naming the missing or damaged file, key or tensor.
+    """
+    folder = pathlib.Path(path)
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    config = MedusaConfig.from_dict(read_json(config_file), str(config_file))
+    return build_medusa(config, read_safetensors(weights_file), str(weights_file))
+
+
+def build_medusa(config: MedusaConfig, weights: dict[str, mx.array], source: str) -> MedusaHeads:
+    """Heads of this config with these weights. Raises UserError for tensors that do not fit."""
+    heads = MedusaHeads(config)
+    fill(heads, weights, source)
+    return heads

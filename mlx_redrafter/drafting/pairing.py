@@ -1,0 +1,35 @@
+"""Whether a drafter fits a target, and what it shares with it; knows nothing of files or steps."""
+
+from __future__ import annotations
+
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.output_layer import output_layer
+
+
+def check_pair(target: Target, drafter: Drafter, name: str = "drafter") -> None:
+    """Ties the drafter to the target where its config says so.
+
+    Raises:
+        UserError: the drafter was made for a target of another shape.
+    """
+    for field in ("hidden_size", "vocab_size"):
+        found, expected = getattr(drafter.config, field), getattr(target, field)
+        if found != expected:
+            raise UserError(
+                f"{name}: {field} is {found}, but the target's is {expected}; it was made for another model"
+            )
+    if isinstance(drafter, RecurrentDrafter):
+        tie(drafter, target)
+
+
+def tie(drafter: RecurrentDrafter, target: Target) -> None:
+    """Gives a drafter with `tie_output` the target's layer, once; others stay as they are.
+
+    Raises:
+        UserError: see `output_layer`.
+    """
+    if not drafter.is_complete:
+        drafter.tie(output_layer(target, drafter.get("vocab_map")))

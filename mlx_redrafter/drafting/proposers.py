@@ -1,0 +1,129 @@
+"""Who proposes: whatever yields a CandidateTree can be verified.
+
+A proposer is asked once per step, while the step's graph is built, and reads nothing on
+the host. Its shape may change between any two steps; everything that depends on it (rows,
+depth, whether rows lie in order) travels with the tree.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import mlx.core as mx
+
+from mlx_redrafter.drafting.beam_search import Embedder, beam_search, candidate_tree, top
+from mlx_redrafter.drafting.medusa import MedusaHeads
+from mlx_redrafter.drafting.medusa_tree import parents_of, select
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.target.acceptance import Accepted
+from mlx_redrafter.target.tree import CandidateTree
+
+
+class Proposer(abc.ABC):
+    """Proposes continuations of the text so far.
+
+    Attributes:
+        shape: how much to propose per step; may be set between steps. None proposes
+            nothing, which makes a step plain decoding.
+    """
+
+    def __init__(self, shape: DraftShape | None):
+        self.shape = shape
+
+    def plan(self, shape: DraftShape | None) -> DraftShape | None:
+        """What to draft in the next step where `shape` is what was asked for; may be asked more than once."""
+        return shape
+
+    @abc.abstractmethod
+    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
+        """The candidates for one step, as a lazy graph.
+
+        Args:
+            context: (B, hidden_size) the target's hidden state at the last committed token.
+            root: (B,) int32 the token that the target has chosen and not yet read.
+            chain_only: the target can verify only consecutive positions.
+
+        Returns:
+            A tree whose row 0 is the root.
+        """
+
+    def begin(self, text: mx.array, root: mx.array) -> None:  # noqa: B027
+        """Called before the first step.
+
+        Args:
+            text: (B, n) int32 the prompt.
+            root: (B,) int32 the token after it; still on the device.
+        """
+
+    def advance(self, accepted: Accepted) -> None:  # noqa: B027
+        """Called with what a step accepts as soon as its graph is built, before the next step."""
+
+    def learn(self, tokens: list[int]) -> None:  # noqa: B027
+        """Called once the host has read a step (batch size 1): first the root after the prompt, then each step."""
+
+    def arrays(self) -> list[mx.array]:
+        """State on the device that goes from step to step."""
+        return []
+
+
+class RecurrentProposer(Proposer):
+    """Beam search over the recurrent drafter.
+
+    Args:
+        drafter: the head.
+        embed: the target's embedding.
+        temperature: of the drafter's probabilities, by which nodes are chosen.
+    """
+
+    def __init__(self, drafter: RecurrentDrafter, embed: Embedder, shape: DraftShape | None, temperature: float = 1.0):
+        super().__init__(shape)
+        self.drafter, self.embed, self.temperature = drafter, embed, temperature
+
+    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
+        shape = self.shape
+        if shape is None:
+            return CandidateTree.chain(root[:, None].astype(mx.int32))
+        if chain_only or shape.beam_width == 1:
+            shape = shape.as_chain()
+            beam = beam_search(self.drafter, self.embed, context, root, 1, shape.beam_length)
+            return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), beam.tokens[:, :, 0]], axis=1))
+        beam = beam_search(
+            self.drafter, self.embed, context, root, shape.beam_width, shape.beam_length, self.temperature
+        )
+        return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)
+
+
+class MedusaProposer(Proposer):
+    """Medusa heads, combined along a static tree.
+
+    Of the heads' choices a shape takes the first N that lie among the best W of each of the
+    first L - 1 heads; with W = 1 that is a chain.
+
+    Args:
+        heads: the heads.
+    """
+
+    def __init__(self, heads: MedusaHeads, shape: DraftShape | None):
+        super().__init__(shape)
+        self.heads = heads
+
+    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
+        shape, config, batch = self.shape, self.heads.config, root.shape[0]
+        first = root[:, None].astype(mx.int32)
+        if shape is None:
+            return CandidateTree.chain(first)
+        if chain_only or shape.beam_width == 1:
+            depth = min(shape.as_chain().beam_length - 1, config.medusa_num_heads)
+            choices = tuple((0,) * n for n in range(1, depth + 1))
+        else:
+            width = min(shape.beam_width, config.vocab_size)
+            choices = select(config.medusa_choices, width, shape.beam_length - 1, shape.num_draft_tokens)
+        depth, width = max(map(len, choices), default=0), 1 + max(map(max, choices), default=0)
+        if depth == 0:  # choices that begin with none of these
+            return CandidateTree.chain(first)
+        logits = self.heads(context, depth).astype(mx.float32)
+        best, _ = top(logits.reshape(batch * depth, -1), width)
+        places = mx.array([(len(choice) - 1) * width + choice[-1] for choice in choices])
+        tokens = mx.take(best.reshape(batch, depth * width), places, axis=1)
+        return CandidateTree.static(mx.concatenate([first, tokens], axis=1), parents_of(choices))

@@ -1,0 +1,289 @@
+"""The recurrent head: a small network that guesses what the target will say next.
+
+Notation of the paper (arXiv 2403.09919, section 3.1) with the details of Apple's weights:
+
+    s_0 = 0,   s_k = SiLU(W e(x_k) + U s_{k-1} + b)      (rnn; b sits on U)
+               s_k = e(x_k) + s_{k-1}                    (no rnn)
+    z = [h ; s_k];  z = P z + p   only if exit_dim != 2 * hidden_size
+    z = z + SiLU(A_i z + a_i)     for i in 1..num_draft_layers
+    logits = O z
+
+e is the target's embedding, h the context: the target's last hidden state, the same for
+all steps of one beam. P is kept as its two column halves, so that the half that reads h
+is computed once per step, and so that each half can be quantised on its own.
+
+O is most of what a draft step reads. A light head scores a reduced draft vocabulary, the
+most frequent tokens only, or ties O to the target's own output layer and stores none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_redrafter.drafting.drafter_files import fill, quantize_head, read_quantization, save_head, whole_number
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import read_json, read_safetensors
+
+MODEL_TYPE = "recurrent_drafting_drafter"
+
+
+@dataclasses.dataclass
+class DrafterConfig:
+    """Shape of a drafter; the names are those of Apple's config.json.
+
+    Args:
+        vocab_size: tokens the head scores; equal to the target's.
+        hidden_size: width of the target's hidden state, and of the recurrent state.
+        exit_dim: width of the residual blocks.
+        num_draft_layers: number of residual blocks, 0 or more.
+        rnn: the gated recurrence, or (False) the sum of embeddings.
+        draft_vocab_size: tokens that can be drafted, where not all; the tensor vocab_map
+            then holds the target's id of each.
+        tie_output: O is the target's own output layer, or those of its rows that can be
+            drafted; needs exit_dim = hidden_size.
+        quantization: {"group_size": int, "bits": int} of a quantised drafter, else None.
+        target_fingerprint: which target it was made for; see fingerprint.py.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    exit_dim: int
+    num_draft_layers: int
+    rnn: bool = True
+    draft_vocab_size: int | None = None
+    tie_output: bool = False
+    quantization: dict[str, int] | None = None
+    target_fingerprint: dict[str, Any] | None = None
+
+    @property
+    def scored(self) -> int:
+        """Tokens the head scores: the draft vocabulary, or all."""
+        return self.draft_vocab_size or self.vocab_size
+
+    @property
+    def has_input_proj(self) -> bool:
+        return self.exit_dim != 2 * self.hidden_size
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], source: str) -> DrafterConfig:
+        """Reads and checks the keys of a config.json.
+
+        Args:
+            fields: the parsed file; unknown keys are ignored.
+            source: where it came from, for messages.
+
+        Raises:
+            UserError: a missing key, or a value of the wrong type or range.
+        """
+        found = fields.get("model_type", MODEL_TYPE)
+        if found != MODEL_TYPE:
+            raise UserError(f"{source}: model_type is {found!r}, expected {MODEL_TYPE!r} (is this a drafter?)")
+        if fields.get("emb_norm"):
+            raise UserError(f"{source}: emb_norm is {fields['emb_norm']!r}; only drafters without it can be read")
+        values: dict[str, Any] = {}
+        for key, least in (("vocab_size", 1), ("hidden_size", 1), ("exit_dim", 1), ("num_draft_layers", 0)):
+            values[key] = whole_number(fields, key, least, source)
+        for key in ("rnn", "tie_output"):
+            values[key] = fields.get(key, False)
+            if not isinstance(values[key], bool):
+                raise UserError(f"{source}: {key} is {values[key]!r}, expected true or false")
+        if values["tie_output"] and values["exit_dim"] != values["hidden_size"]:
+            raise UserError(
+                f"{source}: tie_output needs exit_dim = hidden_size, found {values['exit_dim']}"
+                f" and {values['hidden_size']}"
+            )
+        reduced = fields.get("draft_vocab_size")
+        if reduced is not None and (type(reduced) is not int or not 1 <= reduced <= values["vocab_size"]):
+            expected = f"a whole number from 1 to vocab_size, {values['vocab_size']}"
+            raise UserError(f"{source}: draft_vocab_size is {reduced!r}, expected {expected}")
+        values["draft_vocab_size"] = reduced
+        widths = {key: values[key] for key in ("hidden_size", "exit_dim")}
+        quantization = read_quantization(fields, widths, source)
+        target = fields.get("target_fingerprint")
+        if target is not None and not isinstance(target, dict):
+            raise UserError(f"{source}: target_fingerprint is {target!r}, expected an object")
+        return cls(**values, quantization=quantization, target_fingerprint=target)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+        # Apple's config.json has none of these; what is not used is not said.
+        unused = {"draft_vocab_size": None, "tie_output": False, "quantization": None, "target_fingerprint": None}
+        for name, value in unused.items():
+            if fields[name] == value:
+                del fields[name]
+        return fields
+
+
+class ResidualBlock(nn.Module):
+    """z + SiLU(A z + a)."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = nn.Linear(dims, dims)
+
+    def __call__(self, z: mx.array) -> mx.array:
+        return z + nn.silu(self.linear(z))
+
+
+class RecurrentDrafter(nn.Module):
+    """The drafter's weights and its three pieces: context half, recurrence, head."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.config = config
+        hidden, exit_dim = config.hidden_size, config.exit_dim
+        if config.rnn:
+            self.rnn_w = nn.Linear(hidden, hidden, bias=False)
+            self.rnn_u = nn.Linear(hidden, hidden)
+        if config.has_input_proj:
+            self.input_proj_context = nn.Linear(hidden, exit_dim)
+            self.input_proj_state = nn.Linear(hidden, exit_dim, bias=False)
+        self.blocks = [ResidualBlock(exit_dim) for _ in range(config.num_draft_layers)]
+        if not config.tie_output:
+            self.lm_head = nn.Linear(exit_dim, config.scored, bias=False)
+        if config.draft_vocab_size is not None:
+            self.vocab_map = mx.arange(config.draft_vocab_size, dtype=mx.int32)
+            self.freeze(keys=["vocab_map"], recurse=False)
+        # Not an item of the module: a tied layer is the target's, no parameter of the drafter.
+        object.__setattr__(self, "_tied", None)
+
+    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As nn.Module's, but the vocabulary map holds ids and never learns."""
+        super().unfreeze(*args, **kwargs)
+        if "vocab_map" in self:
+            self.freeze(keys=["vocab_map"], recurse=False)
+        return self
+
+    def tie(self, layer: nn.Module) -> None:
+        """Gives a drafter with `tie_output` its output layer.
+
+        Args:
+            layer: (..., hidden_size) -> (..., config.scored), from `output_layer`.
+        """
+        object.__setattr__(self, "_tied", layer)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the drafter has its output layer; one with `tie_output` waits for `tie`."""
+        return not self.config.tie_output or self._tied is not None
+
+    @property
+    def output(self) -> Any:
+        """O, the drafter's own or the target's."""
+        return self._tied if self.config.tie_output else self.lm_head
+
+    def target_ids(self, drafted: mx.array) -> mx.array:
+        """The target's ids of draft tokens, same shape, int32; the tokens themselves where all can be drafted."""
+        return drafted if self.config.draft_vocab_size is None else self.vocab_map[drafted]
+
+    def bytes_per_draft_step(self) -> int:
+        """Bytes of weights that one draft step reads, the target's rows of a tied layer included.
+
+        The context's half of P is read once per step of decoding and not counted, nor is
+        the one row of the embedding.
+        """
+        parts: dict[str, Any] = dict(tree_flatten(self.parameters()))
+        tied: dict[str, Any] = {} if self._tied is None else dict(tree_flatten(self._tied.parameters()))
+        own = sum(v.nbytes for k, v in parts.items() if not k.startswith(("vocab_map", "input_proj_context")))
+        return own + sum(v.nbytes for v in tied.values())
+
+    def project_context(self, context: mx.array) -> mx.array:
+        """The part of the head that reads only the context h; once per step.
+
+        Args:
+            context: (..., hidden_size).
+
+        Returns:
+            P_h h + p of shape (..., exit_dim), or h itself where there is no projection.
+        """
+        return self.input_proj_context(context) if self.config.has_input_proj else context
+
+    def advance(self, embedding: mx.array, state: mx.array | None) -> mx.array:
+        """One step of the recurrence.
+
+        Args:
+            embedding: e(x_k), (..., hidden_size).
+            state: s_{k-1} of the same shape; None stands for s_0 = 0.
+
+        Returns:
+            s_k, same shape.
+        """
+        if not self.config.rnn:
+            return embedding if state is None else embedding + state
+        carried = self.rnn_u.bias if state is None else self.rnn_u(state)
+        return nn.silu(self.rnn_w(embedding) + carried)
+
+    def logits(self, projected_context: mx.array, state: mx.array) -> mx.array:
+        """Scores of the next draft token.
+
+        Args:
+            projected_context: from `project_context`, broadcastable against the state.
+            state: s_k, (..., hidden_size).
+
+        Returns:
+            (..., config.scored), unnormalised.
+        """
+        if self.config.has_input_proj:
+            z = projected_context + self.input_proj_state(state)
+        else:
+            shape = (*state.shape[:-1], projected_context.shape[-1])
+            z = mx.concatenate([mx.broadcast_to(projected_context, shape), state], axis=-1)
+        for block in self.blocks:
+            z = block(z)
+        return self.output(z)
+
+
+def quantize_drafter(drafter: RecurrentDrafter, group_size: int = 64, bits: int = 4) -> None:
+    """Quantises all matrices in place with mlx's affine scheme and notes it in the config.
+
+    Raises:
+        UserError: a width that the group size does not divide, or a scheme mlx does not have.
+    """
+    config = drafter.config
+    quantize_head(drafter, {"hidden_size": config.hidden_size, "exit_dim": config.exit_dim}, group_size, bits)
+
+
+def save_drafter(drafter: RecurrentDrafter, path: str | pathlib.Path) -> None:
+    """Writes config.json and model.safetensors into a directory, each whole or not at all.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    save_head(drafter, path)
+
+
+def load_drafter(path: str | pathlib.Path) -> RecurrentDrafter:
+    """Reads a directory written by `save_drafter`.
+
+    Raises:
+        UserError: naming the missing or damaged file, key or tensor.
+    """
+    folder = pathlib.Path(path)
+    config_file = folder / "config.json"
+    config = DrafterConfig.from_dict(read_json(config_file), str(config_file))
+    weights_file = folder / "model.safetensors"
+    weights = read_safetensors(weights_file)
+    if any(name.startswith(("lm_head.0.", "0.0.", "lm_heads.", "input_proj.", "input_projs.")) for name in weights):
+        raise UserError(f"{weights_file}: Hugging Face layout; run `mlx-redrafter convert drafter` on it first")
+    return build_drafter(config, weights, str(weights_file))
+
+
+def build_drafter(config: DrafterConfig, weights: dict[str, mx.array], source: str) -> RecurrentDrafter:
+    """A drafter of this config with these weights, every name and shape checked.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unknown or of another shape.
+    """
+    drafter = RecurrentDrafter(config)
+    fill(drafter, weights, source)
+    if (ids := weights.get("vocab_map")) is not None and not (
+        ids.dtype == mx.int32 and mx.all((ids >= 0) & (ids < config.vocab_size)).item()
+    ):
+        raise UserError(f"{source}: tensor 'vocab_map' has to hold int32 token ids below {config.vocab_size}")
+    return drafter

@@ -1,0 +1,125 @@
+"""Reading and writing files so that a mistake is one line and a crash leaves nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.errors import UserError
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Parses a JSON object. Raises UserError where it is missing or not one."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, mx.array]:
+    """All tensors of a safetensors file, memory-mapped lazily.
+
+    The header is checked against the file's length first: reading a truncated file would
+    otherwise fail late and far away, when the array is first used.
+
+    Raises:
+        UserError: a missing, truncated or foreign file.
+    """
+    check_safetensors(path)
+    try:
+        weights = mx.load(str(path))
+    except RuntimeError as error:
+        raise UserError(f"{path}: not readable as safetensors ({_first_line(error)})") from error
+    assert isinstance(weights, dict)
+    return weights
+
+
+def check_safetensors(path: pathlib.Path) -> None:
+    """Raises UserError unless the file's header is whole and all its tensors lie inside it."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a safetensors file (unreadable header)") from error
+    end = max(ends, default=0)
+    if 8 + length + end > size:
+        raise UserError(f"{path}: truncated, {size} bytes found, {8 + length + end} expected")
+
+
+@contextlib.contextmanager
+def write_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder beside `path` that takes its name when the block ends well.
+
+    If the block raises, nothing of it stays.
+
+    Raises:
+        UserError: the place cannot be written, or something is there already.
+    """
+    target = pathlib.Path(path)
+    require_free(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+    try:
+        folder.chmod(0o755)
+        yield folder
+        os.replace(folder, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_free(path: str | pathlib.Path) -> None:
+    """Raises UserError unless `path` is free to become a new directory (absent, or empty)."""
+    target = pathlib.Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: already exists; name a new directory or remove it first")
+
+
+@contextlib.contextmanager
+def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary file name beside `path` (same suffix) that replaces it when the block ends well."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_left_over(folder: pathlib.Path) -> None:
+    """Removes what `replace_file` left in a folder when its process was killed. No other one may be writing there."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\.\d+\..+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,211 @@
+"""Weight files: which ones a directory has, and writing them one tensor at a time.
+
+Writing is our own because mlx holds a whole file's tensors in memory to save them. Here a
+lazy tensor is computed, written and let go before the next one is looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+from tqdm import tqdm
+
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import check_safetensors, read_json, read_safetensors
+
+SHARD_BYTES = 5 * 2**30  # mlx-lm's
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
+# The types of the safetensors format that mlx has, and the bytes of one item.
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+_NAMES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.int64: "I64",
+    mx.int32: "I32",
+    mx.int16: "I16",
+    mx.int8: "I8",
+    mx.uint64: "U64",
+    mx.uint32: "U32",
+    mx.uint16: "U16",
+    mx.uint8: "U8",
+    mx.bool_: "BOOL",
+}
+
+
+def find_weights(folder: pathlib.Path, stem: str = "model", suffix: str = ".safetensors") -> list[pathlib.Path]:
+    """The weight files of one kind: those an index names, else `stem`, else its numbered shards.
+
+    Args:
+        stem, suffix: "model" and ".safetensors", or "pytorch_model" and ".bin".
+
+    Returns:
+        the files; none if there is no such kind here.
+
+    Raises:
+        UserError: a file that the index or the numbers promise is not there, or a shard is
+            there that the index does not name.
+    """
+    index = folder / f"{stem}{suffix}.index.json"
+    shards = sorted(path for path in folder.glob(f"{stem}-*{suffix}") if _SHARD.fullmatch(path.name))
+    if index.exists():
+        named = sorted(set(read_index(index).values()))
+        for name in named:
+            if not (folder / name).exists():
+                raise UserError(f"{folder / name}: no such file, though {index.name} names it")
+        if forgotten := [path for path in shards if path.name not in named]:
+            raise UserError(f"{forgotten[0]}: is there, but {index.name} does not name it")
+        return [folder / name for name in named]
+    if (whole := folder / f"{stem}{suffix}").exists():
+        return [whole]
+    for path in shards:
+        match = _SHARD.fullmatch(path.name)
+        assert match is not None
+        for i in range(1, int(match[3]) + 1):
+            other = path.with_name(f"{match[1]}-{i:0{len(match[2])}d}-of-{match[3]}{suffix}")
+            if not other.exists():
+                raise UserError(f"{other}: no such file, though {path.name} is one of {int(match[3])}")
+    return shards or sorted(folder.glob(f"{stem}*{suffix}"))
+
+
+def read_index(index: pathlib.Path) -> dict[str, str]:
+    """Tensor name -> file name. Raises UserError."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) and "/" not in name for name in found.values()):
+        raise UserError(f"{index}: expected a JSON object with a weight_map of tensor names to file names")
+    return found
+
+
+def read_weights(files: Iterable[pathlib.Path]) -> dict[str, mx.array]:
+    """All tensors of safetensors files, lazy. Raises UserError where one is damaged or a name comes twice."""
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        found = read_safetensors(file)
+        if twice := weights.keys() & found.keys():
+            raise UserError(f"{file}: tensor {min(twice)!r} is in another file, too")
+        weights |= found
+        index = file.parent / "model.safetensors.index.json"
+        if index.exists():
+            for name, place in read_index(index).items():
+                if place == file.name and name not in found:
+                    raise UserError(f"{file}: tensor {name!r} is missing, though {index.name} says it is there")
+    return weights
+
+
+def tensors(model: nn.Module) -> dict[str, mx.array]:
+    """All parameters of a model by name."""
+    return dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
+
+
+def take_weights(model: nn.Module) -> dict[str, mx.array]:
+    """All parameters of a model, which has none afterwards, so that nothing else keeps them in memory."""
+    weights = tensors(model)
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    return weights
+
+
+def save_weights(
+    folder: pathlib.Path, weights: dict[str, mx.array], title: str, kind: str = "mlx", shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes model.safetensors, or numbered shards and their index, with a progress bar.
+
+    Args:
+        weights: lazy or not; emptied on the way, so that memory never holds more than one of
+            them that nobody else keeps.
+        title: of the progress bar, which only a terminal shows.
+        kind: the file's "format" metadata: "mlx", or "pt" for PyTorch's layout.
+        shard_bytes: size of a file at most, unless one tensor alone is larger.
+
+    Raises:
+        OSError: the disk is full, or will be.
+    """
+    shards: list[list[str]] = [[]]
+    size, total = 0, sum(value.nbytes for value in weights.values())
+    for name, value in weights.items():
+        if shards[-1] and size + value.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += value.nbytes
+    require_space(folder, total)
+    places: dict[str, str] = {}
+
+    def read(name: str) -> bytes | memoryview:
+        value = mx.contiguous(weights.pop(name).reshape(-1))
+        mx.eval(value)
+        mx.clear_cache()  # or the buffers of other sizes would pile up
+        return memoryview(value.view(mx.uint8)) if value.size else b""  # type: ignore[arg-type]
+
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
+        for i, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            shapes = {name: (_NAMES[weights[name].dtype], weights[name].shape) for name in names}
+            write_safetensors(folder / file, shapes, read, bar.update, kind)
+            places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_safetensors(
+    path: pathlib.Path,
+    shapes: dict[str, tuple[str, tuple[int, ...]]],
+    read: Callable[[str], bytes | memoryview],
+    progress: Callable[[int], object],
+    kind: str,
+) -> None:
+    """Writes one safetensors file, asking for each tensor's bytes when it is its turn.
+
+    Args:
+        shapes: type (a key of ITEM_BYTES) and shape of each tensor, in the order to write.
+        read: the bytes of a tensor, row-major, little-endian.
+        progress: is told the bytes of each tensor written.
+        kind: the "format" metadata.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": kind}}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            progress(file.write(read(name)))
+    check_safetensors(path)
+
+
+def require_space(folder: pathlib.Path, needed: int) -> None:
+    """Raises OSError unless the disk has room, which is better known before the work than after it."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"no space left: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+
+def weights(module: nn.Module) -> tuple[int, int]:
+    """Number of weights, and their bytes, as stored (a quantised matrix counts its packed words' bytes)."""
+    arrays = _arrays(module)
+    return sum(a.size for a in arrays), sum(a.nbytes for a in arrays)
+
+
+def describe(module: nn.Module) -> str:
+    """The types and the size of a model's weights in a few words."""
+    _, size = weights(module)
+    kinds = {f"{m.bits}-bit" for m in module.modules() if "scales" in m}
+    kinds |= {str(a.dtype).removeprefix("mlx.core.") for a in _arrays(module) if mx.issubdtype(a.dtype, mx.floating)}
+    return f"{' and '.join(sorted(kinds))}, {size / 1e6:.1f} MB of weights"
+
+
+def _arrays(module: nn.Module) -> list[mx.array]:
+    return [value for _, value in tree_flatten(module.parameters())]  # type: ignore[str-unpack, misc]

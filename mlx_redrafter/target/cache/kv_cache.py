@@ -1,0 +1,236 @@
+"""The cache of all layers: write a tree's rows behind the committed ones, commit one path, roll back.
+
+The committed length is a device array, so that a step can be built before the one before
+it has run; the host only knows bounds, which size the buffers and the part of them that
+attention reads.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, CacheList, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache as PlainKVCache
+
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.target.cache.attention import LayerCache, QuantizedLayerCache, TreeFrame, WindowCache, like
+from mlx_redrafter.target.cache.recurrent import LENGTHS, StateCache, Step
+
+
+class KVCache:
+    """All layers' caches with one committed length.
+
+    Attributes:
+        layers: what the model gets as its `cache` argument.
+        length: committed rows, (B,) int32 on the device, once `begin_trees` was called.
+        bound: an upper bound of the committed length that the host knows.
+        settled: the bound is exact, and a single row is read as plain decoding reads it.
+    """
+
+    def __init__(self, layers: list[Any]):
+        self.layers = layers
+        self.length: mx.array | None = None
+        self.bound = 0
+        self.settled = False
+        self._low = 0  # no length is below it, nor will it be after rows were taken back
+        self._most = 0  # rows that one step commits at most
+        # A loop is at most two steps ahead of the tokens that it has given out.
+        self._steps: collections.deque[tuple[mx.array, list[Step]]] = collections.deque(maxlen=3)
+
+    @staticmethod
+    def takes(prompt_cache: list[Any]) -> bool:
+        """Whether these mlx-lm caches are of the kinds that drafts can be verified with."""
+        return not refused(prompt_cache)
+
+    @classmethod
+    def adopt(cls, prompt_cache: list[Any], way: str = LENGTHS) -> KVCache:
+        """Goes on from what mlx-lm caches hold; their buffers are shared until `give_back`.
+
+        Args:
+            way: how layers with a state take rows back; see `state_cache`.
+        """
+        return cls([_adopted(cache, way) for cache in prompt_cache])
+
+    def give_back(self, prompt_cache: list[Any]) -> None:
+        """Leaves the rows in the list of mlx-lm caches that was adopted; it may get quantised ones."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, QuantizedLayerCache) and not hasattr(prompt_cache[i], "bits"):
+                prompt_cache[i] = QuantizedKVCache(layer.group_size, layer.bits)
+            for theirs, ours in zip(leaves([prompt_cache[i]]), leaves([layer])):
+                if isinstance(ours, StateCache):
+                    theirs.cache = list(ours.cache)
+                else:
+                    like(theirs, ours)
+
+    def begin_trees(self, batch_size: int = 1, length: int | None = None) -> None:
+        """Hands the prompt's length to the device; the prompt's rows must be there.
+
+        Args:
+            length: of the prompt; needed where no layer counts (they all have states).
+        """
+        self.bound = self._low = max((int(c.offset) for c in leaves(self.layers) if hasattr(c, "offset")), default=0)
+        if not self.bound and length:
+            self.bound = self._low = length
+        self.length = mx.full((batch_size,), self.bound, mx.int32)
+        self.settled = False
+        for cache in leaves(self.layers):
+            cache.begin()
+
+    @property
+    def can_settle(self) -> bool:
+        """Whether plain rows can be taken back: not from a window that has moved on, nor from a state."""
+        return all(isinstance(cache, (LayerCache, QuantizedLayerCache)) for cache in leaves(self.layers))
+
+    def settle(self, length: int) -> None:
+        """Tells the exact committed length, with no step on its way (batch size 1, where `can_settle`).
+
+        Until the next tree, single rows then go through mlx-lm's own code and cost what
+        they cost there. Their number is known beforehand, so steps may again be built ahead.
+        """
+        for cache in leaves(self.layers):
+            cache.settle()
+            cache.offset = length
+        self.length = mx.full((1,), length, mx.int32)
+        self.bound, self.settled = length, True
+
+    @contextlib.contextmanager
+    def reading(self, ancestors: mx.array, depths: mx.array, chain: bool, apart: bool = False) -> Iterator[mx.array]:
+        """While it lasts, the layers take M rows as a tree behind the committed ones.
+
+        Args:
+            ancestors: (B, M, M) bool; [b, i, j] is True where row i may look at row j.
+            depths: (B, M) int32 distance from the root.
+            chain: rows stand in consecutive positions, and the model is told only the first.
+            apart: the model gets each row as a batch entry of its own.
+
+        Yields:
+            the rows' positions, (B, M), (B,) the first ones, or (B * M,).
+        """
+        if self.settled:
+            self.begin_trees()
+        assert self.length is not None
+        frame = TreeFrame(self.length, depths, ancestors, chain, self.bound, self._low, apart)
+        for cache in leaves(self.layers):
+            cache.prepare(frame)
+        try:
+            yield frame.offset
+        finally:
+            for cache in leaves(self.layers):
+                cache.frame = None
+
+    def commit(self, path: mx.array | None, count: mx.array, most: int) -> None:
+        """Keeps the root's row and `count` rows of one path; the length grows by 1 + count.
+
+        Args:
+            path: (B, D) tree rows in order, root excluded; None where they already lie in
+                order (a chain). Entries beyond `count` are moved too and never looked at.
+            count: (B,) accepted draft tokens.
+            most: the largest value that count can have.
+        """
+        assert self.length is not None
+        steps = []
+        for cache in leaves(self.layers):
+            if isinstance(cache, StateCache):
+                assert cache.step is not None
+                cache.step.keep(1 + count)
+                steps.append(cache.step)
+            elif path is not None:
+                cache.move(path, self.length)
+        self._steps.append((self.length, steps))
+        self._most = max(self._most, 1 + most)
+        self.length = self.length + 1 + count
+        self.bound += 1 + most
+
+    def tighten(self, bound: int) -> None:
+        """Tells the host's bound once a step's count has been read."""
+        self.bound = bound
+        # Of the rows below the bound, one step may not have happened yet, and those of one
+        # more may be taken back where a loop is left between two of its tokens.
+        self._low = max(self._low, bound - 2 * self._most)
+
+    def end_trees(self, length: int) -> None:
+        """Back to plain mlx-lm caches of `length` rows, as after a prompt of that length."""
+        self._take_back(length)
+        for cache in leaves(self.layers):
+            cache.end(length)
+        self._steps.clear()
+        self.length, self.settled = None, False
+
+    def _take_back(self, length: int) -> None:
+        """Brings layers with a state to where they were after `length` tokens."""
+        for before, steps in reversed(self._steps):
+            if not steps:
+                return
+            at: Any = before.item()
+            rows = length - at
+            for step in steps:
+                if rows > 0:
+                    step.keep(mx.full(before.shape, rows, mx.int32))
+                else:
+                    step.forget()
+            if rows >= 0:
+                return
+
+    def arrays(self) -> list[mx.array]:
+        """Every buffer, to submit or to wait for."""
+        return [array for cache in leaves(self.layers) for array in cache.arrays()]
+
+
+def leaves(layers: list[Any]) -> list[Any]:
+    """The caches in a list that may have lists of caches for one layer in it."""
+    return [leaf for c in layers for leaf in (leaves(list(c.caches)) if isinstance(c, CacheList) else [c])]
+
+
+def refused(prompt_cache: list[Any]) -> str:
+    """Names of the kinds of mlx-lm caches that rejected tokens cannot be taken back from; empty if there are none."""
+    kinds = (PlainKVCache, QuantizedKVCache, RotatingKVCache, ArraysCache)
+    return ", ".join(
+        sorted({type(c).__name__ for c in leaves(prompt_cache) if type(c) not in kinds or getattr(c, "keep", None)})
+    )
+
+
+def _adopted(cache: Any, way: str) -> Any:
+    if isinstance(cache, CacheList):
+        return CacheList(*(_adopted(inner, way) for inner in cache.caches))
+    if isinstance(cache, ArraysCache):
+        state = StateCache(len(cache.cache), way)
+        state.cache = list(cache.cache)
+        return state
+    if isinstance(cache, RotatingKVCache):
+        return like(WindowCache(cache.max_size), cache)
+    if isinstance(cache, QuantizedKVCache):
+        return like(QuantizedLayerCache(cache.group_size, cache.bits), cache)
+    return like(LayerCache(), cache)
+
+
+def quantize_layers(layers: list[Any], start: int, group_size: int, bits: int | None, length: int) -> None:
+    """Quantises mlx-lm caches, or ours, in place in their list once they hold `start` rows.
+
+    Args:
+        length: rows they hold.
+        bits: None does nothing.
+
+    Raises:
+        UserError: a head width that the group size does not divide, or a kind of cache
+            that mlx-lm cannot quantise.
+    """
+    if bits is None or length < start:
+        return
+    for i, layer in enumerate(layers):
+        if hasattr(layer, "to_quantized"):
+            for width in {layer.keys.shape[-1], layer.values.shape[-1]}:
+                if width % group_size:
+                    raise UserError(f"--kv-group-size is {group_size}, which does not divide the head width {width}")
+            try:
+                layers[i] = layer.to_quantized(group_size=group_size, bits=bits)
+            except (ValueError, NotImplementedError) as error:
+                raise UserError(f"--kv-bits {bits}: mlx-lm cannot quantise {type(layer).__name__} ({error})") from error
+
+
+def cached(layers: list[Any]) -> int:
+    """Tokens that mlx-lm caches hold."""
+    return max((int(c.offset) for c in leaves(layers) if isinstance(getattr(c, "offset", None), int)), default=0)

@@ -1,0 +1,193 @@
+"""What decoding needs of a target model: hidden states, logits, embeddings.
+
+The model is an unmodified mlx-lm model and its own code computes everything. Two things
+are slipped in while it is called, and taken out again afterwards:
+
+- the module that yields the hidden state its head reads is replaced by a recorder, and
+  mixers of layers with a state by what remembers their calls (see `state_cache`);
+- MLX's rope, which takes one offset per batch entry, takes one per row as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_redrafter.system.module_slots import Slipped, Slot, slots
+from mlx_redrafter.target.cache.recurrent import Mixer
+from mlx_redrafter.target.rope import positions_per_row
+
+
+class Target:
+    """An mlx-lm model with the two seams that verification needs.
+
+    Args:
+        model: an mlx-lm language model; the same after every call as before.
+        mixers: paths of the modules that read and write a layer's state, as `find_mixers` finds them.
+
+    Attributes:
+        vocab_size, hidden_size: of the token embedding.
+        missing: why there are no hidden states to draft from, for people; empty where
+            there are. Plain decoding works all the same.
+    """
+
+    def __init__(self, model: nn.Module, mixers: Sequence[str] = ()):
+        self.model = model
+        self.missing = ""
+        self.vocab_size = self.hidden_size = 0
+        found = list(slots(model))
+        self._stand_ins: list[tuple[Slot, Any]] = [(s, Mixer(s.module)) for s in found if s.path in mixers]
+        self._recorders: list[_Recorder] = []
+        if (parts := _find_body(found, (_setting(model, "vocab_size"), _setting(model, "hidden_size")))) is None:
+            self.missing = f"model type {getattr(model, 'model_type', '?')!r} has no stack of layers with an embedding"
+            return
+        self._embedding: Any
+        body, embedding = parts
+        self._embedding = embedding.module
+        self.vocab_size, self.hidden_size = _embedding_shape(self._embedding)
+        recorders = [(body, _Recorder(body.module)), (embedding, _TiedHead(embedding.module))]
+        recorders += [(slot, _Head(slot.module)) for slot in _heads_inside(body.module, self.vocab_size)]
+        self._recorders = [recorder for _, recorder in recorders]
+        # What hangs inside the body goes in last and comes out first.
+        self._stand_ins += recorders
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence the model's config says it can read, in tokens; None if it does not say."""
+        return _setting(self.model, "max_position_embeddings")
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of the embeddings, which is that of the model's activations."""
+        return self.embed(mx.zeros((1, 1), mx.int32)).dtype
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """e(x): the rows of the target's embedding, (..., hidden_size), for token ids of any shape."""
+        return self._embedding(tokens)
+
+    def forward(
+        self, tokens: mx.array, cache: list[Any], positions: mx.array | None = None
+    ) -> tuple[mx.array | None, mx.array]:
+        """One call of the model on M rows.
+
+        Positions and mask are the cache's: mlx-lm's own caches make it the usual causal
+        pass, `KVCache.layers` during a verification a tree. A cache whose `offset` is an
+        array of shape (B, M) gives every row the position it says.
+
+        Args:
+            tokens: (B, M) ids.
+            cache: one cache per layer.
+            positions: (B, M), or (B,) the first ones, where the caches read a tree.
+
+        Returns:
+            hidden (B, M, hidden_size), what the head reads (None where `missing` says why),
+            and logits (B, M, vocab_size).
+        """
+        with Slipped(self._stand_ins), positions_per_row(positions):
+            logits = self.model(tokens, cache=cache)
+        seen = [recorder.seen for recorder in self._recorders]
+        for recorder in self._recorders:
+            recorder.seen = None
+        # A body with the head inside returns logits; then its head has seen the hidden state.
+        fitting = [x for x in seen if x is not None and x.shape[-1] == self.hidden_size]
+        return (fitting[0] if fitting else None), logits
+
+
+class _Recorder:
+    """Stands in for a body: calls it, keeps what it returned, passes everything else through."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.seen: mx.array | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.module(*args, **kwargs)
+        self.seen = output[0] if isinstance(output, (tuple, list)) else output
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+class _Head(_Recorder):
+    """Stands in for an output layer and keeps what it reads."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.seen = x
+        return self.module(x)
+
+
+class _TiedHead(_Recorder):
+    """Stands in for an embedding and keeps what it reads as an output layer."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        self.seen = x
+        return self.module.as_linear(x)  # type: ignore[operator]
+
+
+def _find_body(found: list[Slot], shape: tuple[int | None, int | None]) -> tuple[Slot, Slot] | None:
+    """Where the module hangs that has the layers and is called for the hidden state, and its token embedding."""
+    for slot in found:
+        children = list(slot.module.children().values())
+        direct = any(_is_stack(child) for child in children)
+        embedding = _find_embedding(slot.module, shape)
+        if embedding is None or not (direct or any(child is embedding.module for child in children)):
+            continue
+        if direct or any(_is_stack(c) for child in children if isinstance(child, nn.Module) for c in child.values()):
+            return slot, embedding
+    return None
+
+
+def _is_stack(child: Any) -> bool:
+    """Whether this is a list of layers, each of several modules."""
+    return isinstance(child, list) and any(isinstance(m, nn.Module) and len(m.children()) > 1 for m in child)
+
+
+def _find_embedding(body: nn.Module, shape: tuple[int | None, int | None]) -> Slot | None:
+    """Where the token embedding of a body hangs, outside its layers: the one of this (vocabulary, width), if any."""
+    found = [
+        slot
+        for slot in slots(body)
+        if isinstance(slot.module, _EMBEDDINGS) and not any(part.isdigit() for part in slot.path.split("."))
+    ]
+
+    def fit(slot: Slot) -> tuple[int, int]:
+        rows, width = _embedding_shape(slot.module)
+        return (rows == shape[0]) + (width == shape[1]), rows
+
+    return max(found, key=fit, default=None)
+
+
+def _heads_inside(body: nn.Module, vocab_size: int) -> list[Slot]:
+    """Where output layers hang directly in a body, which then returns logits."""
+    kinds = (nn.Linear, nn.QuantizedLinear)
+    return [
+        Slot(name, body, name, child)
+        for name, child in body.children().items()
+        if isinstance(child, kinds) and child.weight.shape[0] == vocab_size
+    ]
+
+
+def _embedding_shape(module: Any) -> tuple[int, int]:
+    """(vocabulary, width) of an embedding, quantised or not."""
+    rows = module.weight.shape[0]
+    return rows, (module.scales.shape[1] * module.group_size if "scales" in module else module.weight.shape[1])
+
+
+def _setting(model: nn.Module, name: str) -> int | None:
+    """A whole number from a model's config, wherever the config of its language model is."""
+    args = getattr(model, "args", None)
+    for owner in (args, getattr(args, "text_config", None)):
+        value = owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)

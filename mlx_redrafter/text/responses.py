@@ -1,0 +1,203 @@
+"""From tokens to pieces of text with statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter.decoding.step import Produced
+from mlx_redrafter.drafting.shape import DraftShape, LookupChain
+from mlx_redrafter.text.stop_strings import StopStrings
+
+
+@dataclasses.dataclass
+class Statistics:
+    """How the drafts fared.
+
+    Attributes:
+        steps: verifications that the text so far took.
+        accepted: accepted[d - 1] is the number of steps that got at least d draft tokens in.
+        shapes: steps by how much they drafted; None stands for plain ones.
+    """
+
+    steps: int = 0
+    accepted: list[int] = dataclasses.field(default_factory=list)
+    shapes: Counter[DraftShape | None] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per step, the target's own one included; 1.0 without drafts."""
+        return 1 + sum(self.accepted) / self.steps if self.steps else 1.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of steps that got at least d draft tokens accepted, d = 1, 2, ..."""
+        return [n / self.steps for n in self.accepted]
+
+    @property
+    def shape(self) -> DraftShape | None:
+        """How much most of the steps of a drafter drafted; None where there were none."""
+        own = {s: n for s, n in self.shapes.items() if s is not None and not isinstance(s, LookupChain)}
+        return max(own, key=lambda shape: own[shape], default=None)
+
+    @property
+    def plain_share(self) -> float:
+        """Share of steps that drafted nothing."""
+        return self.shapes[None] / self.steps if self.steps else 0.0
+
+    @property
+    def lookup_share(self) -> float:
+        """Share of steps that drafted only what lookup found."""
+        found = sum(count for shape, count in self.shapes.items() if isinstance(shape, LookupChain))
+        return found / self.steps if self.steps else 0.0
+
+
+@dataclasses.dataclass
+class GenerationResponse:
+    """A piece of text and where generation stands; mlx-lm's fields first, in its order.
+
+    Attributes:
+        text: the next segment; may be empty.
+        token: the token it ends with.
+        logprobs: (vocab_size,) log-probabilities the token was chosen from; lazy.
+        from_draft: whether the token had been drafted.
+        prompt_tokens, prompt_tps: length of the prompt, and tokens per second reading it.
+        generation_tokens, generation_tps: tokens so far, and per second.
+        peak_memory: in GB.
+        finish_reason: "stop", "length" or None while it goes on.
+        steps, mean_acceptance_length, acceptance_by_position: see `Statistics`.
+        method: "redrafter", "medusa", "lookup" (alone), or "plain".
+        reason: why a given drafter was not used, for people; empty otherwise.
+        shape, plain_share, lookup_share: see `Statistics`.
+    """
+
+    text: str
+    token: int
+    logprobs: mx.array
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+    steps: int = 0
+    mean_acceptance_length: float = 1.0
+    acceptance_by_position: list[float] = dataclasses.field(default_factory=list)
+    method: str = "plain"
+    reason: str = ""
+    shape: DraftShape | None = None
+    plain_share: float = 0.0
+    lookup_share: float = 0.0
+
+
+def summary(response: GenerationResponse) -> str:
+    """A finished response's figures as mlx-lm prints them, and how the drafts fared."""
+    lines = [
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {response.peak_memory:.3f} GB",
+    ]
+    if response.method != "plain":
+        rates = " ".join(f"{rate:.0%}" for rate in response.acceptance_by_position)
+        lines.append(
+            f"Mean acceptance length: {response.mean_acceptance_length:.2f} over {response.steps} steps"
+            f" (by position: {rates})"
+        )
+        lines.append(f"Drafted: {drafted(response)}")
+    elif response.reason:
+        lines.append(f"Decoded without drafts: {response.reason}")
+    return "\n".join(lines)
+
+
+def drafted(response: GenerationResponse) -> str:
+    """What was drafted, in a few words."""
+    if response.plain_share == 1 or not response.steps:
+        return "nothing, it does not pay here" if response.steps else "nothing"
+    by_drafter = 1 - response.plain_share - response.lookup_share
+    shares = {
+        f"by the drafter (mostly {response.shape})": 0.0 if response.shape is None else by_drafter,
+        "by lookup": response.lookup_share,
+        "nothing": response.plain_share,
+    }
+    parts = [f"{words} in {share:.0%} of the steps" for words, share in shares.items() if share]
+    return parts[0].removesuffix(" in 100% of the steps") if len(parts) == 1 else ", ".join(parts)
+
+
+def responses(
+    source: Generator[Produced],
+    tokenizer: TokenizerWrapper,
+    prompt_tokens: int,
+    max_tokens: int,
+    stop: Sequence[str],
+    method: str,
+    reason: str,
+) -> Generator[GenerationResponse]:
+    """Turns tokens into text and counts.
+
+    Args:
+        source: one token at a time.
+        stop: texts that end the generation; neither they nor what follows is given out.
+        method, reason: as in `GenerationResponse`.
+    """
+    detokenizer, stops = tokenizer.detokenizer, StopStrings(stop)
+    statistics, in_step = Statistics(), 0
+    tic = time.perf_counter()
+    prompt_tps, made = 0.0, 0
+
+    def response(finish_reason: str | None) -> GenerationResponse:
+        row = produced.logits[0]
+        return GenerationResponse(
+            text=text,
+            token=token,
+            logprobs=row - mx.logsumexp(row),
+            from_draft=produced.drafted[0],
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tps,
+            generation_tokens=made,
+            generation_tps=made / max(time.perf_counter() - tic, 1e-9),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=finish_reason,
+            steps=statistics.steps,
+            mean_acceptance_length=statistics.mean_acceptance_length,
+            acceptance_by_position=statistics.acceptance_by_position,
+            method=method,
+            reason=reason,
+            shape=statistics.shape,
+            plain_share=statistics.plain_share,
+            lookup_share=statistics.lookup_share,
+        )
+
+    try:
+        for produced in source:
+            [token] = produced.tokens
+            made += 1
+            if produced.from_prompt:
+                prompt_tps = prompt_tokens / max(time.perf_counter() - tic, 1e-9)
+                tic = time.perf_counter()
+            else:
+                if in_step == 0:
+                    statistics.steps += 1
+                    statistics.shapes[produced.shape] += 1
+                else:
+                    if in_step > len(statistics.accepted):
+                        statistics.accepted.append(0)
+                    statistics.accepted[in_step - 1] += 1
+                in_step = 0 if produced.last else in_step + 1
+            ended = "stop" if token in tokenizer.eos_token_ids else "length" if made == max_tokens else None
+            if ended != "stop":
+                detokenizer.add_token(token)
+            if ended:
+                detokenizer.finalize()
+            text, stopped = stops.take(detokenizer.last_segment, last=ended is not None)
+            ended = "stop" if stopped else ended
+            yield response(ended)
+            if ended:
+                return
+    finally:
+        source.close()

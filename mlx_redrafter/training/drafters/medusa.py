@@ -1,0 +1,90 @@
+"""Training Medusa heads: at position t head k guesses what the target says after x_{t+k+1}
+from the hidden state h_t alone, which is where the recurrent head's step k guesses, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_redrafter.drafting.drafter_files import check_widths
+from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads, quantize_medusa
+from mlx_redrafter.drafting.medusa_accuracy import RANKS, rank_accuracies
+from mlx_redrafter.drafting.medusa_tree import PUBLISHED, fit_choices
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.output_layer import output_matrix
+from mlx_redrafter.training.drafters.base import Method
+from mlx_redrafter.training.init_weights import FROM_TARGET, TIED
+from mlx_redrafter.training.loss import Batch
+from mlx_redrafter.training.teacher import Rows
+
+
+class Medusa(Method):
+    name = "medusa"
+    title = "Medusa heads"
+    kind = MedusaHeads
+    reads_tokens = False
+    foreign = ("exit_dim", "no_rnn", "draft_vocab_size")
+
+    def check(self, args: argparse.Namespace) -> None:
+        super().check(args)
+        if args.output_layer == TIED:  # their files have an output layer per head
+            raise UserError("--output-layer is tied, which --method medusa cannot be; expected target or random")
+
+    def check_for(self, args: argparse.Namespace, target: Target) -> None:
+        if args.q_bits is not None:
+            check_widths({"hidden_size": target.hidden_size}, args.q_group_size)
+
+    def shape_flags(self, drafter: MedusaHeads) -> dict[str, Any]:
+        config = drafter.config
+        return {"num_draft_layers": config.medusa_num_layers, "beam_length": config.medusa_num_heads + 1}
+
+    def new(self, args: argparse.Namespace, target: Target, rows: Rows) -> MedusaHeads:
+        """Heads that say what the target's own output layer says, or that say anything.
+
+        With "target", output layers are the target's and blocks add nothing yet (Medusa,
+        arXiv 2401.10774, section 2.1.1).
+        """
+        mx.random.seed(args.seed)
+        layers = 1 if args.num_draft_layers is None else args.num_draft_layers
+        heads = MedusaHeads(MedusaConfig(target.vocab_size, target.hidden_size, args.beam_length - 1, layers))
+        if args.output_layer == FROM_TARGET:
+            matrix = mx.array(output_matrix(target))
+            for head in heads.heads:
+                head.lm_head.weight = mx.array(matrix)
+                for block in head.blocks:
+                    block.linear.weight = mx.zeros_like(block.linear.weight)
+                    block.linear.bias = mx.zeros_like(block.linear.bias)
+        mx.eval(heads.parameters())
+        return heads
+
+    def scores(self, drafter: MedusaHeads, batch: Batch) -> Iterator[mx.array]:
+        for head, weights in zip(drafter.heads, batch.weights, strict=True):
+            yield head(batch.hidden[: weights.shape[0]])
+
+    def settle(self, args: argparse.Namespace, drafter: MedusaHeads, target: Target, rows: Rows) -> None:
+        """Fits the static tree to the held-out rows."""
+        tokens, counts = rows[np.arange(len(rows) - rows.held_out, len(rows))]
+        accuracies = rank_accuracies(target, drafter, tokens.tolist(), counted=counts)
+        drafter.config.medusa_choices = fit_choices(accuracies, args.tree_size or len(PUBLISHED))
+
+    def quantize(self, drafter: MedusaHeads, group_size: int, bits: int) -> None:
+        quantize_medusa(drafter, group_size, bits)
+
+    def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
+        nodes = min(12, args.tree_size or len(PUBLISHED))
+        return DraftShape(RANKS, args.beam_length, nodes), f"static tree of {nodes} draft tokens"
+
+    def architecture(self, drafter: MedusaHeads, coverage: float) -> str:
+        config = drafter.config
+        return (
+            f"Medusa, {config.medusa_num_heads} heads of {config.medusa_num_layers} residual blocks and an output"
+            f" layer of {config.vocab_size:,} rows; static tree of {len(config.medusa_choices)} nodes, fitted to the"
+            " held-out rows"
+        )

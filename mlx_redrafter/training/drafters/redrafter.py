@@ -1,0 +1,83 @@
+"""Training recurrent drafters: at position t the head reads the target's hidden state h_t and
+the tokens x_{t+1} .. x_{t+k} (paper, section 3.4).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.drafting.drafter_files import check_widths
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, quantize_drafter
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.training.drafters.base import Method, flag
+from mlx_redrafter.training.init_weights import TIED, new_drafter
+from mlx_redrafter.training.loss import Batch
+from mlx_redrafter.training.teacher import Rows
+from mlx_redrafter.training.vocabulary import frequent_tokens
+
+
+class ReDrafter(Method):
+    name = "redrafter"
+    title = "A ReDrafter head"
+    kind = RecurrentDrafter
+    reads_tokens = True
+    foreign = ("tree_size",)
+
+    def check_for(self, args: argparse.Namespace, target: Target) -> None:
+        if args.draft_vocab_size is not None and args.draft_vocab_size > target.vocab_size:
+            expected = f"expected at most {target.vocab_size}, the vocabulary"
+            raise UserError(f"{flag('draft_vocab_size')} is {args.draft_vocab_size}, {expected}")
+        exit_dim = args.exit_dim or target.hidden_size
+        if args.output_layer == TIED and exit_dim != target.hidden_size:
+            raise UserError(f"--output-layer tied needs --exit-dim {target.hidden_size}, the target's hidden size")
+        if args.q_bits is not None:
+            check_widths({"hidden_size": target.hidden_size, "exit_dim": exit_dim}, args.q_group_size)
+
+    def shape_flags(self, drafter: RecurrentDrafter) -> dict[str, Any]:
+        return {name: getattr(drafter.config, name) for name in ("exit_dim", "num_draft_layers", "draft_vocab_size")}
+
+    def new(self, args: argparse.Namespace, target: Target, rows: Rows) -> RecurrentDrafter:
+        config = DrafterConfig(
+            target.vocab_size,
+            target.hidden_size,
+            args.exit_dim or target.hidden_size,
+            2 if args.num_draft_layers is None else args.num_draft_layers,
+            not args.no_rnn,
+            draft_vocab_size=args.draft_vocab_size,
+            tie_output=args.output_layer == TIED,
+        )
+        vocab_map = None
+        if args.draft_vocab_size is not None:
+            vocab_map = frequent_tokens(rows, args.draft_vocab_size, target.vocab_size)
+        return new_drafter(target, config, args.seed, args.output_layer, vocab_map)
+
+    def scores(self, drafter: RecurrentDrafter, batch: Batch) -> Iterator[mx.array]:
+        context = drafter.project_context(batch.hidden)
+        state = None
+        for embedding in batch.embeddings:
+            rows = embedding.shape[0]
+            state = drafter.advance(embedding, None if state is None else state[:rows])
+            yield drafter.logits(context[:rows], state)
+
+    def quantize(self, drafter: RecurrentDrafter, group_size: int, bits: int) -> None:
+        quantize_drafter(drafter, group_size, bits)
+
+    def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
+        shape = DraftShape(4, args.beam_length, min(12, 4 * (args.beam_length - 1)))
+        return shape, f"W = 4, L = {args.beam_length}, {shape.num_draft_tokens} draft tokens, best-first"
+
+    def architecture(self, drafter: RecurrentDrafter, coverage: float) -> str:
+        config = drafter.config
+        output = "the target's own (tied)" if config.tie_output else f"{config.scored:,} rows"
+        if config.draft_vocab_size:
+            output += f", the {config.draft_vocab_size:,} most frequent of {config.vocab_size:,} tokens"
+            output += f" ({coverage:.1%} of held-out text)"
+        recurrence = "rnn" if config.rnn else "sum of embeddings"
+        blocks = f"{config.num_draft_layers} residual blocks"
+        return f"{recurrence}, exit_dim {config.exit_dim}, {blocks}, output layer: {output}"

@@ -1,0 +1,72 @@
+"""Where a drafter starts from: near the target's own scores, or from nothing."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_redrafter.drafting.pairing import tie
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.output_layer import output_matrix
+
+FROM_TARGET, RANDOM, TIED = "target", "random", "tied"
+OUTPUTS = (FROM_TARGET, RANDOM, TIED)
+
+
+def new_drafter(
+    target: Target,
+    config: DrafterConfig,
+    seed: int,
+    output: str = FROM_TARGET,
+    vocab_map: np.ndarray | None = None,
+) -> RecurrentDrafter:
+    """A drafter to start training from.
+
+    With "target" the output layer begins as the target's, and the context passes through
+    to it unchanged, so the head starts near the target's own scores and has only the next
+    steps to learn. Where exit_dim is smaller than hidden_size, both begin as the best
+    approximation of that rank to the target's layer (the leading singular vectors).
+
+    Args:
+        config: its tie_output is what `output` says.
+        output: "target", "random", or "tied" (not trained, the target's own).
+        vocab_map: (config.draft_vocab_size,) the target's ids of the draft vocabulary.
+    """
+    mx.random.seed(seed)
+    drafter = RecurrentDrafter(config)
+    if vocab_map is not None:
+        drafter.vocab_map = mx.array(vocab_map, mx.int32)
+    tie(drafter, target)
+    if output == FROM_TARGET:
+        matrix = output_matrix(target)
+        if vocab_map is not None:
+            matrix = matrix[vocab_map]
+        rows, passed = _truncated(matrix, config.exit_dim)
+        if config.has_input_proj:
+            drafter.input_proj_context.weight = _placed(drafter.input_proj_context.weight, passed)
+        drafter.lm_head.weight = _placed(drafter.lm_head.weight, rows)
+    elif output == TIED:
+        drafter.input_proj_context.weight = mx.eye(config.hidden_size)
+    mx.eval(drafter.parameters())
+    return drafter
+
+
+def _truncated(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Factors (n, r) and (r, hidden) of the best approximation to an (n, hidden) matrix, r at most its rank."""
+    hidden = matrix.shape[1]
+    if rank >= hidden:
+        return matrix, np.eye(hidden, dtype=np.float32)
+    _, vectors = np.linalg.eigh(matrix.T @ matrix)  # rising eigenvalues
+    leading = vectors[:, ::-1][:, :rank]
+    return matrix @ leading, leading.T
+
+
+def _placed(weight: mx.array, part: np.ndarray) -> mx.array:
+    """The weight with `part` in its upper left corner."""
+    rows, columns = part.shape
+    placed = np.array(weight)
+    if rows < weight.shape[0]:  # rows beyond it would add what the part does not have
+        placed[rows:] = 0
+    placed[:rows, :columns] = part
+    return mx.array(placed)

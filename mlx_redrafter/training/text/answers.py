@@ -1,0 +1,163 @@
+"""Answers that the target writes: to prompts from a file, or to questions that it asks itself.
+
+To ask itself, a chat model is given its chat template up to where the user begins to speak,
+and writes what it expects there (the idea of Magpie, arXiv 2406.08464); then it answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.training.text.data_plan import SELF, DataPlan
+from mlx_redrafter.training.text.formats import Question
+from mlx_redrafter.training.text.rendering import Renderer, digest
+from mlx_redrafter.training.text.shards import Marked, Progress, Recipe, Shard, shard_of
+from mlx_redrafter.training.text.writing import Writer
+
+QUESTION_TOKENS = 128  # the most that a question of the target's own has
+LEAST_ANSWER = 8  # tokens that a row must have room for
+LEAST_ASKED = 16  # questions to ask for at a time, for some are empty or too long
+TRIES = 4  # times to ask for more
+
+
+def answers_recipe(writer: Writer, renderer: Renderer, questions: list[Question], plan: DataPlan) -> Recipe:
+    """Rows that answer prompts: each once where the target regenerates, else as often as rows are wanted.
+
+    A conversation of several turns gives a row for each, with the target's own earlier
+    answers before it, as long as they fit into a row. Held-out rows have prompts of their own.
+
+    Raises:
+        UserError: prompts that need a chat template which is not there, or that are all too long.
+    """
+    first = [len(_asked(renderer, question, [])) for question in questions]
+    fitting = [q for q, n in zip(questions, first, strict=True) if n + LEAST_ANSWER <= plan.length]
+    if not fitting:
+        raise UserError(
+            f"--prompts {plan.prompts}: the shortest prompt has {min(first)} tokens,"
+            f" expected at most {plan.length - LEAST_ANSWER} (--row-length less {LEAST_ANSWER})"
+        )
+    order = np.random.default_rng(plan.seed).permutation(len(fitting))
+    turns = np.array([len(fitting[i].turns) for i in order])
+    kept = int(np.searchsorted(np.cumsum(turns[::-1]), plan.held_out) + 1) if plan.held_out else 0
+    if kept >= len(order):
+        raise UserError(
+            f"--prompts {plan.prompts}: found {len(order)} prompts that fit into a row, expected more:"
+            f" {plan.held_out} rows are held out with prompts of their own"
+        )
+    training, held_out = order[: len(order) - kept], order[len(order) - kept :]
+    turns = turns[: len(training)]
+    passes = 1
+    if plan.rows is not None or plan.data == (SELF,):
+        passes = -(-plan.training_rows // int(turns.sum()))
+    limit = None if plan.rows is None and plan.data != (SELF,) else plan.training_rows
+    picks = np.tile(training, passes)
+    # A pass after the first asks the same prompt at the next temperature.
+    heat = [plan.temps[(n + n // len(training)) % len(plan.temps)] for n in range(len(picks))]
+    parts = np.searchsorted(
+        np.cumsum(np.tile(turns, passes)) - 1, np.arange(0, passes * turns.sum(), plan.rows_per_shard)
+    )
+    bounds = [*dict.fromkeys(parts.tolist()), len(picks)]
+
+    def make(shard: int, progress: Progress) -> Shard:
+        if shard == len(bounds) - 1:
+            some, at = held_out, plan.heat(range(len(held_out)))
+        else:
+            some, at = picks[bounds[shard] : bounds[shard + 1]], heat[bounds[shard] : bounds[shard + 1]]
+        rows = answer(writer, renderer, [fitting[i] for i in some], at, (plan.seed, shard), progress)
+        facts = {"prompts": len(some)}
+        return shard_of(rows[: plan.held_out] if shard == len(bounds) - 1 else rows, plan.length, facts)
+
+    content = digest([[question.system, question.turns] for question in questions])
+    settings = plan.settings(
+        **writer.settings(),
+        temps=list(plan.temps),
+        tokenizer=renderer.fingerprint(),
+        files=[
+            {
+                "path": plan.prompts,
+                "sha256": content,
+                "prompts": len(questions),
+            }
+        ],
+    )
+    return Recipe(settings, plan.length, len(bounds) - 1, make, plan.held_out > 0, limit)
+
+
+def invented_recipe(writer: Writer, renderer: Renderer, plan: DataPlan) -> Recipe:
+    """Rows in which the target answers what it asked itself."""
+    opening = renderer.opening()
+    around = len(renderer.question([{"role": "user", "content": "?"}], "the target"))
+    room = plan.length - around
+    if room < 2 * LEAST_ANSWER:
+        raise UserError(
+            f"--row-length is {plan.length}, expected {around + 2 * LEAST_ANSWER} or more:"
+            f" the chat template alone takes {around} tokens"
+        )
+    longest = len(opening) + min(QUESTION_TOKENS, room // 2)
+
+    def fits(turn: str) -> bool:
+        asked = renderer.question([{"role": "user", "content": turn}], "the target")
+        return len(asked) + LEAST_ANSWER <= plan.length
+
+    def make(shard: int, progress: Progress) -> Shard:
+        numbers = plan.numbers(shard)
+        turns: list[str] = []
+        for attempt in range(TRIES):
+            missing = len(numbers) - len(turns)
+            if missing <= 0:
+                break
+            asks = max(missing, LEAST_ASKED)
+            seed = (plan.seed, shard, attempt)
+            written = writer.write([opening] * asks, [1.0] * asks, seed, longest, renderer.turn_ends(), 0, progress)
+            turns += [turn for turn in map(renderer.users_turn, written) if turn and fits(turn)]
+        if not turns:
+            raise UserError("the target writes no questions after its chat template; expected --prompts FILE")
+        # Where it asked nothing a few times over, another question gets a second answer.
+        questions = [Question("the target", [turns[i % len(turns)]]) for i in range(len(numbers))]
+        rows = answer(writer, renderer, questions, plan.heat(numbers), (plan.seed, shard, TRIES), progress)
+        return shard_of(rows, plan.length, {"questions": min(len(turns), len(numbers))})
+
+    settings = plan.settings(**writer.settings(), temps=list(plan.temps), tokenizer=renderer.fingerprint())
+    return Recipe(settings, plan.length, plan.shards, make, plan.held_out > 0)
+
+
+def answer(
+    writer: Writer,
+    renderer: Renderer,
+    questions: Sequence[Question],
+    temperatures: Sequence[float],
+    seed: Sequence[int],
+    progress: Progress = lambda tokens: None,
+) -> list[Marked]:
+    """A row for every turn of every question that fits: the prompt, and the answer, which alone is to be learned.
+
+    Args:
+        temperatures: one per question.
+        seed: numbers that the noise depends on.
+    """
+    rows: list[list[Marked]] = [[] for _ in questions]
+    said: list[list[str]] = [[] for _ in questions]
+    going = list(range(len(questions)))
+    for turn in range(max(len(question.turns) for question in questions)):
+        asked = {i: _asked(renderer, questions[i], said[i]) for i in going if turn < len(questions[i].turns)}
+        going = [i for i, ids in asked.items() if len(ids) + LEAST_ANSWER <= writer.length]
+        heat = [temperatures[i] for i in going]
+        written = writer.write([asked[i] for i in going], heat, (*seed, turn), progress=progress)
+        for i, tokens in zip(going, written, strict=True):
+            row = [*asked[i], *tokens]
+            rows[i].append((row, np.arange(len(row)) >= len(asked[i])))
+            said[i].append(renderer.decode(tokens))
+    return [row for found in rows for row in found]
+
+
+def _asked(renderer: Renderer, question: Question, said: list[str]) -> list[int]:
+    """The prompt of the turn after `said`: by the chat template, or as text where there is none and none is needed."""
+    if question.plain and not renderer.has_template:
+        return renderer.encode(question.turns[0])
+    messages = [{"role": "system", "content": question.system}] if question.system else []
+    for user, assistant in zip(question.turns, said, strict=False):
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return renderer.question([*messages, {"role": "user", "content": question.turns[len(said)]}], question.where)

@@ -1,0 +1,109 @@
+"""Text that a base model writes: from the beginning-of-text token, or from short beginnings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.training.text.data_plan import DataPlan
+from mlx_redrafter.training.text.documents import Documents
+from mlx_redrafter.training.text.rendering import Renderer
+from mlx_redrafter.training.text.shards import Progress, Recipe, Shard, shard_of
+from mlx_redrafter.training.text.writing import Writer
+
+WARM_UP = 16  # tokens at temperature 1 after a beginning that is the same in every row
+TRIES = 100  # places to try for a beginning that is long enough
+BYTES_PER_TOKEN = 12  # read so much for each token of a beginning; fewer tokens are a place to try again
+HELD_OUT_SHARE = 0.05  # of the documents, for the held-out rows
+
+
+class Texts:
+    """Documents to cut beginnings from.
+
+    Attributes:
+        files: of the manifest.
+        sizes: (N,) of each text; longer texts are cut from more often.
+        read: gives a text by its number.
+    """
+
+    def __init__(self, files: list[dict[str, Any]], sizes: np.ndarray, read: Callable[[int], str]):
+        self.files, self.sizes, self.read = files, sizes, read
+
+    @classmethod
+    def of_files(cls, names: Sequence[str]) -> Texts:
+        """Raises UserError as `Documents` does, and where a document is a conversation."""
+        documents = Documents(names, "--prefixes")
+        if documents.roles.any():
+            where = documents[int(np.argmax(documents.roles))].where
+            raise UserError(f"--prefixes: {where} is a conversation, expected text (use --prompts for what to ask)")
+        return cls(documents.files, documents.sizes, lambda number: documents[number].text)
+
+    @classmethod
+    def of_strings(cls, name: str, texts: Sequence[str]) -> Texts:
+        digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+        sizes = np.array([len(text) for text in texts], np.int64)
+        return cls([{"path": name, "sha256": digest, "bytes": int(sizes.sum())}], sizes, lambda number: texts[number])
+
+
+def bare_recipe(writer: Writer, renderer: Renderer, plan: DataPlan) -> Recipe:
+    """Rows written from nothing but the token that texts begin with."""
+    opening = renderer.first_token()
+
+    def make(shard: int, progress: Progress) -> Shard:
+        numbers = plan.numbers(shard)
+        return _continued(writer, [[opening]] * len(numbers), plan, shard, WARM_UP, progress)
+
+    return _recipe(writer, renderer, plan, make)
+
+
+def prefixes_recipe(writer: Writer, renderer: Renderer, texts: Texts, plan: DataPlan) -> Recipe:
+    """Rows continued from beginnings cut at random places, those of held-out rows from documents of their own."""
+    if plan.prefix_length >= plan.length:
+        raise UserError(f"--prefix-length is {plan.prefix_length}, expected less than --row-length, {plan.length}")
+    order = np.random.default_rng(plan.seed).permutation(len(texts.sizes))
+    kept = max(1, round(HELD_OUT_SHARE * len(order))) if plan.held_out else 0
+    if kept == len(order):
+        raise UserError(
+            f"--prefixes: found 1 text, expected 2 or more, for {plan.held_out} rows are held out"
+            " with documents of their own (a text of more than 64 kB counts as several)"
+        )
+
+    def make(shard: int, progress: Progress) -> Shard:
+        rng = np.random.default_rng((plan.seed, shard))
+        pool = order[len(order) - kept :] if shard == plan.shards else order[: len(order) - kept]
+        prompts = [_cut(renderer, texts, pool, rng, plan.prefix_length) for _ in plan.numbers(shard)]
+        return _continued(writer, prompts, plan, shard, 0, progress)
+
+    return _recipe(writer, renderer, plan, make, **{"prefix-length": plan.prefix_length, "files": texts.files})
+
+
+def _recipe(writer: Writer, renderer: Renderer, plan: DataPlan, make: Callable, **more: Any) -> Recipe:
+    settings = plan.settings(**writer.settings(), temps=list(plan.temps), tokenizer=renderer.fingerprint(), **more)
+    return Recipe(settings, plan.length, plan.shards, make, plan.held_out > 0)
+
+
+def _continued(
+    writer: Writer, prompts: list[list[int]], plan: DataPlan, shard: int, warm_up: int, progress: Progress
+) -> Shard:
+    heat = plan.heat(plan.numbers(shard))
+    written = writer.write(prompts, heat, (plan.seed, shard), warm_up=warm_up, progress=progress)
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, written, strict=True)]
+    return shard_of([(row, np.ones(len(row), bool)) for row in rows], plan.length)
+
+
+def _cut(renderer: Renderer, texts: Texts, pool: np.ndarray, rng: np.random.Generator, length: int) -> list[int]:
+    """The first tokens of a text from a random place on, the beginning of a line where one is near."""
+    sizes = texts.sizes[pool]
+    for _ in range(TRIES):
+        text = texts.read(int(rng.choice(pool, p=sizes / sizes.sum())))
+        at = int(rng.integers(len(text))) if text else 0
+        line = text.rfind("\n", 0, at) + 1
+        snippet = text[line if at - line < 256 else at :][: BYTES_PER_TOKEN * length]
+        tokens = renderer.encode(snippet)[:length]
+        if len(tokens) == length and snippet.strip():
+            return tokens
+    raise UserError(f"--prefixes: no text has as many as {length} tokens (--prefix-length)")

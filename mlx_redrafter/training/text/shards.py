@@ -1,0 +1,237 @@
+"""Rows of tokens on disk: memory-mapped shards, and the manifest that says what they are.
+
+A folder holds `manifest.json`, training shards `shard-00000.npy`, ... and `held-out.npy`.
+A shard is one file, so it is there or it is not, and what is in it depends on the
+settings and its number alone: a run that was stopped goes on after its last whole shard
+and ends with the files of an undisturbed one, byte for byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.files import read_json, remove_left_over, replace_file
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+OPEN_SHARDS = 32  # each open shard holds a file descriptor, of which macOS gives 256
+
+
+Progress = Callable[[int], Any]  # is told a number of tokens
+Marked = tuple[Sequence[int], np.ndarray]  # token ids, and (n,) bool: is it to be learned
+
+
+@dataclasses.dataclass
+class Shard:
+    """What goes into one file.
+
+    Attributes:
+        tokens: (R, T) int32; padding is 0.
+        counts: (R, T) bool; True for the tokens that are to be learned.
+        facts: what was left out or cut, for the manifest.
+    """
+
+    tokens: np.ndarray
+    counts: np.ndarray
+    facts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def shard_of(rows: Sequence[Marked], length: int, facts: dict[str, int] | None = None) -> Shard:
+    """A shard of rows of at most `length` tokens. What is first in a row has nothing to be guessed from."""
+    tokens, counts = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for row, (ids, marks) in enumerate(rows):
+        tokens[row, : len(ids)], counts[row, 1 : len(ids)] = ids, marks[1:]
+    return Shard(tokens, counts, facts or {})
+
+
+@dataclasses.dataclass
+class Recipe:
+    """How the rows of a folder come about.
+
+    Attributes:
+        settings: everything the content depends on, as JSON keeps it; keys are the names of flags.
+        length: T, tokens per row.
+        shards: number of training shards.
+        make: gives training shard k for k in 0..shards-1, and the held-out rows for k = shards;
+            tells of tokens as they are written.
+        held_out: whether there are held-out rows.
+        limit: training rows at most; what is beyond is cut off.
+    """
+
+    settings: dict[str, Any]
+    length: int
+    shards: int
+    make: Callable[[int, Progress], Shard]
+    held_out: bool
+    limit: int | None = None
+
+
+class Rows:
+    """The rows of a finished folder, read as they are asked for.
+
+    Training rows come first; the last `held_out` rows are for evaluation.
+
+    Raises:
+        UserError: no manifest, rows that are not all written, or a damaged shard.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        self.folder = pathlib.Path(folder)
+        self.manifest = read_json(self.folder / MANIFEST)
+        if not self.manifest.get("complete"):
+            raise UserError(f"{self.folder}: its rows are not all written; run the same command again to go on")
+        self.length: int = self.manifest["length"]
+        self.held_out: int = self.manifest["held_out"]
+        self._files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
+        self._ends = np.cumsum([shard["rows"] for shard in self.manifest["shards"]])
+        for shard in self.manifest["shards"]:
+            if not _whole(self.folder, shard):
+                raise UserError(f"{self.folder / shard['file']}: missing or truncated; run the same command again")
+        self._open = functools.lru_cache(OPEN_SHARDS)(lambda i: np.load(self._files[i], mmap_mode="r"))
+
+    def __len__(self) -> int:
+        """All rows, the held-out ones included."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, picks: np.ndarray | Sequence[int] | slice) -> tuple[np.ndarray, np.ndarray]:
+        """Rows by number.
+
+        Args:
+            picks: B row numbers, or a slice.
+
+        Returns:
+            tokens (B, T) int32, and counts (B, T) bool: whether a token is to be learned. The
+            first token of a document never is, so where all of t+1..t+k count, they belong
+            to one document.
+
+        Raises:
+            IndexError: a number that is not one of the rows.
+        """
+        if isinstance(picks, slice):
+            picks = np.arange(*picks.indices(len(self)))
+        wanted = np.asarray(picks, np.int64)
+        if wanted.size and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {len(self)}")
+        wanted = wanted % max(1, len(self))
+        tokens = np.zeros((len(wanted), self.length), np.int32)
+        counts = np.zeros((len(wanted), self.length), bool)
+        owners = np.searchsorted(self._ends, wanted, side="right")
+        for owner in np.unique(owners):
+            here = owners == owner
+            shard = self._open(int(owner))
+            found = shard[wanted[here] - (self._ends[owner - 1] if owner else 0)]
+            tokens[here], counts[here] = found["tokens"], found["counts"]
+        return tokens, counts
+
+
+def write_rows(folder: str | pathlib.Path, recipe: Recipe) -> Rows:
+    """Writes what is missing of a folder's shards, and opens it.
+
+    Raises:
+        UserError: the folder was begun with other settings, cannot be written, or there is nothing to learn.
+    """
+    folder = pathlib.Path(folder)
+    settings = json.loads(json.dumps(recipe.settings))
+    file = folder / MANIFEST
+    done = _begun(file, settings) if file.exists() else {}
+    remove_left_over(folder)
+    manifest: dict[str, Any] = {"format": FORMAT, "settings": settings, "length": recipe.length}
+    entries: list[dict[str, Any]] = []
+    total = 0
+    with tqdm(total=recipe.shards + recipe.held_out, desc="text", unit="shard") as bar:
+        progress = _rate(bar)
+        for number in range(recipe.shards + recipe.held_out):
+            last = number == recipe.shards
+            left = None if last or recipe.limit is None else recipe.limit - total
+            bar.update()
+            if left is not None and left <= 0:
+                continue
+            name = "held-out.npy" if last else f"shard-{number:05d}.npy"
+            entry = done.get(name)
+            if entry is None or not _whole(folder, entry):
+                entry = _write(folder / name, recipe.make(number, progress), recipe.length, left)
+            entries.append(entry)
+            total += entry["rows"]
+            _save(file, manifest, entries, recipe, complete=False)
+    if not any(entry["learned"] for entry in entries if entry["file"] != "held-out.npy"):
+        raise UserError(f"{folder}: no row has a token to learn; are all prompts longer than --row-length?")
+    _save(file, manifest, entries, recipe, complete=True)
+    return Rows(folder)
+
+
+def _rate(bar: tqdm) -> Progress:
+    """Shows tokens per second beside a bar, about once a second."""
+    begun = shown = time.perf_counter()
+    seen = 0
+
+    def progress(tokens: int) -> None:
+        nonlocal seen, shown
+        seen += tokens
+        if (now := time.perf_counter()) > shown + 1:
+            bar.set_postfix_str(f"{seen / (now - begun):.0f} tokens/s")
+            shown = now
+
+    return progress
+
+
+def _write(path: pathlib.Path, shard: Shard, length: int, left: int | None) -> dict[str, Any]:
+    kept = len(shard.tokens) if left is None else min(left, len(shard.tokens))
+    rows = np.zeros(kept, [("tokens", "<i4", (length,)), ("counts", "?", (length,))])
+    rows["tokens"], rows["counts"] = shard.tokens[:kept], shard.counts[:kept]
+    data = io.BytesIO()
+    np.save(data, rows)  # to memory first: numpy's own message for a full disk does not say that it is full
+    with replace_file(path) as temporary:
+        temporary.write_bytes(data.getbuffer())
+    facts = {"bytes": data.getbuffer().nbytes, "learned": int(rows["counts"].sum())}
+    return {"file": path.name, "complete": True, "rows": kept} | facts | shard.facts
+
+
+def _save(
+    file: pathlib.Path, manifest: dict[str, Any], entries: list[dict[str, Any]], recipe: Recipe, complete: bool
+) -> None:
+    numbers = range(len(entries), recipe.shards + recipe.held_out) if not complete else ()
+    rest = [{"file": f"shard-{n:05d}.npy" if n < recipe.shards else "held-out.npy", "complete": False} for n in numbers]
+    held_out = sum(entry["rows"] for entry in entries if entry["file"] == "held-out.npy")
+    facts = {"complete": complete, "rows": sum(entry["rows"] for entry in entries), "held_out": held_out}
+    with replace_file(file) as temporary:
+        temporary.write_text(json.dumps(manifest | facts | {"shards": entries + rest}, indent=1) + "\n")
+
+
+def _begun(file: pathlib.Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The whole shards of a folder by file name. Raises UserError where its settings are others."""
+    manifest = read_json(file)
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("settings"), dict):
+        raise UserError(f"{file}: expected a manifest of format {FORMAT}, found {manifest.get('format')!r}")
+    begun = manifest["settings"]
+    for name in settings | begun:
+        was, now = begun.get(name), settings.get(name)
+        if was == now:
+            continue
+        if name == "files":
+            was_files, now_files = ({f["path"]: f["sha256"] for f in files or []} for files in (was, now))
+            path = next((p for p in was_files | now_files if was_files.get(p) != now_files.get(p)), None)
+            if path is None:
+                path, how = "the files", "were given in another order"
+            else:
+                how = "is new" if path not in was_files else "is gone" if path not in now_files else "changed"
+            raise UserError(f"{file.parent}: {path} {how} since its rows were begun; use a new directory")
+        raise UserError(f"{file.parent}: --{name} is {now}, but its rows were begun with {was}; use a new directory")
+    return {shard["file"]: shard for shard in manifest["shards"] if shard.get("complete")}
+
+
+def _whole(folder: pathlib.Path, entry: dict[str, Any]) -> bool:
+    try:
+        return (folder / entry["file"]).stat().st_size == entry["bytes"]
+    except OSError:
+        return False

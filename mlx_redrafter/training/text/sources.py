@@ -1,0 +1,83 @@
+"""The text a drafter learns from: what `--data` stands for, written once into a folder of rows.
+
+A drafter has to guess what the target will say, so what the target says is the best text
+to learn from; no corpus of the target's is needed. The other sources are files, and answers
+that the target gives to a file of prompts.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter.embedded.corpus import stdlib_files
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.training.text.answers import answers_recipe, invented_recipe
+from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, DataPlan
+from mlx_redrafter.training.text.file_rows import files_recipe
+from mlx_redrafter.training.text.formats import read_questions
+from mlx_redrafter.training.text.prefixes import Texts, bare_recipe, prefixes_recipe
+from mlx_redrafter.training.text.rendering import Renderer
+from mlx_redrafter.training.text.shards import Recipe, Rows, write_rows
+from mlx_redrafter.training.text.writing import Writer
+
+
+def prepare(
+    folder: str | pathlib.Path, target: Target, tokenizer: TokenizerWrapper, plan: DataPlan, embedded: bool = False
+) -> Rows:
+    """Writes the rows that a plan asks for, or what is missing of them, and opens them.
+
+    Shards are written one by one. If the folder was begun with the same settings, what is
+    whole in it stays, and the result is the same as without the stop.
+
+    Args:
+        folder: for the shards and their manifest.
+        target: writes, where the plan lets it.
+        tokenizer: the target's.
+        plan: what to write.
+        embedded: the target is the embedded one, which by itself continues beginnings from the
+            standard library's files that are not held out.
+
+    Raises:
+        UserError: naming the flag, or the file and line, that is wrong; or the first setting that
+            differs from those the folder was begun with.
+    """
+    check_length(plan, target)
+    return write_rows(folder, _recipe(target, Renderer(tokenizer), plan, embedded))
+
+
+def check_length(plan: DataPlan, target: Target) -> None:
+    """Raises UserError for rows longer than the target can read."""
+    if target.context_length is not None and plan.length > target.context_length:
+        raise UserError(
+            f"--row-length is {plan.length}, expected at most the target's context of {target.context_length}"
+        )
+
+
+def _recipe(target: Target, renderer: Renderer, plan: DataPlan, embedded: bool) -> Recipe:
+    writer = Writer(target.model, renderer.ends, plan.length, plan.batch_size)
+    written = plan.data in ((SELF,), (REGENERATED,))
+    if not written:
+        for name in (SELF, REGENERATED):
+            if name in plan.data:
+                raise UserError(f"--data {' '.join(plan.data)}: {name!r} stands alone, without files beside it")
+        for flag, value in (("--prompts", plan.prompts), ("--prefixes", plan.prefixes)):
+            if value:
+                raise UserError(f"{flag} is for --data {SELF} or {REGENERATED}, found --data {' '.join(plan.data)}")
+        return files_recipe(renderer, plan)
+    if plan.prompts is not None:
+        if plan.prefixes:
+            raise UserError("--prompts and --prefixes: expected one of them")
+        return answers_recipe(writer, renderer, read_questions(plan.prompts, "--prompts"), plan)
+    if plan.data == (REGENERATED,):
+        raise UserError(f"--data {REGENERATED}: expected a file of prompts, --prompts FILE")
+    if plan.prefixes:
+        return prefixes_recipe(writer, renderer, Texts.of_files(plan.prefixes), plan)
+    if embedded:
+        texts = [text for _, text, held_out, _ in stdlib_files() if not held_out and text]
+        return prefixes_recipe(writer, renderer, Texts.of_strings("the standard library", texts), plan)
+    if renderer.has_template and renderer.opening():
+        return invented_recipe(writer, renderer, plan)
+    return bare_recipe(writer, renderer, plan)

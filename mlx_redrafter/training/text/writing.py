@@ -1,0 +1,200 @@
+"""The target writes: continuations of many prompts at a time, sampled at a temperature per row."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+
+from mlx_redrafter.training.text.shards import Progress
+
+LOOK_EVERY = 16  # tokens between looks at which rows have ended; each look waits for the device
+PREFILL_TOKENS = 8192  # tokens of prompts read per call
+
+
+@dataclasses.dataclass
+class Writer:
+    """A model, and how it writes.
+
+    Attributes:
+        model: an mlx-lm language model.
+        ends: token ids that end a text.
+        length: tokens of prompt and continuation together, at most.
+        batch_size: rows at a time.
+    """
+
+    model: nn.Module
+    ends: Collection[int]
+    length: int
+    batch_size: int
+
+    def settings(self) -> dict[str, Any]:
+        """What a text depends on, but for the batch size: that may change where memory was short."""
+        return {"model": weights_digest(self.model)}
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        temperatures: Sequence[float],
+        seed: Sequence[int],
+        length: int | None = None,
+        ends: Collection[int] | None = None,
+        warm_up: int = 0,
+        progress: Progress = lambda tokens: None,
+    ) -> list[list[int]]:
+        """Continues prompts: see `write`."""
+        ends, length = self.ends if ends is None else ends, length or self.length
+        return write(self.model, prompts, length, temperatures, ends, seed, self.batch_size, warm_up, progress)
+
+
+def write(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    temperatures: Sequence[float],
+    ends: Collection[int],
+    seed: Sequence[int],
+    batch_size: int = 64,
+    warm_up: int = 0,
+    progress: Progress = lambda tokens: None,
+) -> list[list[int]]:
+    """Continues prompts with the model's own choices.
+
+    Rows are read together, shorter prompts padded on the left. Rows that have ended leave
+    the batch, so that it gets faster towards its end.
+
+    Args:
+        prompts: R lists of at least one token id.
+        length: tokens of prompt and continuation together, at most.
+        temperatures: R numbers; 0 is greedy.
+        ends: token ids that end a row.
+        seed: numbers that the noise depends on (and on the batch's number, batch_size and R alone).
+        batch_size: rows at a time.
+        warm_up: the first so many tokens are sampled at temperature 1 at least, for variety
+            where the prompts have none.
+        progress: is told of tokens as they are written.
+
+    Returns:
+        R continuations, the prompt not included, the ending token included where there is one.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    batches: list[list[int]] = []
+    paddable = all(type(c) is KVCache for c in make_prompt_cache(model))
+    for row in sorted(range(len(prompts)), key=lambda row: lengths[row]):
+        full = not batches or len(batches[-1]) == batch_size
+        if full or (lengths[row] != lengths[batches[-1][0]] and not paddable):
+            batches.append([])
+        batches[-1].append(row)
+    written: list[list[int]] = [[] for _ in prompts]
+    for number, batch in enumerate(batches):
+        key = mx.random.key(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
+        rows = [prompts[row] for row in batch]
+        heat = np.array([temperatures[row] for row in batch], np.float32)
+        for row, tokens in zip(batch, _batch(model, rows, length, heat, ends, key, warm_up, progress), strict=True):
+            written[row] = tokens
+        mx.clear_cache()
+    return written
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A short name for the weights: changes with the names, shapes, types or first values of any of them."""
+    tensors: list[tuple[str, mx.array]] = sorted(dict(tree_flatten(model.parameters())).items())
+    samples = [tensor.reshape(-1)[:8].astype(mx.float32) for _, tensor in tensors]
+    mx.eval(samples)
+    digest = hashlib.sha256()
+    for (name, tensor), sample in zip(tensors, samples, strict=True):
+        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode() + np.array(sample).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _batch(
+    model: nn.Module,
+    prompts: list[Sequence[int]],
+    length: int,
+    heat: np.ndarray,
+    ends: Collection[int],
+    key: mx.array,
+    warm_up: int,
+    progress: Progress,
+) -> list[list[int]]:
+    longest = max(len(prompt) for prompt in prompts)
+    padded = np.zeros((len(prompts), longest), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, longest - len(prompt) :] = prompt
+    room = [length - len(prompt) for prompt in prompts]
+    cache = _make_cache(model, [longest - len(prompt) for prompt in prompts])
+    _prefill(model, mx.array(padded[:, :-1]), cache)
+    token, temperatures = mx.array(padded[:, -1:]), mx.array(heat)[:, None]
+    written: list[list[int]] = [[] for _ in prompts]
+    alive = np.arange(len(prompts))
+    columns: list[mx.array] = []
+    for step in range(max(room)):
+        logits = model(token, cache=cache)[:, -1].astype(mx.float32)
+        if heat[alive].any() or step < warm_up:
+            key, use = mx.random.split(key)
+            strength = mx.maximum(temperatures, 1.0) if step < warm_up else temperatures
+            # The largest of logits + t * Gumbel noise is a sample at temperature t, and at 0 the greedy choice.
+            logits = logits + strength * mx.random.gumbel(logits.shape, key=use)
+        token = mx.argmax(logits, axis=-1, keepdims=True).astype(mx.int32)
+        mx.async_eval(token)
+        columns.append(token)
+        progress(len(alive))
+        if len(columns) < LOOK_EVERY and step + 1 < max(room):
+            continue
+        going = _take(np.array(mx.concatenate(columns, axis=1)), alive, written, room, ends)
+        columns = []
+        if not going.any():
+            break
+        if going.mean() <= 0.75 and _keep(cache, keep := mx.array(np.flatnonzero(going))):
+            token, temperatures, alive = token[keep], temperatures[keep], alive[going]
+    return written
+
+
+def _take(
+    block: np.ndarray, alive: np.ndarray, written: list[list[int]], room: list[int], ends: Collection[int]
+) -> np.ndarray:
+    """Appends a block of new tokens to its rows, up to their ends. Returns which of them go on."""
+    going = np.zeros(len(alive), bool)
+    for i, row in enumerate(alive):
+        tokens = written[row]
+        if tokens and tokens[-1] in ends:
+            continue
+        for token in block[i, : max(0, room[row] - len(tokens))].tolist():
+            tokens.append(token)
+            if token in ends:
+                break
+        going[i] = len(tokens) < room[row] and tokens[-1] not in ends
+    return going
+
+
+def _prefill(model: nn.Module, tokens: mx.array, cache: list[Any]) -> None:
+    rows, columns = tokens.shape
+    step = max(1, PREFILL_TOKENS // rows)
+    for first in range(0, columns, step):
+        model(tokens[:, first : first + step], cache=cache)  # its logits are never computed
+        mx.eval([c.state for c in cache])
+
+
+def _make_cache(model: nn.Module, padding: list[int]) -> list[Any]:
+    """A cache per layer; one that knows of padding only where there is some, for its masks cost time."""
+    plain = make_prompt_cache(model)
+    return [BatchKVCache(padding) for _ in plain] if any(padding) else plain
+
+
+def _keep(cache: list[Any], rows: mx.array) -> bool:
+    """Drops all other rows of a batch, in caches that can; says whether they could."""
+    if not all(type(c) in (KVCache, BatchKVCache) for c in cache):
+        return False
+    for c in cache:
+        if isinstance(c, BatchKVCache):
+            c.filter(rows)
+        else:
+            c.keys, c.values = c.keys[rows], c.values[rows]
+    return True

@@ -1,0 +1,287 @@
+"""Speculative decoding writes what plain decoding writes: the promise of the whole project."""
+
+import functools
+import time
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import quantize_model
+from support import make_drafter, make_model
+
+from mlx_redrafter.decoding.loop import _row, autoregressive, speculative
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.sampling import greedy, position_keyed
+from mlx_redrafter.decoding.step import SpeculativeStep, prefill
+from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.drafting.proposers import RecurrentProposer
+from mlx_redrafter.drafting.redrafter import quantize_drafter
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.verification import CHAIN, Verifier
+
+SHAPES = [
+    DraftShape(width, length, min(12, width * (length - 1)), policy)
+    for width in (1, 2, 4)
+    for length in (2, 5)
+    for policy in ("best-first", "beams")
+]
+
+
+def by_mlx_lm(model, prompt, count):
+    return [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
+
+
+def speculatively(model, drafter, prompt, count, shape, choose=greedy, verifier=None):
+    verifier = verifier or Verifier(Target(model))
+    tokens, steps = [], 0
+    options = DecodingOptions(choose, count)
+    proposer = RecurrentProposer(drafter, verifier.target.embed, shape)
+    for produced in speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options):
+        tokens += produced.tokens
+        steps += 1
+    tokens = tokens[:count]
+    return tokens, (len(tokens) - 1) / max(1, steps - 1)
+
+
+@pytest.fixture(scope="module")
+def plain_text(pair, prefixes):
+    """What mlx_lm makes of prefix i in 128 tokens; each is written once."""
+    return functools.cache(lambda i: by_mlx_lm(pair[0], prefixes[i], 128))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_mlx_lm(pair, prefixes, plain_text, shape):
+    """If this fails, drafts change the text. (All 30 prefixes for every shape: the slow test below.)"""
+    model, drafter, _ = pair
+    i = SHAPES.index(shape)
+    assert speculatively(model, drafter, prefixes[i], 128, shape)[0] == plain_text(i)
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_acceptance_of_the_embedded_drafter(pair, prefixes, plain_text, count):
+    """If this fails, drafts change the text, or the embedded drafter got worse."""
+    model, drafter, _ = pair
+    steps = 0.0
+    for i in range(count):
+        tokens, length = speculatively(model, drafter, prefixes[i], 128, DraftShape(4, 5, 12, "best-first"))
+        assert tokens == plain_text(i)
+        steps += 127 / length
+    assert 127 * count / steps >= 2.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_mlx_lm_everywhere(pair, prefixes, plain_text, shape):
+    """The full claim: 30 prefixes x 128 tokens for each shape, good and random drafter."""
+    model, drafter, _ = pair
+    for i, prefix in enumerate(prefixes):
+        assert speculatively(model, drafter, prefix, 128, shape)[0] == plain_text(i)
+        assert speculatively(model, random_for(model), prefix, 128, shape)[0] == plain_text(i)
+
+
+def random_for(model):
+    return make_drafter(vocab=4096, hidden=384)
+
+
+@pytest.mark.parametrize("shape", [DraftShape(4, 5, 12), DraftShape(2, 5, 8, "beams"), DraftShape(1, 2, 1)], ids=str)
+def test_a_random_drafter_changes_nothing(pair, prefixes, plain_text, shape):
+    """If this fails, the text depends on how good the drafter is."""
+    tokens, length = speculatively(pair[0], random_for(pair[0]), prefixes[3], 128, shape)
+    assert tokens == plain_text(3)
+    assert length < 1.2
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("temp", [0.0, 0.7, 1.5])
+def test_small_models_at_any_temperature(shape, temp):
+    """If this fails, the same seed gives other words with a drafter than without."""
+    model, drafter = make_model(), make_drafter()
+    choose = position_keyed(temp, seed=5)
+    prompt = [3, 1, 4, 1, 5]
+    plain = autoregressive(Target(model), mx.array([prompt]), make_prompt_cache(model), DecodingOptions(choose, 40))
+    assert speculatively(model, drafter, prompt, 40, shape, choose)[0] == [p.tokens[0] for p in plain]
+
+
+def test_a_drafter_that_knows_the_target_is_accepted_in_full():
+    """If this fails, right drafts are thrown away: the text would be equal and slow.
+
+    The target's own head as a drafter: a model that always repeats one token per context.
+    """
+    model = make_model()
+    drafter = make_drafter(num_draft_layers=0, exit_dim=32)
+    # The target goes t -> t + 1, whatever it has read; the drafter is made to know that.
+    vocab, hidden = 97, 32
+    table = mx.random.normal((vocab, hidden)) * 3
+    model.model.embed_tokens.weight = table
+    for layer in model.layers:
+        layer.self_attn.o_proj.weight = mx.zeros_like(layer.self_attn.o_proj.weight)
+        layer.mlp.down_proj.weight = mx.zeros_like(layer.mlp.down_proj.weight)
+    following = mx.concatenate([mx.zeros((1, hidden)), table[:-1]])
+    model.lm_head.weight = following
+    drafter.rnn_w.weight = mx.eye(hidden) * 4
+    drafter.rnn_u.weight = mx.zeros((hidden, hidden))
+    drafter.input_proj_context.weight = mx.zeros((hidden, hidden))
+    drafter.input_proj_state.weight = mx.eye(hidden)
+    drafter.lm_head.weight = mx.maximum(following, 0)
+    tokens, length = speculatively(model, drafter, [5], 25, DraftShape(4, 5, 12))
+    assert tokens == by_mlx_lm(model, [5], 25)
+    assert length > 3.5
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "4-bit", "4-bit drafter"])
+def test_other_types_run(pair, prefixes, kind):
+    """If this fails, half-precision or quantised pairs do not decode.
+
+    Rows of such products may differ in the last bit between one row and many, so equality
+    is only expected of the first tokens.
+    """
+    model, drafter = make_model(hidden=64), make_drafter(hidden=64, exit_dim=64)
+    if kind == "4-bit":
+        model, _ = quantize_model(model, {}, 32, 4)
+    elif kind == "4-bit drafter":
+        quantize_drafter(drafter, 32, 4)
+    else:
+        model.set_dtype(getattr(mx, kind))
+        drafter.set_dtype(getattr(mx, kind))
+    tokens, _ = speculatively(model, drafter, [3, 1, 4, 1, 5], 32, DraftShape(4, 5, 12))
+    assert len(tokens) == 32
+    assert tokens[:4] == by_mlx_lm(model, [3, 1, 4, 1, 5], 4)
+
+
+def test_a_chain_only_target(small_model, chains_only):
+    """If this fails, targets that take only consecutive positions are drafted for wrongly."""
+    verifier = Verifier(Target(small_model))
+    assert verifier.capability == CHAIN
+    tokens, _ = speculatively(small_model, make_drafter(), [1, 2, 3], 30, DraftShape(4, 5, 12), verifier=verifier)
+    assert tokens == by_mlx_lm(small_model, [1, 2, 3], 30)
+
+
+@pytest.mark.parametrize("budget", [1, 5, 12, 16])
+def test_one_call_of_the_target_per_step_on_exactly_its_rows(small_model, budget):
+    """If this fails, a step reads the target's weights more than once, or checks rows nobody asked for."""
+    verifier = Verifier(Target(small_model))
+    rows, original = [], type(small_model).__call__
+
+    def counting(self, inputs, *args, **kwargs):
+        rows.append(inputs.shape)
+        return original(self, inputs, *args, **kwargs)
+
+    type(small_model).__call__ = counting
+    try:
+        shape = DraftShape(4, 5, budget)
+        cache = verifier.make_cache()
+        proposer = RecurrentProposer(make_drafter(), verifier.target.embed, shape)
+        produced = list(speculative(verifier, proposer, mx.array([[1, 2, 3]]), cache, DecodingOptions(greedy, 20)))
+    finally:
+        type(small_model).__call__ = original
+    assert rows[:2] == [(1, 2), (1, 1)]  # the prompt: all but its last token, then that one
+    assert set(rows[2:]) == {(1, 1 + budget)}
+    assert len(rows) - 2 in (len(produced) - 1, len(produced))  # one step may have been submitted ahead
+
+
+@pytest.mark.parametrize("policy", ["best-first", "beams"])
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_step_is_one_lazy_graph(small_model, policy, width, in_one_piece):
+    """If this fails, the host waits for the device in the middle of a step.
+
+    While mx.compile traces a function, reading any value that depends on its inputs raises.
+    """
+    verifier, drafter = Verifier(Target(small_model)), make_drafter()
+    cache = verifier.make_cache()
+    hidden, logits = prefill(verifier.target, mx.array([[1, 2, 3]]), cache.layers, DecodingOptions())
+    cache.begin_trees()
+    root = greedy(logits[:, None], None)[:, 0]
+    shape = DraftShape(width, 5, 4 * width, policy)
+    buffers = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def traced(context, root, length, buffers):
+        for layer, (keys, values) in zip(cache.layers, buffers):
+            layer.keys, layer.values = keys, values
+        cache.length = length
+        proposer = RecurrentProposer(drafter, verifier.target.embed, shape)
+        SpeculativeStep(verifier, proposer, DecodingOptions(), cache, context, root)()
+        raise Built  # the graph stands; compiling it would only cost time
+
+    with pytest.raises(Built):
+        mx.compile(traced)(hidden, root, cache.length, buffers)
+    with pytest.raises(ValueError, match="transform"):
+        mx.compile(lambda x: mx.array(int(x.item())))(mx.array(1))  # tracing does catch a read
+
+
+class Built(Exception):
+    """Raised where a graph has been built without a value having been read."""
+
+
+def test_steps_in_a_batch(small_model):
+    """If this fails, shapes are not batch first: rows of a batch mix."""
+    verifier, drafter = Verifier(Target(small_model)), make_drafter()
+    prompts = mx.array([[1, 2, 3], [7, 5, 9]])
+    cache = verifier.make_cache()
+    hidden, logits = prefill(verifier.target, prompts, cache.layers, DecodingOptions())
+    cache.begin_trees(2)
+    root = greedy(logits[:, None], None)[:, 0]
+    proposer = RecurrentProposer(drafter, verifier.target.embed, DraftShape(4, 5, 12))
+    step = SpeculativeStep(verifier, proposer, DecodingOptions(), cache, hidden, root)
+    texts = [[t] for t in root.tolist()]
+    for _ in range(8):
+        submitted = step()
+        for b in range(2):
+            texts[b] += submitted.tokens[b, : submitted.count[b].item() + 1].tolist()
+    for b in range(2):
+        assert texts[b] == by_mlx_lm(small_model, prompts[b].tolist(), len(texts[b]))
+
+
+def test_shapes_change_between_steps(small_model):
+    """If this fails, a switch of shape, or to plain decoding and back, changes the text."""
+    verifier = Verifier(Target(small_model))
+    shapes = [DraftShape(4, 5, 12), None, DraftShape(1, 4, 3), None, None, DraftShape(2, 3, 4, "beams"), DraftShape()]
+    proposer = RecurrentProposer(make_drafter(), verifier.target.embed, shapes[0])
+    tokens: list[int] = []
+    for i, produced in enumerate(
+        speculative(verifier, proposer, mx.array([[1, 2, 3]]), verifier.make_cache(), DecodingOptions(max_tokens=40))
+    ):
+        tokens += produced.tokens
+        proposer.shape = shapes[i % len(shapes)]
+    assert tokens[:40] == by_mlx_lm(small_model, [1, 2, 3], 40)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        (DraftShape(0, 5, 1), "--beam-width is 0"),
+        (DraftShape(98, 5, 1), "--beam-width is 98"),
+        (DraftShape(4, 1, 1), "--beam-length is 1, expected 2"),
+        (DraftShape(4, 33, 1), "--beam-length is 33"),
+        (DraftShape(4, 5, 0), "--num-draft-tokens is 0"),
+        (DraftShape(4, 5, 17), "--num-draft-tokens is 17, expected 1 to 16"),
+        (DraftShape(4, 5, 1, "best"), "--tree-policy is 'best'"),
+    ],
+)
+def test_shapes_out_of_range(shape, message):
+    with pytest.raises(UserError, match=message):
+        shape.check(97)
+
+
+def test_a_drafter_of_another_model(small_model):
+    with pytest.raises(UserError, match="hidden_size is 48, but the target's is 32"):
+        check_pair(Target(small_model), make_drafter(hidden=48))
+    with pytest.raises(UserError, match="vocab_size is 96, but the target's is 97"):
+        check_pair(Target(small_model), make_drafter(vocab=96))
+
+
+def test_reading_a_step_does_not_wait_for_the_next():
+    """If this fails, the host waits for the step that is on its way before it builds another: no overlap at all."""
+    tokens, large = mx.array([[3, 1, 4]]), mx.random.normal((800, 800))
+    mx.eval(tokens, large)
+    begin = time.perf_counter()
+    product = large
+    for _ in range(6):
+        product = product @ large
+    mx.async_eval(product)
+    assert _row(tokens) == [3, 1, 4]
+    read = time.perf_counter() - begin
+    mx.eval(product)
+    assert read < 0.3 * (time.perf_counter() - begin)

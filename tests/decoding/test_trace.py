@@ -1,0 +1,118 @@
+"""Steps that are watched, and `demo --show-tree`: what was accepted is told apart, and the text stays plain's."""
+
+import re
+import sys
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_redrafter import DraftShape
+from mlx_redrafter.cli.main import main
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.trace import watch
+from mlx_redrafter.decoding.tree_view import word
+from mlx_redrafter.drafting.proposers import RecurrentProposer
+from mlx_redrafter.embedded.corpus import held_out_prefixes
+from mlx_redrafter.target.verification import verifier_of
+
+STEP = re.compile(r"step \d+: (\d+) of (\d+) drafted accepted")
+
+
+def shown(capsys, *flags) -> str:
+    assert main(["demo", "--show-tree", "-m", "12", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def plain_text(model, tokenizer, count=12) -> str:
+    prompt = held_out_prefixes(1)[0]
+    return "".join(r.text for r in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=count))
+
+
+def text_of(out: str) -> str:
+    return out.partition("The text:\n")[2].rpartition("\n\n12 tokens, ")[0]
+
+
+def test_trees_are_shown(pair, capsys):
+    """If this fails, the demo says something of a step that did not happen, or shows another text."""
+    out = shown(capsys)
+    assert "\033" not in out  # no terminal here
+    assert text_of(out) == plain_text(pair[0], pair[2])
+    blocks = [block for block in out.split("\n\n") if STEP.match(block)]
+    assert len(blocks) > 1
+    for block in blocks:
+        accepted, drafted = map(int, STEP.match(block).groups())
+        assert drafted == 7 == len(re.findall(r"[├└]─ ", block))
+        assert block.count("% ✓ accepted\n") + block.endswith("✓ accepted") == accepted
+        assert block.count("✗ rejected") == drafted - accepted
+    assert sum(int(STEP.match(block)[1]) for block in blocks) > 0
+
+
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_colours(asked, monkeypatch, capsys):
+    """If this fails, NO_COLOR is ignored, or a terminal gets no colours."""
+    monkeypatch.setenv("NO_COLOR", asked)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out = shown(capsys)
+    assert ("\033[" in out) == (asked == "")
+    if not asked:
+        assert re.search("\033\\[32m[^\n]* ✓ accepted\033\\[0m", out)
+        assert not re.search("\033\\[32m[^\n]*✗", out) and "\033[31m" in out
+
+
+def test_sentencepiece_keeps_its_spaces(stories, capsys):
+    """If this fails, words run into each other where a tokenizer marks words by a space before them."""
+    model, tokenizer = mlx_lm.load(str(stories))
+    model.set_dtype(mx.float32)
+    out = shown(capsys, "--model", str(stories), "--lookup", "on")
+    assert text_of(out) == plain_text(model, tokenizer) and " " in text_of(out).strip()
+    for piece, expected in (("▁the", "' the'"), ("▁", "' '"), ("ing", "'ing'")):
+        assert word(tokenizer, tokenizer.convert_tokens_to_ids(piece)) == expected
+
+
+def watched(pair, shape, prompt, count, ends=()):
+    model, drafter, _ = pair
+    verifier = verifier_of(model)
+    proposer = RecurrentProposer(drafter, verifier.target.embed, shape)
+    return list(watch(verifier, proposer, prompt, DecodingOptions(max_tokens=count), drafter, ends))
+
+
+def test_what_is_watched(pair, prefixes):
+    """If this fails, probabilities or the accepted path belong to other candidates."""
+    model, drafter, tokenizer = pair
+    prompt = prefixes[0]
+    expected = [r.token for r in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=16)]
+    for shape in (DraftShape(1, 4, 3), DraftShape(4, 5, 12)):
+        found = watched(pair, shape, prompt, 16)
+        assert [token for _, tokens in found for token in tokens] == expected
+        written = list(prompt) + found[0][1]
+        for step, tokens in found[1:-1]:
+            assert step.nodes[0].token == written[-1] and step.nodes[0].probability is None
+            path = [node for node in step.nodes if node.accepted]
+            assert [node.token for node in path[1:]] == tokens[:-1]
+            assert [node.depth for node in path] == list(range(len(path)))
+            by_parent: dict[int, float] = {}
+            for node in step.nodes[1:]:
+                by_parent[node.parent] = by_parent.get(node.parent, 0.0) + node.probability
+            assert all(0 < share <= 1.001 for share in by_parent.values())
+            written += tokens
+    # A chain takes the most probable token each time: the drafter's own first word, asked by hand.
+    step = watched(pair, DraftShape(1, 4, 3), prompt, 8)[1][0]
+    verifier = verifier_of(model)
+    hidden, _ = verifier.target.forward(mx.array([prompt]), make_prompt_cache(model))
+    context, state = drafter.project_context(hidden[:, -1]), None
+    for node, after in zip(step.nodes, step.nodes[1:]):
+        state = drafter.advance(verifier.target.embed(mx.array([node.token])), state)
+        shares = mx.softmax(drafter.logits(context, state)[0])
+        draft = int(mx.argmax(shares))
+        assert int(drafter.target_ids(mx.array([draft]))[0]) == after.token
+        assert after.probability == pytest.approx(shares[draft].item(), abs=1e-4)
+
+
+def test_the_end_of_the_text_ends_it(pair, prefixes):
+    """If this fails, steps are shown that no text has."""
+    whole = [token for _, tokens in watched(pair, DraftShape(4, 5, 7), prefixes[0], 24) for token in tokens]
+    for i in (0, 7, 12):
+        found = watched(pair, DraftShape(4, 5, 7), prefixes[0], 24, {whole[i]})
+        assert [token for _, tokens in found for token in tokens] == whole[: whole.index(whole[i]) + 1]

@@ -1,0 +1,139 @@
+"""The recurrent head against its equations, and its files."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from support import make_drafter
+
+from mlx_redrafter.drafting.redrafter import DrafterConfig, load_drafter, quantize_drafter, save_drafter
+from mlx_redrafter.errors import UserError
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def written_out(drafter, context, embeddings):
+    """The equations of the module's docstring in NumPy: logits after reading all embeddings."""
+    weights = {name: np.array(value) for name, value in tree_flatten(drafter.parameters())}
+    state = np.zeros_like(embeddings[0])
+    for e in embeddings:
+        if drafter.config.rnn:
+            state = silu(weights["rnn_w.weight"] @ e + weights["rnn_u.weight"] @ state + weights["rnn_u.bias"])
+        else:
+            state = e + state
+    z = np.concatenate([context, state])
+    if drafter.config.has_input_proj:
+        joined = np.concatenate([weights["input_proj_context.weight"], weights["input_proj_state.weight"]], axis=1)
+        z = joined @ z + weights["input_proj_context.bias"]
+    for i in range(drafter.config.num_draft_layers):
+        z = z + silu(weights[f"blocks.{i}.linear.weight"] @ z + weights[f"blocks.{i}.linear.bias"])
+    return weights["lm_head.weight"] @ z
+
+
+@pytest.mark.parametrize("rnn", [True, False])
+@pytest.mark.parametrize("exit_dim", [64, 24])  # 64 = 2 * hidden: no input_proj
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_equations(rnn, exit_dim, blocks):
+    """If this fails, weights trained for ReDrafter draft something else than they were trained to."""
+    drafter = make_drafter(rnn=rnn, exit_dim=exit_dim, num_draft_layers=blocks)
+    if rnn:
+        drafter.rnn_u.bias = mx.random.normal((32,))
+    context, embeddings = mx.random.normal((2, 32)), mx.random.normal((2, 3, 32))
+    projected, state = drafter.project_context(context), None
+    for k in range(3):
+        state = drafter.advance(embeddings[:, k], state)
+    logits = np.array(drafter.logits(projected, state))
+    for b in range(2):
+        expected = written_out(drafter, np.array(context[b]), np.array(embeddings[b]))
+        np.testing.assert_allclose(logits[b], expected, atol=1e-4)
+
+
+def test_save_and_load(tmp_path):
+    """If this fails, a trained drafter changes when it is saved."""
+    drafter = make_drafter()
+    save_drafter(drafter, tmp_path / "d")
+    again = load_drafter(tmp_path / "d")
+    state, context = mx.random.normal((1, 32)), mx.random.normal((1, 32))
+    assert again.config == drafter.config
+    assert mx.array_equal(
+        again.logits(again.project_context(context), state), drafter.logits(drafter.project_context(context), state)
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_survives_saving(tmp_path, bits):
+    """If this fails, quantised drafters cannot be kept on disk, or draft nonsense."""
+    drafter = make_drafter(hidden=64, vocab=128, exit_dim=64)
+    state, context = mx.random.normal((1, 64)), mx.random.normal((1, 64))
+    exact = drafter.logits(drafter.project_context(context), state)
+    quantize_drafter(drafter, group_size=32, bits=bits)
+    save_drafter(drafter, tmp_path / "q")
+    again = load_drafter(tmp_path / "q")
+    assert again.config.quantization == {"group_size": 32, "bits": bits}
+    found = again.logits(again.project_context(context), state)
+    assert mx.array_equal(found, drafter.logits(drafter.project_context(context), state))
+    error = mx.abs(found - exact).mean() / mx.abs(exact).mean()
+    assert 0 < error.item() < (0.02 if bits == 8 else 0.3)
+
+
+def test_quantising_needs_fitting_widths():
+    with pytest.raises(UserError, match="--q-group-size is 64"):
+        quantize_drafter(make_drafter(), group_size=64)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"exit_dim": None}, "key 'exit_dim' is missing"),
+        ({"hidden_size": "32"}, "hidden_size is '32', expected a whole number"),
+        ({"num_draft_layers": -1}, "num_draft_layers is -1"),
+        ({"rnn": "yes"}, "rnn is 'yes', expected true or false"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"emb_norm": True}, "emb_norm"),
+        ({"quantization": 4}, "quantization is 4"),
+        ({"vocab_size": 96}, r"tensor 'lm_head.weight' has shape \(97, 32\), expected \(96, 32\)"),
+        (
+            {"num_draft_layers": 3},
+            "tensor 'blocks.2.linear.bias' is missing|tensor 'blocks.2.linear.weight' is missing",
+        ),
+        ({"num_draft_layers": 1}, "tensor 'blocks.1.linear.bias' does not belong"),
+    ],
+)
+def test_bad_configs(tmp_path, change, message):
+    """If this fails, a wrong config.json ends in a traceback or, worse, in a drafter that loads."""
+    save_drafter(make_drafter(), tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+    with pytest.raises(UserError, match=message):
+        load_drafter(tmp_path)
+
+
+def test_bad_files(tmp_path):
+    """If this fails, a damaged download is noticed late, or not at all."""
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        load_drafter(tmp_path)
+    save_drafter(make_drafter(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=f"truncated, {len(whole) - 100} bytes found, {len(whole)} expected"):
+        load_drafter(tmp_path)
+    weights.write_bytes(b"hello")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_drafter(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"model.safetensors: no such file"):
+        load_drafter(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        load_drafter(tmp_path)
+
+
+def test_config_round_trip():
+    config = DrafterConfig(10, 4, 8, 1, True)
+    assert DrafterConfig.from_dict(config.to_dict(), "x") == config

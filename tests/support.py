@@ -1,0 +1,49 @@
+"""Small random models that tests share, and where larger ones lie."""
+
+from __future__ import annotations
+
+import pathlib
+
+import mlx_redrafter  # isort: skip # noqa: F401 (before mlx: it puts OpenBLAS in front of MLX's BLAS)
+
+import mlx.core as mx
+from mlx_lm.models.llama import Model, ModelArgs
+
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+def make_model(seed: int = 0, vocab: int = 97, hidden: int = 32) -> Model:
+    mx.random.seed(seed)
+    args = ModelArgs(
+        model_type="llama",
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=vocab,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    model = Model(args)
+    # Larger than the usual initial weights, so that choices depend on what was read.
+    for module in (layer.self_attn for layer in model.layers):
+        module.q_proj.weight, module.k_proj.weight = 3 * module.q_proj.weight, 3 * module.k_proj.weight
+    model.lm_head.weight = 4 * model.lm_head.weight
+    mx.eval(model.parameters())
+    return model
+
+
+def make_drafter(vocab: int = 97, hidden: int = 32, seed: int = 0, **changes) -> RecurrentDrafter:
+    """A drafter of random weights, large enough that every token it reads shows in what it says."""
+    mx.random.seed(seed)
+    shape = {"vocab_size": vocab, "hidden_size": hidden, "exit_dim": hidden, "num_draft_layers": 2, "rnn": True}
+    drafter = RecurrentDrafter(DrafterConfig(**(shape | changes)))
+    drafter.lm_head.weight = 6 * drafter.lm_head.weight
+    if drafter.config.rnn:
+        drafter.rnn_w.weight = 6 * drafter.rnn_w.weight
+    mx.eval(drafter.parameters())
+    return drafter

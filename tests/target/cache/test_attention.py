@@ -1,0 +1,120 @@
+"""Windows: what rows see, how much memory stays, and the way back to mlx-lm's rotating cache."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import RotatingKVCache
+
+from mlx_redrafter.target.cache.attention import BLOCK, tree_mask
+from mlx_redrafter.target.cache.kv_cache import KVCache
+
+WINDOW = 6
+
+
+def rows_of(start, count):
+    """(1, 2, count, 3) keys that carry their own position."""
+    return mx.broadcast_to(mx.arange(start, start + count, dtype=mx.float32)[None, None, :, None], (1, 2, count, 3)) + 0
+
+
+def read_prompt(count, chunk=None):
+    """mlx-lm's rotating cache after `count` tokens."""
+    plain = RotatingKVCache(max_size=WINDOW)
+    for start in range(0, count, chunk or count):
+        rows = rows_of(start, min(chunk or count, count - start))
+        plain.update_and_fetch(rows, rows)
+    return plain
+
+
+def write_chain(cache, length, rows, accepted, ahead=False):
+    """One step of a chain; returns the positions that the last row sees.
+
+    Args:
+        ahead: the host hears of each step's count only when the next one has been built.
+    """
+    depths = mx.arange(rows, dtype=mx.int32)[None]
+    ancestors = mx.tril(mx.ones((1, rows, rows))).astype(mx.bool_)
+    [layer] = cache.layers
+    with cache.reading(ancestors, depths, chain=True):
+        keys, _ = layer.update_and_fetch(rows_of(length, rows), rows_of(length, rows))
+        mask = layer.make_mask(rows)
+    cache.commit(None, mx.array([accepted - 1], mx.int32), rows - 1)
+    cache.tighten(length + (rows if ahead else accepted))
+    return np.array(keys)[0, 0, np.array(mask)[0, 0, -1], 0].tolist()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("prompt, chunk", [(3, None), (6, None), (15, None), (15, 1), (16, 5)])
+def test_rows_see_their_window_before_at_and_far_past_the_wrap(prompt, chunk, ahead):
+    """If this fails, a row sees tokens that have left its window, or misses some that have not."""
+    cache = KVCache.adopt([read_prompt(prompt, chunk)])
+    cache.begin_trees()
+    length = prompt
+    for step in range(150):
+        accepted = 1 + step % 4
+        seen = write_chain(cache, length, 4, accepted, ahead)
+        assert seen == list(range(max(0, length + 3 - WINDOW + 1), length + 4))
+        length += accepted
+
+
+def test_memory_stays_at_the_window_and_some_slack():
+    """If this fails, a window's memory grows with the text."""
+    cache = KVCache.adopt([read_prompt(15)])
+    cache.begin_trees()
+    length, sizes = 15, set()
+    for _ in range(1000):
+        write_chain(cache, length, 4, 3)
+        length += 3
+        sizes.add(cache.layers[0].keys.shape[2])
+    assert max(sizes) <= WINDOW + BLOCK + 64
+
+
+@pytest.mark.parametrize("moved", [0, 2])
+@pytest.mark.parametrize("back", range(9))
+def test_back_to_a_rotating_cache_at_any_of_the_last_rows(moved, back):
+    """If this fails, what mlx-lm goes on with holds other tokens than were given out.
+
+    A loop may be left in the middle of a step's tokens when the next step has been built,
+    and that one may have let go of rows: it is left right after rows were moved.
+    """
+    plain = read_prompt(15)
+    cache = KVCache.adopt([plain])
+    cache.begin_trees()
+    length, bases = 15, {cache.layers[0].base}
+    while len(bases) <= moved or length < 31:
+        write_chain(cache, length, 4, 4, ahead=True)
+        length += 4
+        bases.add(cache.layers[0].base)
+    cache.end_trees(length - back)
+    cache.give_back([plain])
+    expected = read_prompt(length - back)
+    for position in range(length - back, length + 9):
+        found, _ = plain.update_and_fetch(rows_of(position, 1), rows_of(position, 1))
+        wanted, _ = expected.update_and_fetch(rows_of(position, 1), rows_of(position, 1))
+        assert plain.offset == expected.offset
+        assert sorted(found[0, 0, :, 0].tolist()) == sorted(wanted[0, 0, :, 0].tolist()[-WINDOW:])
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 7])
+@pytest.mark.parametrize("start", [0, 4])
+def test_tree_mask_with_a_window(window, start):
+    """If this fails, a branch sees farther or less far than its depth says."""
+    parents, depths, length, visible = [0, 0, 0, 1, 3], [0, 1, 1, 2, 3], 9, 16
+    ancestors = np.zeros((5, 5), bool)
+    for row in range(5):
+        at = row
+        while not ancestors[row, at]:
+            ancestors[row, at] = True
+            at = parents[at]
+    mask = np.array(
+        tree_mask(mx.array(ancestors[None]), mx.array([length]), visible, start, mx.array([depths]), window)
+    )[0, 0]
+    for row in range(5):
+        for column in range(visible):
+            position = start + column
+            if position < length:
+                there = True
+            else:
+                there = position - length < 5 and ancestors[row, position - length]
+                position = length + depths[position - length] if there else position
+            near = window is None or length + depths[row] - position < window
+            assert mask[row, column] == (there and near), (row, column)

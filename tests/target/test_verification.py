@@ -1,0 +1,146 @@
+"""One forward pass over a tree against one forward pass per path."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache as PlainKVCache
+from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.utils import quantize_model
+from support import make_model
+
+from mlx_redrafter.target import probe, rope, verification
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.verification import CHAIN, NONE, TREE, Verifier, verifier_of
+
+PARENTS = [0, 0, 0, 1, 1, 3, 2, 6]
+
+
+def random_tree(vocab, batch=1, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (batch, len(PARENTS)))
+    return CandidateTree.from_parents(mx.array(tokens, mx.int32), mx.array([PARENTS] * batch), 4)
+
+
+def path_to(row):
+    path = [row]
+    while path[0]:
+        path.insert(0, PARENTS[path[0]])
+    return path
+
+
+def differences(model, batch=1, prompt_length=9):
+    """Largest difference in hidden state and logits between a tree's rows and plain reading of their paths."""
+    verifier = Verifier(Target(model))
+    prompt = mx.random.randint(0, verifier.target.vocab_size, (batch, prompt_length))
+    tree = random_tree(verifier.target.vocab_size, batch)
+    cache = verifier.make_cache()
+    verifier.target.forward(prompt, cache.layers)
+    cache.begin_trees(batch)
+    hidden, logits = verifier(tree, cache)
+    worst_hidden = worst_logits = 0.0
+    for row in range(len(PARENTS)):
+        tokens = mx.concatenate([prompt, tree.tokens[:, mx.array(path_to(row))]], axis=1)
+        alone_hidden, alone = verifier.target.forward(tokens, [PlainKVCache() for _ in model.layers])
+        worst_hidden = max(worst_hidden, mx.abs(hidden[:, row] - alone_hidden[:, -1]).max().item())
+        worst_logits = max(worst_logits, mx.abs(logits[:, row] - alone[:, -1]).max().item())
+    return worst_hidden, worst_logits
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tree_rows_equal_plain_reading(small_model, batch):
+    """If this fails, the target judges drafts by a text that was never written."""
+    hidden, logits = differences(small_model, batch)
+    assert hidden < 1e-4 and logits < 1e-3
+
+
+def test_embedded_target(pair):
+    hidden, logits = differences(pair[0])
+    assert hidden < 1e-3 and logits < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "4-bit"])
+def test_rounding_alone_separates_coarse_types(kind):
+    """If this fails, half precision or quantised targets lose their tree."""
+    model = make_model(hidden=64)
+    if kind == "4-bit":
+        model, _ = quantize_model(model, {}, 32, 4)
+    else:
+        model.set_dtype(getattr(mx, kind))
+    verifier = Verifier(Target(model))
+    assert verifier.capability == TREE, verifier.reason
+    _, logits = differences(model)
+    assert logits < 0.5
+
+
+def test_a_wrong_position_is_noticed(small_model, monkeypatch):
+    """If this fails, the self-check accepts a model whose rope it could not reach."""
+    right = rope._rope
+
+    def wrong(x, dims, *, offset, **options):
+        return right(x, dims, offset=offset + 1 if isinstance(offset, mx.array) else offset, **options)
+
+    monkeypatch.setattr(rope, "_rope", wrong)
+    for kind in ("float32", "bfloat16"):
+        small_model.set_dtype(getattr(mx, kind))
+        verifier = Verifier(Target(small_model))
+        assert verifier.capability == NONE and "logits differ" in verifier.reason
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_positions_per_batch_entry_are_enough_for_trees(small_model, monkeypatch, batch):
+    """If this fails, models that know no position per row get chains only, or rows see one another's text."""
+    monkeypatch.setattr(rope, "_rope", mx.fast.rope)
+    verifier = Verifier(Target(small_model))
+    assert verifier.capability == TREE and verifier.found.apart and not verifier.reason
+    hidden, logits = differences(small_model, batch)
+    assert hidden < 1e-4 and logits < 1e-3
+
+
+def test_without_a_position_per_token_there_is_a_chain(small_model, chains_only):
+    """If this fails, a model whose rope is out of reach gets no drafts at all."""
+    verifier = Verifier(Target(small_model))
+    assert verifier.capability == CHAIN and verifier.reason
+
+
+def test_caches_that_forget_in_another_way_are_refused(small_model, monkeypatch):
+    """If this fails, rejected tokens stay in a cache that cannot give them back."""
+    monkeypatch.setattr(type(small_model), "make_cache", lambda self: [RotatingKVCache(max_size=8, keep=4)] * 2)
+    verifier = Verifier(Target(small_model))
+    assert verifier.capability == NONE and "RotatingKVCache" in verifier.reason
+
+
+def test_the_model_is_left_as_it_was(small_model):
+    """If this fails, mlx-lm computes something else after ours has run."""
+    before = {name: type(module) for name, module in small_model.named_modules()}
+    tokens = mx.array([[1, 2, 3, 4]])
+    expected = small_model(tokens)
+    differences(small_model)
+    assert {name: type(module) for name, module in small_model.named_modules()} == before
+    assert list(dict(small_model.named_modules())) == list(before) and mx.fast.rope is rope._FAST_ROPE
+    assert mx.array_equal(small_model(tokens), expected)
+    layer = small_model.layers[0].self_attn
+    layer.o_proj = Failing()
+    with pytest.raises(ZeroDivisionError):
+        Target(small_model).forward(tokens, [PlainKVCache() for _ in small_model.layers])
+    assert isinstance(layer.rope, nn.RoPE) and type(small_model.model).__name__ == "LlamaModel"
+
+
+class Failing(nn.Module):
+    def __call__(self, x):
+        raise ZeroDivisionError
+
+
+def test_probed_once_per_model(small_model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(verification, "probe", lambda target: calls.append(1) or probe.probe(target))
+    assert verifier_of(small_model).capability == verifier_of(small_model).capability == TREE
+    assert len(calls) == 1
+    assert all("redrafter" not in name for name, _ in tree_flatten(small_model.parameters()))
+
+
+def test_context_length(pair, small_model):
+    assert Target(pair[0]).context_length == 2048
+    assert Target(small_model).context_length == 512

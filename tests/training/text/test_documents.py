@@ -1,0 +1,176 @@
+"""Data files: every form that is read, and one line for what is wrong with them."""
+
+import json
+
+import pytest
+
+from mlx_redrafter import UserError
+from mlx_redrafter.training.text import documents as documents_module
+from mlx_redrafter.training.text.documents import Documents
+from mlx_redrafter.training.text.formats import Question, document, read_questions
+
+USER, ASSISTANT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+
+
+def lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, ASSISTANT], "text": None},
+        {"messages": [USER | {"content": [{"type": "text", "text": "Why?"}]}, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+        {"conversations": [{"from": f, "value": v} for f, v in (("gpt", "Lost."), ("human", "Why?"), ("gpt", "So."))]},
+        {"conversations": [USER, ASSISTANT]},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+    ],
+)
+def test_forms_of_conversations(record):
+    """If this fails, a common form of data is not read, or roles are mixed up."""
+    assert document(record, "here").messages == [USER, ASSISTANT]
+
+
+def test_every_document_comes_back(tmp_path):
+    """If this fails, documents of a file are lost, cut short or mixed up."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"text": "ä one"}, ensure_ascii=False).encode() + b"\r\n\n  \n"
+        b'{"prompt": "1 + 1 =", "completion": " 2"}\n{"messages": '
+        + json.dumps([USER, ASSISTANT]).encode()
+        + b'}\n{"text": "the last"}'
+    )
+    (tmp_path / "b.json").write_text(json.dumps([{"text": "x"}, {"text": "y"}]))
+    (tmp_path / "c.txt").write_text("plain\n")
+    found = Documents([str(tmp_path / name) for name in ("a.jsonl", "b.json", "c.txt")], "--data")
+    read = [found[i] for i in range(len(found))]
+    assert [d.text for d in read] == ["ä one", " 2", "", "the last", "x", "y", "plain\n"]
+    assert [d.where.replace(str(tmp_path), "") for d in read] == [
+        "/a.jsonl line 1", "/a.jsonl line 4", "/a.jsonl line 5", "/a.jsonl line 6",
+        "/b.json item 1", "/b.json item 2", "/c.txt line 1",
+    ]  # fmt: skip
+    assert read[1].prompt == "1 + 1 =" and read[2].messages == [USER, ASSISTANT]
+    assert found.roles.tolist() == [False, True, True, False, False, False, False]
+    assert [file["bytes"] for file in found.files] == [p.stat().st_size for p in sorted(tmp_path.iterdir())]
+
+
+def test_long_texts_are_pieces(tmp_path, monkeypatch):
+    """If this fails, a piece of a long text is lost, read twice, or cut within a character."""
+    monkeypatch.setattr(documents_module, "PIECE", 100)
+    text = "".join(f"line {i} ä€\n" * (i % 3) for i in range(60)) + "€" * 150 + "\nend"
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    found = Documents([str(tmp_path / "a.txt")], "--data")
+    read = [found[i] for i in range(len(found))]
+    assert "".join(d.text for d in read) == text and len(read) > 12 and found.sizes.max() <= 100
+    assert [d.is_start for d in read] == [True] + [False] * (len(read) - 1)
+    assert [d.is_end for d in read] == [False] * (len(read) - 1) + [True]
+    assert all(d.text.endswith("\n") for d in read[:8])
+    line = int(read[3].where.rsplit(" ", 1)[1])
+    assert text.split("\n")[line - 1] == read[3].text.split("\n")[0]
+
+
+def test_folders(tmp_path, monkeypatch):
+    tree = tmp_path / "tree"
+    for name in ("b.py", "a/c.swift", "a/d.bin", ".git/e.py", "node_modules/f.js", "a/deep/fixture.jsonl"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("text")
+    (tree / "odd.txt").write_bytes(b"\xff\xfe")
+    (tree / "empty.md").write_text(" \n")
+    found = Documents([str(tree)], "--data")
+    assert [d.text for d in (found[0], found[1])] == ["text", "text"] and len(found) == 2
+    assert {file["path"].removeprefix(str(tree)) for file in found.files} >= {"/a/c.swift", "/b.py"}
+    data = tmp_path / "data"
+    data.mkdir()
+    lines(data / "train.jsonl", {"text": "one"})
+    (data / "README.md").write_text("a card")
+    assert [file["path"] for file in Documents([str(data) + "/"], "--data").files] == [f"{data}/train.jsonl"]
+
+
+def test_data_sets_of_the_hub(monkeypatch, tmp_path):
+    """If this fails, a data set is looked for among the models, or its other files count as data."""
+    asked = {}
+
+    def download(repo, repo_type, allow_patterns):
+        asked.update(repo=repo, kind=repo_type, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("mlx_redrafter.system.hub.snapshot_download", download)
+    with pytest.raises(UserError, match=r"--data some/set: the data set has no .jsonl, .json or .txt file \(parquet"):
+        Documents(["some/set"], "--data")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "sub").mkdir()
+    lines(tmp_path / "sub" / "a.jsonl", {"text": "one"})
+    found = Documents(["some/set"], "--data")
+    assert asked == {"repo": "some/set", "kind": "dataset", "patterns": ["*.jsonl", "*.json", "*.txt"]}
+    assert found[0].where == "some/set/sub/a.jsonl line 1" and len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl line 2: not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"a": 1, "b": 2}\n', r"line 3: found the fields a, b; expected messages"),
+        ("a.jsonl", b'{"prompt": "x"}\n', r"line 1: found the fields prompt; expected .* completion, or text"),
+        ("a.jsonl", b'{"text": "x"}\n[1]\n', r"line 2: found a JSON list, expected an object"),
+        ("a.jsonl", b'{"text": 5}\n', r"line 1: text: found 5, expected text"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: text: not valid Unicode at character 0"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"line 2: not UTF-8 \(byte 0xff\)"),
+        ("a.jsonl", b'{"messages": []}\n', r"line 1: messages: expected a list of messages"),
+        ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', r"messages\[0\]: expected an object with role and content"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', r"messages\[0\].content: found null, expected text"),
+        ("a.jsonl", b'{"conversations": [{"from": "gpt"}]}\n', r"conversations\[0\].value: found null, expected text"),
+        ("a.jsonl", b"", r"--data .*a.jsonl: empty, no text found"),
+        ("a.json", b'[{"text": "x"},\n{"text"}]', r"a.json line 2: not valid JSON"),
+        ("a.json", b'{"text": "x"}', r"a.json: found a JSON dict, expected an array of records"),
+        ("a.json", b'[{"text": "x"}, {}]', r"a.json item 2: found the fields \(none\); expected"),
+        ("a.txt", b"one\ntwo \xff\n", r"a.txt line 2: not UTF-8 \(byte 0xff\)"),
+        ("a.txt", b" \n", r"a.txt: empty, no text found"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file(tmp_path, name, content, message):
+    """If this fails, a mistake in a file of a million lines has to be searched for."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        Documents([str(tmp_path / name)], "--data")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"--data nowhere.jsonl: no such file or directory"):
+        Documents(["nowhere.jsonl"], "--data")
+    with pytest.raises(UserError, match=r"empty, no .jsonl file and no text or source file below it"):
+        Documents([str(tmp_path)], "--data")
+
+
+def test_questions(tmp_path):
+    """If this fails, prompts are lost, or a file's own answers are taken for the target's."""
+    system = {"role": "system", "content": "Be brief."}
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"turns": ["One?", "Two?"], "category": "x"},
+        {"prompt": "Continue:"},
+        {"messages": [system, USER, ASSISTANT, USER]},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    )
+    one, two, three, four, five = read_questions(path, "--prompts")
+    assert one == Question(f"{path} line 1", ["One?", "Two?"])
+    assert two == Question(f"{path} line 2", ["Continue:"], plain=True)
+    assert three == Question(f"{path} line 3", ["Why?", "Why?"], "Be brief.")
+    assert four.turns == five.turns == ["Why?"]
+    (tmp_path / "b.txt").write_text("One?\n\nTwo?\n")
+    assert [q.turns for q in read_questions(str(tmp_path / "b.txt"), "--prompts")] == [["One?"], ["Two?"]]
+    for content, message in (
+        (b'{"turns": []}\n', "line 1: turns: expected a list of texts"),
+        (b'{"turns": ["x", 1]}\n', r"line 1: turns\[1\]: found 1, expected text"),
+        (b'{"text": "x"}\n', "line 1: found the fields text; expected turns, prompt, messages, or conversations"),
+        (json.dumps({"messages": [ASSISTANT]}).encode(), "messages: no message has the role user"),
+        (b"", "empty, expected prompts"),
+    ):
+        (tmp_path / "c.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_questions(str(tmp_path / "c.jsonl"), "--prompts")
+    with pytest.raises(UserError, match="--prompts nowhere: no such file"):
+        read_questions("nowhere", "--prompts")
