@@ -10,11 +10,11 @@ from mlx_redrafter.convert.drafter import convert_drafter
 from mlx_redrafter.convert.export import export
 from mlx_redrafter.convert.medusa import convert_medusa, is_medusa
 from mlx_redrafter.convert.target import convert_target
-from mlx_redrafter.convert.upload import require_login, upload
 
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.hub import require_login, upload
 from mlx_redrafter.text.loading import DTYPES
 from mlx_redrafter.training.drafters.medusa_tree_fit import fit_medusa_tree
 from mlx_redrafter.training.text.data_plan import SELF

@@ -132,7 +132,6 @@ KNOWN: list[str] = [
     "mlx_redrafter.doctor.report -> mlx_redrafter.cli.tune",
     "mlx_redrafter.drafting.kinds -> mlx_redrafter.decoding.sampling",
     "mlx_redrafter.drafting.lookup -> mlx_redrafter.tuning.lookup_controller",
-    "mlx_redrafter.training.command -> mlx_redrafter.convert.upload",
 ]
 TOO_MANY: list[str] = ["benchmarks: 30 modules", "mlx_redrafter/training: 16 modules"]
 TOO_LONG: list[str] = ["mlx_redrafter/target/cache/attention.py"]

@@ -1,11 +1,14 @@
-"""From a path or a Hub id to a local directory."""
+"""The Hugging Face Hub: repositories to local directories, and directories to repositories.
+
+Knows nothing of what the files hold.
+"""
 
 from __future__ import annotations
 
 import pathlib
 import re
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from mlx_redrafter.errors import UserError, one_line
@@ -66,3 +69,48 @@ def fetch(
         raise UserError(
             f"{flag} {path_or_repo}: the download broke off ({one_line(error)}); whole files are kept for the next try"
         ) from error
+
+
+def require_login(repo: str) -> None:
+    """Raises UserError unless the Hub knows who we are, before any work is done."""
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise UserError(f"--upload-repo is {repo!r}, expected owner/name")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no token, a wrong one, no network
+        raise UserError(
+            f"--upload-repo {repo}: the Hub does not let us in ({one_line(error)}); log in with `hf auth login`"
+        ) from error
+
+
+def upload(folder: pathlib.Path, repo: str, source: str, ignore: list[str] | None = None) -> str:
+    """Uploads a directory, with a model card if it has none.
+
+    Args:
+        source: what it was converted from; the card names it if it is a Hub id.
+        ignore: patterns of files that stay here.
+
+    Returns:
+        the address.
+
+    Raises:
+        UserError: the Hub refuses, or the network fails. The directory stays.
+    """
+    api = HfApi()
+    try:
+        address = str(api.create_repo(repo, exist_ok=True))
+        if not (folder / "README.md").exists():
+            origin = None if pathlib.Path(source).expanduser().exists() else source
+            link = f" from [{origin}](https://huggingface.co/{origin})" if origin else ""
+            card = model_card(f"# {repo}\n\nConverted by mlx-redrafter{link}.\n", ["mlx", "mlx-redrafter"], origin)
+            card.save(folder / "README.md")
+        api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=ignore)
+    except Exception as error:  # whatever the network and the Hub come up with
+        raise UserError(f"--upload-repo {repo}: {one_line(error)}; what was to go there is in {folder}") from error
+    return address
+
+
+def model_card(text: str, tags: list[str], base_model: str | None = None) -> ModelCard:
+    """A README.md for the Hub: `text` in Markdown under the header that the Hub reads."""
+    data = ModelCardData(library_name="mlx", tags=tags, base_model=base_model)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

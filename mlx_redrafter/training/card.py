@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.system import hub
 from mlx_redrafter.training.drafters.base import Method
 
 NOT_SHOWN = ("out", "resume", "upload_repo", "run", "command")
@@ -57,11 +58,11 @@ def model_card(
         "command": f"`{command}`",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return (
-        f"---\nlibrary_name: mlx\ntags:\n- mlx\n- {method.name}\n- speculative-decoding\n---\n\n"
+    words = (
         f"# {method.title} for {name}\n\n"
         "Drafts for its target, which writes the same text in fewer passes, with\n"
         "[mlx-redrafter](https://arxiv.org/abs/2403.09919); of no use to another model.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f'    mlx-redrafter generate --model {shlex.quote(name)} --draft THIS_DIRECTORY -p "..."\n'
     )
+    return str(hub.model_card(words, ["mlx", method.name, "speculative-decoding"]))

@@ -11,11 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.convert.upload import require_login, upload
 from mlx_redrafter.drafting.drafter_files import save_head
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import remove_left_over, replace_file, require_free
-from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.system.hub import fetch, require_login, upload
 from mlx_redrafter.target.fingerprint import fingerprint
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import NONE, verifier_of

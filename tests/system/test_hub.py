@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import threading
+from unittest.mock import call, create_autospec
 
 import pytest
+from huggingface_hub import HfApi, ModelCard
 from support import make_drafter
 
 from mlx_redrafter import UserError
@@ -230,42 +232,34 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
     assert len(asked) == 1
 
 
-class Api:
-    """What an upload asks of huggingface-hub's HfApi, recorded."""
-
-    calls: tuple = ()
-    refuses = None
-
-    def whoami(self):
-        if self.refuses == "whoami":
-            raise OSError("Token is required")
-
-    def create_repo(self, repo, exist_ok):
-        Api.calls += (("create", repo, exist_ok),)
-        return f"https://hub/{repo}"
-
-    def upload_large_folder(self, repo_id, folder_path, repo_type, ignore_patterns):
-        if self.refuses == "upload":
-            raise ConnectionError("gone")
-        Api.calls += (("upload", repo_id, folder_path, repo_type, ignore_patterns),)
+@pytest.fixture
+def api(monkeypatch):
+    """HfApi as the installed huggingface-hub has it: a call that it would refuse fails here, too."""
+    api = create_autospec(HfApi, instance=True)
+    api.create_repo.return_value = "https://hub/me/new"
+    monkeypatch.setattr("mlx_redrafter.system.hub.HfApi", lambda: api)
+    return api
 
 
-def test_upload(hub, monkeypatch, tmp_path, capsys):
+def test_upload(hub, api, tmp_path, capsys):
     """If this fails, --upload-repo uploads something else than the result, or hides that it could not."""
-    monkeypatch.setattr("mlx_redrafter.convert.upload.HfApi", Api)
-    Api.calls, Api.refuses = (), None
     flags = ["convert", "drafter", "--hf-path", "someone/drafter", "--upload-repo", "me/new", "--mlx-path"]
     out = tmp_path / "mlx"
     assert main([*flags, str(out)]) == 0
-    assert Api.calls == (("create", "me/new", True), ("upload", "me/new", str(out), "model", None))
+    assert api.method_calls == [
+        call.whoami(),
+        call.create_repo("me/new", exist_ok=True),
+        call.upload_folder(repo_id="me/new", folder_path=out, ignore_patterns=None),
+    ]
     assert "me/new: uploaded, see https://hub/me/new" in capsys.readouterr().out
-    card = (out / "README.md").read_text()
-    assert "base_model: someone/drafter" in card and "library_name: mlx" in card and "# me/new" in card
-    Api.refuses = "upload"
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == "someone/drafter" and card.data.library_name == "mlx"
+    assert card.text.strip().startswith("# me/new\n")
+    api.upload_folder.side_effect = ConnectionError("gone")
     assert main([*flags, str(tmp_path / "second")]) == 2
     assert f"--upload-repo me/new: gone; what was to go there is in {tmp_path / 'second'}" in capsys.readouterr().err
     assert (tmp_path / "second" / "config.json").exists()
-    Api.refuses = "whoami"
+    api.whoami.side_effect = OSError("Token is required")
     assert main([*flags, str(tmp_path / "third")]) == 2
     assert "log in with `hf auth login`" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
