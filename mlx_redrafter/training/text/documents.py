@@ -7,12 +7,14 @@ in the last line is found before any work is done; later one document is read at
 from __future__ import annotations
 
 import array
-import functools
+import gzip
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,15 +22,24 @@ import numpy as np
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.hub import fetch
-from mlx_redrafter.training.text.formats import Document, decode, document, json_lines, parse_array, read_bytes
-
-_SUFFIXES = (
-    "txt md rst tex html css py pyi js jsx ts tsx c h cc cpp hpp cu m mm metal swift rs go java kt scala cs rb php pl"
-    " lua sh sql r jl hs ml ex erl clj zig toml yaml yml"
+from mlx_redrafter.training.text.formats import Document, document
+from mlx_redrafter.training.text.records import (
+    KINDS,
+    LINES,
+    SOURCE_SUFFIXES,
+    TEXT,
+    NotText,
+    bare_suffix,
+    decode,
+    json_lines,
+    kind_of,
+    read_bytes,
+    read_records,
+    reading,
 )
-SOURCE_SUFFIXES = frozenset("." + suffix for suffix in _SUFFIXES.split())
+
 SKIPPED_FOLDERS = frozenset(("__pycache__", "node_modules", "site-packages", "dist-packages"))
-DATASET_SUFFIXES = (".jsonl", ".json", ".txt")
+DATASET_SUFFIXES = (*KINDS, ".txt")
 DATASET_FACTS = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"))
 PIECE = 1 << 16  # bytes; a longer text is read as pieces of at most this, cut at line ends
 
@@ -36,8 +47,10 @@ PIECE = 1 << 16  # bytes; a longer text is read as pieces of at most this, cut a
 class Documents:
     """All documents of some files, folders, or data sets of the Hub.
 
-    A folder with .jsonl files is a data set of these; any other is a tree of text and source
-    files. Text files of more than 64 kB are several documents.
+    A folder that holds a data file is a data set of its data files (JSON lines, else tables or
+    arrays of records of a form that is read); any other is a tree of text and source files.
+    Text files of more than 64 kB are several documents. What cannot be found again by byte
+    (tables, arrays, gzipped files) is unpacked into a temporary file.
 
     Args:
         names: paths, or Hub ids "owner/name".
@@ -54,9 +67,10 @@ class Documents:
 
     def __init__(self, names: Sequence[str], flag: str):
         self.files: list[dict[str, Any]] = []
-        self._paths: list[pathlib.Path] = []
-        # Of each document: file, first byte, the byte after its last, line, and whether roles are known;
-        # in an array of a .json file: file, item, item plus its size, item from 1, roles.
+        self._kinds: list[str] = []
+        self._paths: list[pathlib.Path | None] = []  # None for what was unpacked
+        self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - goes with the object
+        # Of each document: file, first byte, the byte after its last, number, and whether roles are known.
         places = array.array("q")
         for name in names:
             for path, label in _find(name, flag):
@@ -66,61 +80,75 @@ class Documents:
             raise UserError(f"{flag} {' '.join(names)}: empty, no text found")
         self.sizes = self._places[:, 2] - self._places[:, 1]
         self.roles = self._places[:, 4].astype(bool)
-        self._array = functools.lru_cache(1)(self._array_of)
+        owners = self._places[:, 0]
+        self._is_first = np.diff(owners, prepend=-1) != 0
+        self._is_last = np.diff(owners, append=-1) != 0
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Document:
         """Reads one document. Raises UserError where its file cannot be read any more."""
-        file, first, end, line, _ = (int(place) for place in self._places[number])
-        path, facts = self._paths[file], self.files[file]
-        if path.suffix == ".json":
-            return document(self._array(file)[first], f"{facts['path']} item {line}")
-        try:
-            with path.open("rb") as handle:
-                handle.seek(first)
-                data = handle.read(end - first)
-        except OSError as error:
-            raise UserError(f"{facts['path']}: cannot be read ({error.strerror})") from error
-        where = f"{facts['path']} line {line}"
-        if path.suffix == ".jsonl":
-            return next(document(record, where) for *_, record in json_lines([data], facts["path"]))
-        text = decode(data, facts["path"])
-        return Document(where, text=text, is_start=first == 0, is_end=end == facts["bytes"])
-
-    def _array_of(self, file: int) -> list[Any]:
-        return parse_array(read_bytes(self._paths[file], self.files[file]["path"]), self.files[file]["path"])
+        file, first, end, place, _ = (int(part) for part in self._places[number])
+        path, label, kind = self._paths[file], self.files[file]["path"], self._kinds[file]
+        if path is None:
+            self._unpacked.seek(first)
+            data = self._unpacked.read(end - first)
+        else:
+            try:
+                with path.open("rb") as handle:
+                    handle.seek(first)
+                    data = handle.read(end - first)
+            except OSError as error:
+                raise UserError(f"{label}: cannot be read ({error.strerror})") from error
+        where = f"{label} {LINES if kind == TEXT else kind} {place}"
+        if kind != TEXT:
+            return next(document(record, where) for *_, record in json_lines([data], label))
+        return Document(
+            where,
+            decode(data, label),
+            is_start=bool(self._is_first[number]),
+            is_end=bool(self._is_last[number]),
+        )
 
     def _index(self, path: pathlib.Path, label: str, named: bool, places: array.array) -> None:
         number, found = len(self._paths), array.array("q")
-        if path.suffix == ".jsonl":
-            try:
-                with path.open("rb") as lines:
-                    for line, first, end, record in json_lines(lines, label):
-                        roles = document(record, f"{label} line {line}").has_roles
-                        found.extend((number, first, end, line, roles))
-            except OSError as error:
-                raise UserError(f"{label}: cannot be read ({error.strerror})") from error
-        elif path.suffix == ".json":
-            for item, record in enumerate(parse_array(read_bytes(path, label), label)):
-                roles = document(record, f"{label} item {item + 1}").has_roles
-                found.extend((number, item, item + len(json.dumps(record)), item + 1, roles))
-        else:
-            data = read_bytes(path, label)
-            try:
-                text = decode(data, label)
-            except UserError:
-                if named:
-                    raise
-                return  # trees hold odd files
-            line = 1
-            for first, end in _pieces(data) if text.strip() else ():
-                found.extend((number, first, end, line, False))
-                line += data.count(10, first, end)
+        try:
+            kind = kind_of(path, label)
+            text = decode(read_bytes(path, label), label) if kind == TEXT else ""
+        except NotText:
+            if named or bare_suffix(path) not in SOURCE_SUFFIXES:
+                raise
+            return  # trees hold odd files
+        with reading(path, label) as file:
+            unpacked = isinstance(file, gzip.GzipFile) or kind not in (LINES, TEXT)
+            if kind == TEXT:
+                data = text.encode()
+                start, line = self._unpack(data) if unpacked else 0, 1
+                for first, end in _pieces(data) if text.strip() else ():
+                    found.extend((number, start + first, start + end, line, False))
+                    line += data.count(10, first, end)
+            elif not unpacked:
+                for line, first, end, record in json_lines(file, label):
+                    found.extend((number, first, end, line, document(record, f"{label} line {line}").has_roles))
+            else:
+                for place, record in read_records(path, label):
+                    data, roles = json.dumps(record).encode(), document(record, f"{label} {kind} {place}").has_roles
+                    first = self._unpack(data)
+                    found.extend((number, first, first + len(data), place, roles))
         places.extend(found)
-        self._paths.append(path)
+        self._kinds.append(kind)
+        self._paths.append(None if unpacked else path)
         self.files.append({"path": label, "sha256": _sha256(path), "bytes": path.stat().st_size})
+
+    def _unpack(self, data: bytes) -> int:
+        """Appends to the temporary file; returns where."""
+        try:
+            first = self._unpacked.seek(0, 2)
+            self._unpacked.write(data)
+        except OSError as error:
+            raise UserError(f"{tempfile.gettempdir()}: cannot be written ({error.strerror})") from error
+        return first
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -151,21 +179,42 @@ def _find(name: str, flag: str) -> list[tuple[pathlib.Path, str]]:
     if root.is_file():
         return [(root, name)]
     if root.is_dir():
-        paths = sorted(root.glob("*.jsonl")) + sorted(root.glob("data/*.jsonl"))
-        paths = paths or sorted(_tree(root))
+        paths = _data_files(root) or sorted(text_files(root))
         if not paths:
             raise UserError(f"{flag} {name}: empty, no .jsonl file and no text or source file below it")
     elif re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
-        root = fetch(name, flag, [f"*{suffix}" for suffix in DATASET_SUFFIXES], repo_type="dataset")
-        paths = sorted(p for p in root.rglob("*") if p.suffix in DATASET_SUFFIXES and p.name not in DATASET_FACTS)
+        patterns = [f"*{suffix}{zipped}" for suffix in DATASET_SUFFIXES for zipped in ("", ".gz")]
+        root = fetch(name, flag, patterns, repo_type="dataset")
+        paths = sorted(p for p in root.rglob("*") if bare_suffix(p) in DATASET_SUFFIXES and p.name not in DATASET_FACTS)
         if not paths:
-            raise UserError(f"{flag} {name}: the data set has no .jsonl, .json or .txt file (parquet is not read)")
+            raise UserError(
+                f"{flag} {name}: the data set has no .jsonl, .json, .csv or .txt file (parquet is not read)"
+            )
     else:
         raise UserError(f"{flag} {name}: no such file or directory (a Hub id looks like owner/name)")
     return [(path, f"{name.rstrip('/')}/{path.relative_to(root).as_posix()}") for path in paths]
 
 
-def _tree(root: pathlib.Path) -> list[pathlib.Path]:
+def _data_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """The data files in a folder or in data/ below it, by the first kind of which there is one."""
+    files = [p for folder in (root, root / "data") if folder.is_dir() for p in sorted(folder.iterdir()) if p.is_file()]
+    lines = [p for p in files if KINDS.get(bare_suffix(p)) == LINES]
+    others = [p for p in files if bare_suffix(p) in KINDS and p.name not in DATASET_FACTS and _is_data(p)]
+    return (
+        lines or others or [p for p in files if p.suffix.lower() in (".parquet", ".arrow")]
+    )  # to be named as not read
+
+
+def _is_data(path: pathlib.Path) -> bool:
+    """Whether the first record of a table or array is a document; source trees hold others."""
+    try:
+        return any(document(record, "") for _, record in itertools.islice(read_records(path, path.name), 1))
+    except UserError:
+        return False
+
+
+def text_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """The text and source files below a folder; caches, packages and hidden folders are left out."""
     found = []
     for folder, below, files in os.walk(root):
         below[:] = [b for b in below if b not in SKIPPED_FOLDERS and not b.startswith(".")]

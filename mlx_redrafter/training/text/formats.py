@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.training.text.records import PAIRS, TEXT, decode, kind_of, read_bytes, read_records
 
-EXPECTED = "messages, conversations, prompt and completion, or text"
-EXPECTED_PROMPTS = "turns, prompt, messages, or conversations"
+EXPECTED = "messages, conversations, instruction and output, prompt and completion, or text"
+EXPECTED_PROMPTS = "turns, prompt, instruction, messages, or conversations"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclasses.dataclass
@@ -24,13 +23,15 @@ class Document:
         where: file and line, for messages to people.
         text: what is to be learned; empty for a conversation.
         prompt: what stands before the text and is not learned, None where nothing does.
-        messages: of a conversation, each with role and content.
+        gap: what parts the prompt from the text where a model has no chat template for that.
+        messages: of a conversation, each with role and content; an answer of weight 0 is not learned.
         is_start, is_end: whether the text begins, and ends, where its document does.
     """
 
     where: str
     text: str = ""
     prompt: str | None = None
+    gap: str = ""
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     is_start: bool = True
     is_end: bool = True
@@ -50,12 +51,14 @@ class Question:
         turns: what the user says, in order.
         system: the system's message, if any.
         plain: a single prompt that a model without a chat template can continue as text.
+        category: the file's own word for the kind of task, if any.
     """
 
     where: str
     turns: list[str]
     system: str | None = None
     plain: bool = False
+    category: str | None = None
 
 
 def document(record: Any, where: str) -> Document:
@@ -65,12 +68,13 @@ def document(record: Any, where: str) -> Document:
         return Document(where, messages=_messages(fields["messages"], f"{where}: messages"))
     if "conversations" in fields:
         return Document(where, messages=_sharegpt(fields["conversations"], f"{where}: conversations"))
-    if "prompt" in fields and "completion" in fields:
-        prompt, completion = fields["prompt"], fields["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return Document(where, messages=_messages([*prompt, *completion], f"{where}: prompt and completion"))
-        prompt, completion = _text(prompt, f"{where}: prompt"), _text(completion, f"{where}: completion")
-        return Document(where, text=completion, prompt=prompt)
+    for before, after in PAIRS:
+        if before in fields and after in fields:
+            prompt, text = fields[before], fields[after]
+            if isinstance(prompt, list) and isinstance(text, list):
+                return Document(where, messages=_messages([*prompt, *text], f"{where}: {before} and {after}"))
+            text, gap = _text(text, f"{where}: {after}"), "\n\n" if before == "instruction" else ""
+            return Document(where, text, _asked(fields, before, where), gap)
     if "text" in fields:
         return Document(where, text=_text(fields["text"], f"{where}: text"))
     raise UserError(f"{where}: found the fields {_names(fields)}; expected {EXPECTED}")
@@ -79,13 +83,16 @@ def document(record: Any, where: str) -> Document:
 def question(record: Any, where: str) -> Question:
     """A record of a file of prompts. Answers in it are left out. Raises UserError."""
     fields = _fields(record, where)
+    category = str(fields["category"]) if "category" in fields else None
     if "turns" in fields:
         turns = fields["turns"]
         if not isinstance(turns, list) or not turns:
             raise UserError(f"{where}: turns: expected a list of texts")
-        return Question(where, [_text(turn, f"{where}: turns[{i}]") for i, turn in enumerate(turns)])
-    if "prompt" in fields and isinstance(fields["prompt"], str):
-        return Question(where, [_text(fields["prompt"], f"{where}: prompt")], plain=True)
+        turns = [_text(turn, f"{where}: turns[{i}]") for i, turn in enumerate(turns)]
+        return Question(where, turns, category=category)
+    for name in ("prompt", "instruction"):
+        if isinstance(fields.get(name), str):
+            return Question(where, [_asked(fields, name, where)], plain=True, category=category)
     for name, read in (("messages", _messages), ("prompt", _messages), ("conversations", _sharegpt)):
         if name in fields:
             messages = read(fields[name], f"{where}: {name}")
@@ -93,12 +100,15 @@ def question(record: Any, where: str) -> Question:
             if not turns:
                 raise UserError(f"{where}: {name}: no message has the role user")
             system = [message["content"] for message in messages if message["role"] == "system"]
-            return Question(where, turns, "\n".join(system) or None)
+            return Question(where, turns, "\n".join(system) or None, category=category)
     raise UserError(f"{where}: found the fields {_names(fields)}; expected {EXPECTED_PROMPTS}")
 
 
-def read_questions(path: str, flag: str) -> list[Question]:
-    """A file of prompts: .jsonl, .json, or text with one prompt per line.
+def read_questions(path: str, flag: str, whole: bool = False) -> list[Question]:
+    """A file of prompts: JSON lines, a JSON array, a CSV table, or text with one prompt per line.
+
+    Args:
+        whole: a file of text is one prompt.
 
     Raises:
         UserError: no such file, not UTF-8, broken JSON, missing fields, or nothing in it.
@@ -106,65 +116,24 @@ def read_questions(path: str, flag: str) -> list[Question]:
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"{flag} {path}: {'not a file' if file.exists() else 'no such file'}")
-    data = read_bytes(file, path)
-    if file.suffix == ".json":
-        found = [question(item, f"{path} item {n}") for n, item in enumerate(parse_array(data, path), 1)]
-    elif file.suffix == ".jsonl":
-        found = [question(r, f"{path} line {n}") for n, _, _, r in json_lines(data.splitlines(True), path)]
+    if (kind := kind_of(file, path)) != TEXT:
+        found = [question(record, f"{path} {kind} {n}") for n, record in read_records(file, path)]
     else:
-        lines = decode(data, path).splitlines()
+        text = decode(read_bytes(file, path), path).removeprefix("\ufeff")
+        # Only line feeds part prompts: str.splitlines would cut at U+2028 and the like, too.
+        lines = [text] if whole else [line.removesuffix("\r") for line in text.split("\n")]
         found = [Question(f"{path} line {n}", [line], plain=True) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f"{flag} {path}: empty, expected prompts")
     return found
 
 
-def json_lines(lines: Iterable[bytes], label: str) -> Iterator[tuple[int, int, int, Any]]:
-    """The records of a .jsonl file.
-
-    Yields:
-        its line (from 1), its first byte and the byte after its last, and the parsed record.
-
-    Raises:
-        UserError: not UTF-8, or broken JSON; naming the line.
-    """
-    at = 0
-    for line, raw in enumerate(lines, 1):
-        where = f"{label} line {line}"
-        data = raw.removeprefix(_BOM) if line == 1 else raw
-        if data.strip():
-            try:
-                yield line, at, at + len(raw), json.loads(decode(data, where))
-            except ValueError as error:
-                raise UserError(f"{where}: not valid JSON ({one_line(error)})") from error
-        at += len(raw)
-
-
-def parse_array(data: bytes, label: str) -> list[Any]:
-    """The items of a .json file that holds an array. Raises UserError."""
-    try:
-        items = json.loads(decode(data.removeprefix(_BOM), label))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{label} line {error.lineno}: not valid JSON ({error.msg})") from error
-    if not isinstance(items, list):
-        raise UserError(f"{label}: found a JSON {type(items).__name__}, expected an array of records")
-    return items
-
-
-def read_bytes(path: pathlib.Path, label: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{label}: cannot be read ({error.strerror})") from error
-
-
-def decode(data: bytes, where: str) -> str:
-    """UTF-8 as text. Raises UserError naming the line of the first byte that is none."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = f" line {data.count(10, 0, error.start) + 1}" if " line " not in where else ""
-        raise UserError(f"{where}{line}: not UTF-8 (byte 0x{data[error.start]:02x})") from error
+def _asked(fields: dict[str, Any], name: str, where: str) -> str:
+    """A prompt; Alpaca's instruction has the input that it speaks of below it."""
+    asked = _text(fields[name], f"{where}: {name}")
+    if name == "instruction" and (given := _text(fields.get("input", ""), f"{where}: input")).strip():
+        return f"{asked}\n\n{given}"
+    return asked
 
 
 def _fields(record: Any, where: str) -> dict[str, Any]:
@@ -185,8 +154,18 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
             content = ""
         if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
             content = "".join(_text(part.get("text"), f"{where}[{i}].content") for part in content)
-        messages.append(message | {"content": _text(content, f"{where}[{i}].content")})
+        messages.append(
+            message | _weight(message, f"{where}[{i}]") | {"content": _text(content, f"{where}[{i}].content")}
+        )
     return messages
+
+
+def _weight(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message's weight, if it has one: 0 for an answer that is not to be learned, else 1."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise UserError(f"{where}.weight: found {json.dumps(weight)[:40]}, expected 0 or 1")
+    return {} if weight is None else {"weight": int(weight)}
 
 
 def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:
@@ -199,7 +178,8 @@ def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("from"), str):
             raise UserError(f"{where}[{i}]: expected an object with from and value")
         role = SHAREGPT_ROLES.get(message["from"], message["from"])
-        messages.append({"role": role, "content": _text(message.get("value"), f"{where}[{i}].value")})
+        said = {"role": role, "content": _text(message.get("value"), f"{where}[{i}].value")}
+        messages.append(said | _weight(message, f"{where}[{i}]"))
     while messages and messages[0]["role"] == "assistant":  # parts of longer conversations begin with an answer
         messages.pop(0)
     return messages

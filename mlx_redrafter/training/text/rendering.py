@@ -61,7 +61,7 @@ class Renderer:
         All of a text is to be learned but its first token, and of a completion nothing
         before it. A piece of a longer text has a beginning and an end only where the text has.
         """
-        before = self.encode(document.prompt) if document.prompt else []
+        before = self.encode(document.prompt + document.gap) if document.prompt else []
         ids = before + self.encode(document.text, special=document.is_start and not before)
         end = self._tokenizer.eos_token_id
         if document.is_end and end is not None and (not ids or ids[-1] != end):
@@ -81,20 +81,30 @@ class Renderer:
         will do under which a beginning renders as the beginning of the whole. Where it does
         not, the template's own marks are used, if it has them; else the conversation comes
         back once for each answer, cut after it and with that answer marked alone (templates
-        that leave the thoughts out of earlier answers need that).
+        that leave the thoughts out of earlier answers need that). Answers of weight 0 stay
+        unmarked; where all are, nothing comes back.
 
         Raises:
             UserError: no chat template, one that fails, or no answer that could be marked.
         """
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not answers:
+        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not spoken:
             raise UserError(f"{where}: no message has the role assistant")
+        answers = [i for i in spoken if messages[i].get("weight") != 0]
+        if not answers:
+            return []
         messages = messages[: answers[-1] + 1]
         whole = self._grown(messages, answers, where)
         if whole is not None:
             return [whole]
         if (own := self._template_marks(messages)) is not None:
-            return [own]
+            runs = np.flatnonzero(np.diff(own[1], prepend=False, append=False)).reshape(-1, 2)
+            spoken = [i for i in spoken if i < len(messages)]
+            if len(runs) == len(spoken):
+                for i, (first, end) in zip(spoken, runs, strict=True):
+                    own[1][first:end] = i in answers
+            if len(runs) == len(spoken) or answers == spoken:
+                return [own]
         parts = [self._grown(messages[: i + 1], [i], where) for i in answers]
         if found := [part for part in parts if part is not None]:
             return found

@@ -1,5 +1,6 @@
 """Data files: every form that is read, and one line for what is wrong with them."""
 
+import gzip
 import json
 
 import pytest
@@ -26,6 +27,7 @@ def lines(path, *records):
         {"conversations": [{"from": f, "value": v} for f, v in (("gpt", "Lost."), ("human", "Why?"), ("gpt", "So."))]},
         {"conversations": [USER, ASSISTANT]},
         {"prompt": [USER], "completion": [ASSISTANT]},
+        {"instruction": [USER], "output": [ASSISTANT]},
     ],
 )
 def test_forms_of_conversations(record):
@@ -54,6 +56,64 @@ def test_every_document_comes_back(tmp_path):
     assert read[1].prompt == "1 + 1 =" and read[2].messages == [USER, ASSISTANT]
     assert found.roles.tolist() == [False, True, True, False, False, False, False]
     assert [file["bytes"] for file in found.files] == [p.stat().st_size for p in sorted(tmp_path.iterdir())]
+
+
+ALPACA = [
+    {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+    {"instruction": 'Say, "hi".', "input": "", "output": "hi\nyou"},
+]
+EXPECTED = [("Add.\n\n1 + 1", "2"), ('Say, "hi".', "hi\nyou")]
+AS_LINES = "".join(json.dumps(record) + "\n" for record in ALPACA)
+AS_CSV = 'instruction,input,output\r\nAdd.,1 + 1,2\r\n"Say, ""hi"".",,"hi\nyou"\r\n'
+SEMICOLONS = 'instruction;input;output\nAdd.;1 + 1;2\n"Say, ""hi"".";;"hi\nyou"\n'
+WAYS = dict.fromkeys(("a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.dat", "a"), AS_LINES)
+WAYS |= {"b.json": json.dumps(ALPACA), "b.JSON": json.dumps(ALPACA), "b": json.dumps(ALPACA, indent=1)}
+WAYS |= {"c.csv": AS_CSV, "c.CSV": AS_CSV, "c": AS_CSV, "cbom.csv": "\ufeff" + AS_CSV, "csemicolons.csv": SEMICOLONS}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("name", WAYS)
+def test_a_file_is_read_as_what_it_is(tmp_path, name, zipped):
+    """If this fails, a drafter learns JSON syntax or commas, or a common file is refused."""
+    data, path = WAYS[name].encode(), tmp_path / (name + ".gz" * zipped)
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    found = Documents([str(path)], "--data")
+    assert [(found[i].prompt, found[i].text) for i in (1, 0)] == EXPECTED[::-1] and found.roles.all()
+    assert found[1].where.removeprefix(f"{path} ") == {"b": "item 2", "c": "row 3"}.get(
+        name[0], "row 3" if "csv" in name else "line 2"
+    )
+    assert [q.turns for q in read_questions(str(path), "--prompts")] == [[prompt] for prompt, _ in EXPECTED]
+
+
+def test_zipped_text_and_tables_of_tabs(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("ä {}\n".encode()))
+    (tmp_path / "b.tsv").write_text("Prompt\tcompletion \n1, 2\t3\n")
+    found = Documents([str(tmp_path / "b.tsv"), str(tmp_path / "a.txt.gz")], "--data")
+    assert [(d.prompt, d.text) for d in (found[0], found[1])] == [("1, 2", "3"), (None, "ä {}\n")]
+    assert found[1].is_start and found[1].is_end
+
+
+def test_folders_of_tables(tmp_path):
+    """If this fails, a data set's card is learned in place of its data, or a program's table breaks a source tree."""
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "ages.csv").write_text("name,age\nx,1\n")
+    assert [d["path"] for d in Documents([str(tmp_path)], "--data").files] == [f"{tmp_path}/README.md"]
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"train.parquet: is Parquet"):
+        Documents([str(tmp_path)], "--data")
+    (tmp_path / "train.csv").write_text(AS_CSV)
+    assert [d["path"] for d in Documents([str(tmp_path)], "--data").files] == [f"{tmp_path}/train.csv"]
+    (tmp_path / "train.JSONL.gz").write_bytes(gzip.compress(AS_LINES.encode()))
+    assert [d["path"] for d in Documents([str(tmp_path)], "--data").files] == [f"{tmp_path}/train.JSONL.gz"]
+
+
+def test_only_line_feeds_part_prompts(tmp_path):
+    """If this fails, a prompt is cut where no editor shows a new line."""
+    path = tmp_path / "a.txt"
+    path.write_text("One\u2028two\x0cthree?\r\nFour?\n", "utf-8", newline="")
+    assert [q.turns for q in read_questions(str(path), "--prompts")] == [["One\u2028two\x0cthree?"], ["Four?"]]
+    [whole] = read_questions(str(path), "--prompts", whole=True)
+    assert whole.turns == ["One\u2028two\x0cthree?\r\nFour?\n"]
 
 
 def test_long_texts_are_pieces(tmp_path, monkeypatch):
@@ -97,13 +157,18 @@ def test_data_sets_of_the_hub(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr("mlx_redrafter.system.hub.snapshot_download", download)
-    with pytest.raises(UserError, match=r"--data some/set: the data set has no .jsonl, .json or .txt file \(parquet"):
+    with pytest.raises(
+        UserError, match=r"--data some/set: the data set has no .jsonl, .json, .csv or .txt file \(parquet"
+    ):
         Documents(["some/set"], "--data")
     (tmp_path / "dataset_infos.json").write_text("{}")
     (tmp_path / "sub").mkdir()
     lines(tmp_path / "sub" / "a.jsonl", {"text": "one"})
     found = Documents(["some/set"], "--data")
-    assert asked == {"repo": "some/set", "kind": "dataset", "patterns": ["*.jsonl", "*.json", "*.txt"]}
+    patterns = [
+        f"*.{kind}{zipped}" for kind in ("jsonl", "ndjson", "json", "csv", "tsv", "txt") for zipped in ("", ".gz")
+    ]
+    assert asked == {"repo": "some/set", "kind": "dataset", "patterns": patterns}
     assert found[0].where == "some/set/sub/a.jsonl line 1" and len(found) == 1
 
 
@@ -127,6 +192,23 @@ def test_data_sets_of_the_hub(monkeypatch, tmp_path):
         ("a.json", b'[{"text": "x"}, {}]', r"a.json item 2: found the fields \(none\); expected"),
         ("a.txt", b"one\ntwo \xff\n", r"a.txt line 2: not UTF-8 \(byte 0xff\)"),
         ("a.txt", b" \n", r"a.txt: empty, no text found"),
+        ("a.parquet", b"PAR1\0\0", r"a.parquet: is Parquet, which is not read; convert it to JSON lines"),
+        ("a.jsonl", b"PAR1\0\0", r"a.jsonl: is Parquet"),
+        ("a.arrow", b"ARROW1\0\0", r"a.arrow: is Arrow, which is not read"),
+        ("a.jsonl.zst", b"(\xb5/\xfd..", r"a.jsonl.zst: is compressed by zstd, which is not read; unpack it"),
+        ("a.zip", b"PK\x03\x04", r"a.zip: is a zip archive"),
+        ("a.txt", "so".encode("utf-16"), r"a.txt: is UTF-16, expected UTF-8"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", r"a.jsonl: is a Git LFS pointer"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}')[:-9], r"a.jsonl.gz: cannot be read \(Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{'), r"a.jsonl.gz line 2: not valid JSON"),
+        ("a.csv", b"name,age\nx,1\n", r"a.csv row 2: found the fields age, name; expected messages"),
+        ("a.csv", b"prompt,completion\nx,y\nz\n", r"a.csv row 3: 1 cells, expected 2, as in the first row"),
+        ("a.csv", b'prompt,completion\nx,"y\n', r"a.csv row 2: not valid CSV"),
+        ("a.csv", b"text\n\xff\n", r"a.csv line 2: not UTF-8"),
+        ("a.csv", b"text\n", r"a.csv: empty, no text found"),
+        ("a.jsonl", b'{"instruction": "x", "input": 1, "output": "y"}', r"line 1: input: found 1, expected text"),
+        ("a.jsonl", b'{"instruction": "x", "input": "y"}', r"found the fields input, instruction; expected messages"),
+        ("a.jsonl", b'{"messages": [{"role": "a", "content": "x", "weight": 0.5}]}', r"weight: found 0.5, expected 0"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file(tmp_path, name, content, message):
@@ -156,7 +238,7 @@ def test_questions(tmp_path):
         {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
     )
     one, two, three, four, five = read_questions(path, "--prompts")
-    assert one == Question(f"{path} line 1", ["One?", "Two?"])
+    assert one == Question(f"{path} line 1", ["One?", "Two?"], category="x")
     assert two == Question(f"{path} line 2", ["Continue:"], plain=True)
     assert three == Question(f"{path} line 3", ["Why?", "Why?"], "Be brief.")
     assert four.turns == five.turns == ["Why?"]
@@ -165,7 +247,7 @@ def test_questions(tmp_path):
     for content, message in (
         (b'{"turns": []}\n', "line 1: turns: expected a list of texts"),
         (b'{"turns": ["x", 1]}\n', r"line 1: turns\[1\]: found 1, expected text"),
-        (b'{"text": "x"}\n', "line 1: found the fields text; expected turns, prompt, messages, or conversations"),
+        (b'{"text": "x"}\n', "line 1: found the fields text; expected turns, prompt, instruction, messages, or conv"),
         (json.dumps({"messages": [ASSISTANT]}).encode(), "messages: no message has the role user"),
         (b"", "empty, expected prompts"),
     ):

@@ -7,7 +7,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_redrafter import UserError
 from mlx_redrafter.text.loading import EMBEDDED
 from mlx_redrafter.training.text.file_rows import cut_rows
-from mlx_redrafter.training.text.formats import Document
+from mlx_redrafter.training.text.formats import Document, document
 from mlx_redrafter.training.text.rendering import Renderer
 
 CHATML = (
@@ -95,6 +95,17 @@ def test_marks_of_the_templates_own():
     ]
 
 
+@pytest.mark.parametrize("template", [CHATML, INST, THOUGHTS, MARKED])
+def test_answers_of_weight_0(template):
+    """If this fails, a drafter learns the answers that a data set marks as not to be learned."""
+    renderer, first, last = renderer_of(template), [dict(m) for m in TALK], [dict(m) for m in TALK]
+    first[3]["weight"], last[1]["weight"] = 0, 0
+    assert renderer.conversation([m | {"weight": 0} for m in TALK], "here") == []
+    for talk, answer, other in ((first, "Because.", "Yes, really."), (last, "Yes, really.", "Because.")):
+        [text] = [text for marked in renderer.conversation(talk, "here") for text in learned(renderer, marked)]
+        assert answer in text and other not in text
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
@@ -137,6 +148,14 @@ def test_completions():
     ((row, counts),), _ = cut_rows(renderer, [document], 40)
     assert learned(renderer, (row, counts)) == ["2\n<|im_end|>"]
     assert "<|im_start|>user\n1 + 1 = <|im_end|>" in renderer._tokenizer.decode(row)
+
+
+def test_instructions_without_a_template():
+    """If this fails, an answer follows its instruction without a line between."""
+    found = document({"instruction": "Add.", "input": "1 + 1", "output": "2"}, "here")
+    ((row, counts),), _ = cut_rows(renderer_of(None), [found], 40)
+    assert renderer_of(None).decode(row) == "Add.\n\n1 + 1\n\n2"
+    assert learned(renderer_of(None), (row, counts)) == ["2<|endoftext|>"]
 
 
 def test_conversations_that_do_not_fit():
