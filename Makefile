@@ -2,14 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+TESTS := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test coverage test-slow lint format clean
 
 demo: $(STAMP)
 	$(BIN)/mlx-redrafter demo
 
 test: $(STAMP)-torch
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(TESTS)
+
+# The same tests; takes longer, and prints which lines no test runs.
+coverage: $(STAMP)-torch
+	$(TESTS) --cov --cov-report=term
 
 test-slow: $(STAMP)-torch
 	$(BIN)/python -m pytest -q -m slow
@@ -17,7 +22,8 @@ test-slow: $(STAMP)-torch
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python .ci/check_types.py
+	$(BIN)/vulture
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -24,7 +24,7 @@ from mlx_redrafter.benchmarks.setup import (
     in_range,
     load_scaled,
 )
-from mlx_redrafter.benchmarks.side_by_side import side_by_side, summarize
+from mlx_redrafter.benchmarks.side_by_side import Method, side_by_side, summarize
 
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter, load_drafter, quantize_drafter
@@ -181,7 +181,7 @@ def _report(
     def decoder(drafter: RecurrentDrafter | None) -> Decoder:
         return Decoder(loaded.model, loaded.tokenizer, drafter, args.max_tokens)
 
-    methods = {"plain": decoder(None).plain}
+    methods: dict[str, Method] = {"plain": decoder(None).plain}
     methods |= {name: decoder(drafter).drafted(CHAIN) for name, drafter in drafters.items()}
     found = summarize(side_by_side(methods, texts, reference_every=8))
     rows: list[dict[str, Any]] = []

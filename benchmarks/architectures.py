@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -159,7 +160,8 @@ def document(outcomes: list[Outcome]) -> str:
         "# Architectures",
         "",
         "Made by `python -m mlx_redrafter.benchmarks.architectures --out docs` with",
-        f"mlx-lm {mlx_lm.__version__} and MLX {mx.__version__}; as data: [architectures.json](architectures.json).",
+        f"mlx-lm {mlx_lm.__version__} and MLX {importlib.metadata.version('mlx')}; as data: "
+        "[architectures.json](architectures.json).",
         "",
         summary(outcomes),
         "",

@@ -13,7 +13,7 @@ from mlx_redrafter.benchmarks.methods import Decoder
 from mlx_redrafter.benchmarks.prompts import Prompt, evenly, read_prompts, token_ids
 from mlx_redrafter.benchmarks.report import check_out, command_line
 
-from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import device_facts
@@ -75,7 +75,7 @@ class Loaded:
 class Pair(Loaded):
     """A target with its drafter."""
 
-    drafter: RecurrentDrafter
+    drafter: Drafter
 
     def decoder(self, max_tokens: int, temp: float = 0.0, seed: int = 0) -> Decoder:
         return Decoder(self.model, self.tokenizer, self.drafter, max_tokens, temp, seed, self.as_loaded)

@@ -69,7 +69,7 @@ def rename(weights: dict[str, mx.array], config: DrafterConfig, source: pathlib.
         UserError: a tensor that belongs to no drafter, is of another shape, or comes twice.
     """
     renamed: dict[str, mx.array] = {}
-    expected = {name: value.shape for name, value in tree_flatten(RecurrentDrafter(config).parameters())}
+    expected = {name: value.shape for name, value in dict(tree_flatten(RecurrentDrafter(config).parameters())).items()}
 
     def put(name: str, found: str, value: mx.array) -> None:
         if name in renamed:

@@ -76,7 +76,14 @@ def convert_target(
                 if quantize:
                     bits, group = (q_bits, q_group_size) if q_mode == "affine" else (None, None)
                     recipe = q_recipe and mixed_quant_predicate_builder(q_recipe, model, q_group_size)
-                    model, config = quantize_model(model, config, group, bits, q_mode, quant_predicate=recipe)
+                    model, config = quantize_model(
+                        model,
+                        config,
+                        group,
+                        bits,
+                        q_mode,
+                        quant_predicate=recipe or None,  # type: ignore[arg-type]
+                    )
         except Exception as error:  # whatever mlx-lm makes of the model
             raise UserError(f"{source}: mlx-lm cannot convert it: {one_line(error)}") from error
         weights = take_weights(model)

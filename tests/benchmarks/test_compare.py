@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_redrafter.benchmarks.contest import SETTINGS
 from support import SHARED
-from test_compare_page import traced_figures
+from support.pages import traced_figures
 
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.drafting.drafter_files import save_head

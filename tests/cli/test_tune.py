@@ -5,7 +5,7 @@ import json
 
 import pytest
 from support import make_drafter, make_model
-from test_session import made_up
+from support.costs import made_up
 
 from mlx_redrafter import DraftShape, UserError, stream_generate
 from mlx_redrafter.cli.main import main

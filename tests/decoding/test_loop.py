@@ -5,10 +5,10 @@ import time
 
 import mlx.core as mx
 import pytest
-from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 from support import make_drafter, make_model
+from support.texts import by_mlx_lm
 
 from mlx_redrafter.decoding.loop import _row, autoregressive, speculative
 from mlx_redrafter.decoding.options import DecodingOptions
@@ -28,10 +28,6 @@ SHAPES = [
     for length in (2, 5)
     for policy in ("best-first", "beams")
 ]
-
-
-def by_mlx_lm(model, prompt, count):
-    return [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
 
 
 def speculatively(model, drafter, prompt, count, shape, choose=greedy, verifier=None):

@@ -9,6 +9,7 @@ from support import make_drafter
 from mlx_redrafter import DraftShape
 from mlx_redrafter.decoding.sampling import draft_temperature, from_sampler, greedy, position_keyed
 from mlx_redrafter.drafting.kinds import proposer_for
+from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.errors import UserError
 
 
@@ -91,4 +92,5 @@ def test_the_proposer_goes_by_it(choose):
     drafter = make_drafter()
     table = mx.random.normal((97, 32), key=mx.random.key(1))
     proposer = proposer_for(drafter, lambda tokens: table[tokens], DraftShape(4, 5, 7), choose)
+    assert isinstance(proposer, RecurrentProposer)
     assert proposer.temperature == draft_temperature(choose)

@@ -21,7 +21,16 @@ from mlx_redrafter.text.loading import EMBEDDED
 COMMIT = "0" * 40
 
 
+class HubServer(http.server.ThreadingHTTPServer):
+    """Holds the files, counts down how often it breaks off, and notes what it was asked."""
+
+    files: dict[str, bytes]
+    asked: list
+    breaks: int
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
+    server: HubServer
     """The three requests that a download makes: what is in the repository, about a file, the file or its rest."""
 
     protocol_version = "HTTP/1.1"
@@ -98,7 +107,7 @@ def hub(tmp_path, monkeypatch):
     source = tmp_path / "hub-files"
     drafter = make_drafter(hidden=64, vocab=8192, exit_dim=128)
     save_drafter(drafter, source)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = HubServer(("127.0.0.1", 0), Hub)
     server.files = {path.name: path.read_bytes() for path in source.iterdir()}
     server.asked, server.breaks = [], 0
     shutil.rmtree(source)
@@ -200,7 +209,7 @@ def test_recorded_failures(monkeypatch, error, message):
 
     def failing(*args, **kwargs):
         if issubclass(kind, errors.HfHubHTTPError):
-            raise kind("recorded", response=HubAnswer(404))
+            raise kind("recorded", response=HubAnswer(404))  # type: ignore[call-arg]
         raise kind("recorded")
 
     monkeypatch.setattr("mlx_redrafter.system.hub.snapshot_download", failing)

@@ -101,7 +101,7 @@ def memorise(drafter: Drafter, model: LlamaForCausalLM, text: list[int], updates
     embeddings = model.get_input_embeddings()(tokens.to(hidden.device)).detach()
     optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
     for _ in range(updates):
-        state, loss = drafter.first_state(embeddings[starts + 1]), 0.0
+        state, loss = drafter.first_state(embeddings[starts + 1]), torch.zeros((), device=hidden.device)
         for k in range(1, depth):
             state = drafter.advance(embeddings[starts + k], state)
             wanted = tokens[starts + k + 1].to(hidden.device)

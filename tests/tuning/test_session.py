@@ -5,15 +5,15 @@ import itertools
 import mlx.core as mx
 import pytest
 from support import make_drafter, make_model
+from support.costs import made_up, shares
 
 from mlx_redrafter.decoding.steering import Outcome
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import CHAIN, Verifier
-from mlx_redrafter.tuning.calibration import Calibration, later_assumed
+from mlx_redrafter.tuning.calibration import Calibration
 from mlx_redrafter.tuning.expectation import Expectation
 from mlx_redrafter.tuning.session import (
-    DEPTHS,
     Limits,
     all_shapes,
     best_shape,
@@ -24,17 +24,6 @@ from mlx_redrafter.tuning.session import (
 )
 from mlx_redrafter.tuning.shape_controller import Memory
 from mlx_redrafter.tuning.step_costs import LENGTHS, LONG_ROWS, ROWS, WIDTHS, Costs, measure
-
-
-def made_up(row_seconds, draft=lambda width, length: 0.01 * (length - 1), plain=None):
-    """Costs whose time of M rows is a function of M."""
-    verify = {rows: row_seconds(rows) for rows in ROWS}
-    drafts = {w: {length: draft(w, length) for length in LENGTHS} for w in WIDTHS}
-    return Costs({128: verify}, {128: plain or row_seconds(1)}, drafts)
-
-
-def shares(quality):
-    return [quality] * DEPTHS, later_assumed(quality)
 
 
 def test_rows_that_cost_nothing_make_a_large_tree():

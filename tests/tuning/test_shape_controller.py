@@ -8,8 +8,8 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
 from support import make_drafter, make_model
-from test_loop import by_mlx_lm
-from test_session import made_up, shares
+from support.costs import made_up, shares
+from support.texts import by_mlx_lm
 
 from mlx_redrafter import stream_generate
 from mlx_redrafter.decoding.loop import autoregressive, speculative

@@ -2,18 +2,12 @@
 
 import numpy as np
 import pytest
-from mlx_lm.tokenizer_utils import load as load_tokenizer
+from support.templates import CHATML, renderer_of
 
 from mlx_redrafter import UserError
-from mlx_redrafter.text.loading import EMBEDDED
 from mlx_redrafter.training.text.file_rows import cut_rows
 from mlx_redrafter.training.text.formats import Document, document
-from mlx_redrafter.training.text.rendering import Renderer
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -37,16 +31,6 @@ TALK = [
     {"role": "assistant", "content": "<think>oh</think>Yes, really."},
 ]
 ANSWERS = ["<think>hm</think>Because.<|im_end|>", "<think>oh</think>Yes, really.<|im_end|>"]
-
-
-def renderer_of(template, ends=("<|im_end|>",)):
-    tokenizer = load_tokenizer(EMBEDDED / "target")
-    if "<|im_end|>" in (template or ""):
-        tokenizer._tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-        tokenizer.eos_token_ids = {tokenizer.convert_tokens_to_ids(end) for end in ends}
-    tokenizer.chat_template = template
-    tokenizer.has_chat_template = template is not None
-    return Renderer(tokenizer)
 
 
 def learned(renderer, marked):

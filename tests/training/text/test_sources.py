@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 from support import make_model
-from test_rendering import CHATML, renderer_of
-from test_writing import own_text
+from support.templates import CHATML, renderer_of
+from support.texts import own_text
 
 from mlx_redrafter import UserError
 from mlx_redrafter.embedded.corpus import stdlib_files
@@ -188,24 +188,24 @@ def test_what_is_wrong(base, tmp_path, monkeypatch, flags, message):
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"messages": talk}))
     (tmp_path / "one.txt").write_text("A text")
     with pytest.raises(UserError, match=message) as error:
-        prepare(tmp_path / "rows", *base[:2], DataPlan(**flags))
+        prepare(tmp_path / "rows", base[0], base[1], DataPlan(**flags))
     assert "\n" not in str(error.value) and not (tmp_path / "rows").exists()
 
 
 def test_templates_that_leave_no_room(chat, tmp_path):
     with pytest.raises(UserError, match=r"--row-length is 12, expected 2\d or more: the chat template alone takes"):
-        prepare(tmp_path, *chat[:2], DataPlan(length=12))
+        prepare(tmp_path, chat[0], chat[1], DataPlan(length=12))
 
 
 def test_another_target_or_tokenizer_is_refused(chat, base, tmp_path):
     plan = DataPlan(rows=4, length=40, held_out=1)
-    prepare(tmp_path, *base[:2], plan)
+    prepare(tmp_path, base[0], base[1], plan)
     other = Target(make_model(seed=1, vocab=4096))
     with pytest.raises(UserError, match="--model is"):
         prepare(tmp_path, other, base[1], plan)
     base[1].eos_token_ids = {0, 5}
     try:
         with pytest.raises(UserError, match="tokenizer"):
-            prepare(tmp_path, *base[:2], plan)
+            prepare(tmp_path, base[0], base[1], plan)
     finally:
         base[1].eos_token_ids = {0}

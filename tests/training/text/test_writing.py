@@ -3,18 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
 from support import make_model
+from support.texts import own_text
 
 from mlx_redrafter.training.text import writing
 from mlx_redrafter.training.text.writing import weights_digest, write
-
-
-def own_text(model, prompt, count, ends=()):
-    """mlx_lm's own greedy continuation, cut after the first ending token."""
-    tokens = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
-    end = next((i + 1 for i, token in enumerate(tokens) if token in ends), count)
-    return tokens[:end]
 
 
 def test_prompts_of_all_lengths(pair, prefixes):
