@@ -34,7 +34,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import replace_file
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.loading import NO_DRAFTER
 from mlx_redrafter.training import command as train_command
 from mlx_redrafter.training.acceptance_length import acceptance_length

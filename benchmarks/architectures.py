@@ -34,7 +34,8 @@ from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.system.files import replace_file
 from mlx_redrafter.target.cache.kv_cache import leaves
-from mlx_redrafter.target.verification import CHAIN, NONE, TREE, verifier_of
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import CHAIN, NONE, TREE
 from mlx_redrafter.text.loading import EMBEDDED
 
 TOKENS = 64

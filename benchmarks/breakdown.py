@@ -32,7 +32,7 @@ from tqdm import tqdm
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.table import Table
-from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.target.probe import verifier_of
 
 HELP = "time of each part of a step, and of the host between steps"
 

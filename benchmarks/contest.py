@@ -106,7 +106,7 @@ def open_contest(pair: Pair, draft_model: str | None, medusa: str | None) -> Con
     Raises:
         UserError: a model or heads for another target.
     """
-    missing, target = [], Target(pair.model)
+    missing, target = [], Target.of(pair.model)
     draft, heads = None, None
     if draft_model is None:
         missing.append("mlx_lm's draft model takes no part: --draft-model was not given.")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from mlx_redrafter.drafting.shape import AUTO, DraftShape
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.system.weights import weights
-from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.generate import stream_generate
 
 HELP = "speed and memory up to 16k tokens, and the cost of a roomy cache"

@@ -26,7 +26,7 @@ def load_draft_model(path: str, target: Target) -> nn.Module:
         UserError: it is no mlx-lm model, or has another vocabulary.
     """
     model, _ = load_target(fetch(path, "--draft-model"), None, None)
-    found = Target(model).vocab_size
+    found = Target.of(model).vocab_size
     if found != target.vocab_size:
         raise UserError(f"--draft-model {path}: vocabulary of {found}, the target's is {target.vocab_size}")
     if not any("scales" in module for module in model.modules()):

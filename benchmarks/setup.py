@@ -141,7 +141,7 @@ def encode_texts(args: argparse.Namespace, pair: Loaded, prompts: list[Prompt]) 
     # The embedded target continues Python and knows nothing of conversations.
     template = args.model is not None and not args.ignore_chat_template
     encoded = [token_ids(prompt, pair.tokenizer, args.prompt_tokens, template) for prompt in prompts]
-    longest, limit = max(map(len, encoded)), Target(pair.model).context_length
+    longest, limit = max(map(len, encoded)), Target.of(pair.model).context_length
     if limit is not None and longest + args.max_tokens > limit:
         raise UserError(
             f"--prompts: one has {longest} tokens, which with --max-tokens {args.max_tokens} exceeds the target's"

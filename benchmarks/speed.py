@@ -31,7 +31,7 @@ from mlx_redrafter.benchmarks.stages import Rows, require_verification
 
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.system.table import Table
-from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.target.probe import verifier_of
 
 HELP = "plain decoding and ways to draft, side by side"
 

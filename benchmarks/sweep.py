@@ -31,7 +31,7 @@ from mlx_redrafter.benchmarks.stages import require_verification
 from mlx_redrafter.drafting.shape import AUTO, BEAMS, BEST_FIRST, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.table import Table
-from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.target.probe import verifier_of
 
 HELP = "speed-up and acceptance over beam width, beam length and number of draft tokens"
 

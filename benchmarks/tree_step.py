@@ -12,7 +12,8 @@ from mlx_redrafter.decoding.trace import WatchedStep, watch
 from mlx_redrafter.decoding.tree_view import token_text
 from mlx_redrafter.drafting.kinds import proposer_for
 from mlx_redrafter.drafting.shape import DraftShape
-from mlx_redrafter.target.verification import TREE, verifier_of
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import TREE
 
 SHAPE = DraftShape(4, 5, 12)
 TOKENS = 48  # of each text that is looked at

@@ -20,7 +20,7 @@ from mlx_redrafter.benchmarks.workload import long_text
 from tqdm import tqdm
 
 from mlx_redrafter.system.table import Table
-from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.flags import add_pair_arguments
 
 HELP = "time of verifying 1 to 32 rows, against context length and cost of the target"

@@ -99,7 +99,7 @@ def convert_head(
 
 def _fingerprint(target: str, untied: Drafter, trust_remote_code: bool) -> dict:
     model, tokenizer = load_target(fetch(target, "--target"), trust_remote_code=trust_remote_code, lazy=True)
-    found = Target(model)
+    found = Target.of(model)
     if not found.missing:
         check_pair(found, untied, "--hf-path")
     return fingerprint(found, tokenizer, target)

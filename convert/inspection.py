@@ -204,7 +204,7 @@ def _inspect_target(
             found.cache_bytes[length] = sum(layer.nbytes for layer in cache)
         except Exception as error:  # of a model's own code; the rest of the report stands
             found.remarks.append(f"cache at {length} tokens: not known ({one_line(error)})")
-    if missing := Target(model).missing:
+    if missing := Target.of(model).missing:
         found.remarks.append(f"nothing can be drafted for it: {missing}")
 
 

@@ -22,7 +22,8 @@ from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import device_facts
-from mlx_redrafter.target.verification import NONE, verifier_of
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_model_arguments, draft_shape, load_from
 from mlx_redrafter.text.generate import stream_generate
 from mlx_redrafter.text.prompts import encode

@@ -10,7 +10,8 @@ from typing import Any
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import device_name
-from mlx_redrafter.target.verification import NONE, verifier_of
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_pair_arguments, load_from
 from mlx_redrafter.tuning import store
 from mlx_redrafter.tuning.session import Tuning, tuning_for

@@ -57,10 +57,8 @@ def speculative(
     def submit(waiting: bool) -> Submitted | None:
         """The next step; None where it is better built when the one before has been read."""
         proposer.shape = proposer.plan(asked if steering is None else steering.shape())
-        if proposer.shape is None and cache.can_settle and not cache.settled:
-            if not waiting:
-                return None
-            cache.settle(length)
+        if proposer.shape is None and not cache.plain_rows(length if waiting else None):
+            return None
         return step.submit()
 
     try:

@@ -29,8 +29,8 @@ from mlx_redrafter.system.device import device_facts, on_cpu
 from mlx_redrafter.system.files import replace_file
 from mlx_redrafter.system.weights import describe
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.probe import TREE, Capability
-from mlx_redrafter.target.verification import NONE, verifier_of
+from mlx_redrafter.target.probe import TREE, Capability, verifier_of
+from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_pair_arguments, load_from
 from mlx_redrafter.text.loading import load
 from mlx_redrafter.tuning.session import tuning_for
@@ -120,7 +120,7 @@ def _stage_checks(
     model: nn.Module, drafter: Drafter, tokenizer: Any, places: Places | None, embedded: bool
 ) -> Iterator[Check]:
     """Each stage in both places, and the self-check against plain decoding where it is used."""
-    target, verifier = Target(model), verifier_of(model)
+    target, verifier = Target.of(model), verifier_of(model)
     yield _capability(verifier.found, embedded)
     ways = every_way(verifier.found) if embedded else [verifier.found]
     if verifier.capability == NONE:
@@ -142,9 +142,9 @@ def _stage_checks(
 def _capability(found: Capability, embedded: bool) -> Check:
     """What verification against plain decoding has shown on this device."""
     name, figures = "verification against plain decoding", dataclasses.asdict(found)
-    if found.kind == TREE and not (embedded and found.apart):
+    if found.kind == TREE and not (embedded and found.split_rows):
         return Check(name, OK, "equal; any tree can be verified", "", figures)
-    what = f"capability {found.kind!r}{', rows apart' if found.apart else ''} ({found.reason})"
+    what = f"capability {found.kind!r}{', rows split' if found.split_rows else ''} ({found.reason})"
     if embedded:  # known to take any tree
         return Check(name, FAILED, f"{what}, expected {TREE!r}", REPORT, figures)
     return Check(name, NOTE, what, "", figures)

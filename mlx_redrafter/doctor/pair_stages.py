@@ -17,9 +17,9 @@ from mlx_redrafter.doctor.comparison import Place, Stage
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.probe import CHAIN, TREE, Capability, is_quantized, probe
+from mlx_redrafter.target.probe import is_quantized, probe
 from mlx_redrafter.target.tree import CandidateTree
-from mlx_redrafter.target.verification import Verifier
+from mlx_redrafter.target.verification import CHAIN, TREE, Capability, Verifier
 
 PARENTS = (0, 0, 0, 1, 2, 4)  # of the tree whose rows are verified
 PATH = (2, 4)  # what is accepted of it, the root aside
@@ -72,8 +72,8 @@ def tolerances(model: nn.Module, target: Target) -> tuple[float, float]:
 
 def every_way(found: Capability) -> list[Capability]:
     """All ways to read drafts that a target has for which trees are read as usual."""
-    if found.kind == TREE and not found.apart:
-        return [found, Capability(TREE, apart=True), Capability(CHAIN)]
+    if found.kind == TREE and not found.split_rows:
+        return [found, Capability(TREE, split_rows=True), Capability(CHAIN)]
     return [found]
 
 
@@ -99,7 +99,7 @@ def pair_stages(target: Target, drafter: Drafter, given: Inputs, ways: Sequence[
 def _what_it_can(target: Target) -> dict[str, mx.array]:
     """The self-check's outcome, letter by letter."""
     found = probe(target)
-    words = f"{found.kind}, {found.way}{', apart' if found.apart else ''}"
+    words = f"{found.kind}, {found.replay}{', rows split' if found.split_rows else ''}"
     return {f"kind ({words})": mx.array(len(found.mixers))}
 
 
@@ -136,7 +136,7 @@ def _verification_stage(target: Target, way: Capability, given: Inputs) -> Stage
         _, _, hidden, logits = _read(target, way, given)
         return {"hidden states": hidden, "logits": logits}
 
-    how = {CHAIN: "a chain", TREE: "a tree, rows apart" if way.apart else "a tree"}[way.kind]
+    how = {CHAIN: "a chain", TREE: "a tree, rows split" if way.split_rows else "a tree"}[way.kind]
     return Stage(f"verification of {how}", run)
 
 

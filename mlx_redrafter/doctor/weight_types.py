@@ -48,7 +48,7 @@ def variants(args: argparse.Namespace, model: nn.Module) -> list[Variant]:
         args: flags that name a pair.
         model: its target as they load it.
     """
-    dtype = Target(model).dtype
+    dtype = Target.of(model).dtype
     kind = str(dtype).removeprefix("mlx.core.")
     if is_quantized(model) or args.dtype is not None:
         quantized = is_quantized(model)
@@ -82,7 +82,7 @@ def _quantized(pair: Pair) -> Pair:
 
     nn.quantize(model, GROUP_SIZE, BITS, class_predicate=fits)
     mx.eval(model.parameters())
-    check_pair(Target(model), drafter)  # a drafter that shares the output layer shares the new one
+    check_pair(Target.of(model), drafter)  # a drafter that shares the output layer shares the new one
     return model, drafter, tokenizer
 
 

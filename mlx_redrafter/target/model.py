@@ -3,21 +3,19 @@
 The model is an unmodified mlx-lm model and its own code computes everything. Two things
 are slipped in while it is called, and taken out again afterwards:
 
-- the module that yields the hidden state its head reads is replaced by a recorder, and
-  mixers of layers with a state by what remembers their calls (see `state_cache`);
+- the module that yields the hidden state its head reads is replaced by a recorder;
 - MLX's rope, which takes one offset per batch entry, takes one per row as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.system.module_slots import Slipped, Slot, slots
-from mlx_redrafter.target.cache.recurrent import Mixer
 from mlx_redrafter.target.rope import positions_per_row
 
 
@@ -26,7 +24,6 @@ class Target:
 
     Args:
         model: an mlx-lm language model; the same after every call as before.
-        mixers: paths of the modules that read and write a layer's state, as `find_mixers` finds them.
 
     Attributes:
         vocab_size, hidden_size: of the token embedding.
@@ -34,12 +31,24 @@ class Target:
             there are. Plain decoding works all the same.
     """
 
-    def __init__(self, model: nn.Module, mixers: Sequence[str] = ()):
+    @classmethod
+    def of(cls, model: nn.Module) -> Target:
+        """The one target of a model, made anew only where the last one is no longer in use or no longer fits."""
+        # A weak reference: the model would own itself in a circle otherwise, and its memory would stay.
+        known = getattr(model, "_redrafter_target", None)
+        target = None if known is None else known()
+        fits = target is not None and target.model is model and all(s.in_place for s, _ in target._stand_ins)
+        if target is None or not fits:
+            target = cls(model)
+            model._redrafter_target = weakref.ref(target)
+        return target
+
+    def __init__(self, model: nn.Module):
         self.model = model
         self.missing = ""
         self.vocab_size = self.hidden_size = 0
         found = list(slots(model))
-        self._stand_ins: list[tuple[Slot, Any]] = [(s, Mixer(s.module)) for s in found if s.path in mixers]
+        self._stand_ins: list[tuple[Slot, Any]] = []
         self._recorders: list[_Recorder] = []
         if (parts := _find_body(found, (_setting(model, "vocab_size"), _setting(model, "hidden_size")))) is None:
             self.missing = f"model type {getattr(model, 'model_type', '?')!r} has no stack of layers with an embedding"
@@ -52,7 +61,7 @@ class Target:
         recorders += [(slot, _Head(slot.module)) for slot in _heads_inside(body.module, self.vocab_size)]
         self._recorders = [recorder for _, recorder in recorders]
         # What hangs inside the body goes in last and comes out first.
-        self._stand_ins += recorders
+        self._stand_ins = recorders
 
     @property
     def context_length(self) -> int | None:

@@ -1,39 +1,63 @@
-"""One forward pass of the target over all rows of a tree, for models that can do that."""
+"""Reads all rows of a tree in one forward pass of the target, in whatever way that target can.
+
+Knows nothing of drafters, nor of how it was found out what a target can do (see `probe`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_redrafter.system.module_slots import Slipped, slots
 from mlx_redrafter.target.cache.kv_cache import KVCache
+from mlx_redrafter.target.cache.recurrent import LENGTHS, Mixer
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.probe import CHAIN, NONE, TREE, Capability, probe, read
 from mlx_redrafter.target.tree import CandidateTree
 
-__all__ = ["CHAIN", "NONE", "TREE", "Verifier", "verifier_of"]
+TREE, CHAIN, NONE = "tree", "chain", "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """What can be verified with a model, and how.
+
+    Attributes:
+        kind: TREE (any tree), CHAIN (consecutive positions only, so beam width 1) or NONE
+            (decode without drafts).
+        reason: why it is not TREE, or what a tree costs more than usual, for people; else empty.
+        split_rows: the model gets each row of a tree as a batch entry of its own, so keys and
+            values are read once per row.
+        replay: how layers with a recurrent state take rows back: LENGTHS or ROWS, see `cache.recurrent`.
+        mixers: paths of the modules that read and write such a state.
+    """
+
+    kind: str
+    reason: str = ""
+    split_rows: bool = False
+    replay: str = LENGTHS
+    mixers: tuple[str, ...] = ()
 
 
 class Verifier:
-    """Verifies trees with a target, as far as that target allows.
+    """Verifies trees with a target, as far as that target can.
 
     Args:
         target: the model.
-        known: what an earlier check of the same model found; checked now if left out.
+        found: what it can do, as `probe` found out.
 
     Attributes:
-        capability: "tree" (any tree can be verified), "chain" (only consecutive
-            positions, so beam width 1) or "none" (decode without drafts).
-        reason: why the capability is not "tree", for people; empty otherwise.
-        found: all that the check found.
+        capability, reason: the kind and the reason of `found`.
     """
 
-    def __init__(self, target: Target, known: Capability | None = None):
-        self.found = known or probe(target)
-        self.capability, self.reason = self.found.kind, self.found.reason
-        self.target = Target(target.model, self.found.mixers) if self.found.mixers else target
+    def __init__(self, target: Target, found: Capability):
+        self.target, self.found = target, found
+        self.capability, self.reason = found.kind, found.reason
+        self._mixers = (
+            [(s, Mixer(s.module)) for s in slots(target.model) if s.path in found.mixers] if found.mixers else []
+        )
 
     def make_cache(self) -> KVCache:
         """An empty cache that trees can be written to (not for capability "none")."""
@@ -41,7 +65,7 @@ class Verifier:
 
     def adopt(self, prompt_cache: list[Any]) -> KVCache:
         """A cache that goes on from what mlx-lm caches hold."""
-        return KVCache.adopt(prompt_cache, self.found.way)
+        return KVCache.adopt(prompt_cache, self.found.replay)
 
     def __call__(self, tree: CandidateTree, cache: KVCache) -> tuple[mx.array, mx.array]:
         """Reads all rows of a tree in one call of the model.
@@ -55,17 +79,11 @@ class Verifier:
         Returns:
             hidden (B, 1 + N, hidden_size) and logits (B, 1 + N, vocab_size).
         """
-        if tree.rows == 1 and cache.settled:
-            hidden, logits = self.target.forward(tree.tokens, cache.layers)
-            assert hidden is not None  # capability "none" otherwise
-            return hidden, logits
-        return read(self.target, self.found, tree, cache)
-
-
-def verifier_of(model: nn.Module) -> Verifier:
-    """The verifier of an mlx-lm model, probed once per model."""
-    # nn.Module keeps what is neither array nor module as a plain attribute: no parameter is
-    # added. Only the outcome is kept, or the model would own itself in a circle.
-    verifier = Verifier(Target(model), getattr(model, "_redrafter_capability", None))
-    model._redrafter_capability = verifier.found
-    return verifier
+        split = self.found.split_rows
+        tokens = tree.tokens.reshape(-1, 1) if split else tree.tokens
+        with cache.reading(tree, self.found.kind == CHAIN, split) as positions, Slipped(self._mixers):
+            hidden, logits = self.target.forward(tokens, cache.layers, positions)
+        assert hidden is not None  # the kind is NONE otherwise
+        if split:
+            hidden, logits = (x.reshape(*tree.tokens.shape, x.shape[-1]) for x in (hidden, logits))
+        return hidden, logits

@@ -25,7 +25,8 @@ from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import NONE, Verifier, verifier_of
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import NONE, Verifier
 from mlx_redrafter.text.prompts import encode
 from mlx_redrafter.text.responses import GenerationResponse, responses, summary
 from mlx_redrafter.tuning.session import Tuning, tuning_for
@@ -109,7 +110,7 @@ def stream_generate(
     if not isinstance(shape, DraftShape) and shape != AUTO:
         raise UserError(f"shape is {shape!r}, expected a DraftShape or {AUTO!r}")
     ids = mx.array(encode(tokenizer, prompt), mx.int32)[None]
-    target = Target(model)
+    target = Target.of(model)
     _check_prompt(target, ids.shape[1] + cached(prompt_cache or []))
     options = DecodingOptions(
         choose=chooser or (from_sampler(sampler) if sampler is not None else greedy),

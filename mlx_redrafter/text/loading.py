@@ -70,7 +70,7 @@ def load(
     drafter = None
     if draft is not None and draft != NO_DRAFTER:
         drafter = open_drafter(fetch(draft, "--draft"))
-        target = Target(model)
+        target = Target.of(model)
         if not target.missing:
             check_pair(target, drafter, draft)
             check_fingerprint(target, tokenizer, drafter, draft)

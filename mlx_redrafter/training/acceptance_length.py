@@ -12,7 +12,8 @@ from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import NONE, Verifier
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.training.teacher import Rows
 
 
@@ -25,7 +26,7 @@ def acceptance_length(
         prompts: token ids to continue.
         max_tokens: per prompt.
     """
-    verifier = Verifier(target)
+    verifier = verifier_of(target.model)
     if verifier.capability == NONE:
         raise UserError(f"this target cannot verify drafts: {verifier.reason}")
     steps, proposer = 0, proposer_for(drafter, target.embed, shape)

@@ -17,7 +17,8 @@ from mlx_redrafter.system.files import remove_left_over, replace_file, require_f
 from mlx_redrafter.system.hub import fetch, require_login, upload
 from mlx_redrafter.target.fingerprint import fingerprint
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import NONE, verifier_of
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.loading import EMBEDDED, load_target
 from mlx_redrafter.training.acceptance_length import acceptance_length, held_out_prompts
 from mlx_redrafter.training.drafters.kinds import METHODS

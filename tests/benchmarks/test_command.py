@@ -11,7 +11,7 @@ from mlx_redrafter.benchmarks.workload import bytes_per_row, long_text, roomy_ca
 
 from mlx_redrafter import DraftShape, stream_generate
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.target.probe import verifier_of
 
 SHORT = ["--num-prompts", "2", "--prompt-tokens", "24", "-m", "10"]
 

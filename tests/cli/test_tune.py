@@ -11,8 +11,7 @@ from mlx_redrafter import DraftShape, UserError, stream_generate
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.decoding.steering import Outcome
 from mlx_redrafter.system import openblas
-from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import Verifier
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.flags import add_model_arguments, draft_shape
 from mlx_redrafter.tuning import store
 from mlx_redrafter.tuning.calibration import Calibration
@@ -89,7 +88,7 @@ def test_where_files_are_kept(tmp_path, monkeypatch):
 
 def test_what_was_learnt_is_kept(folder):
     """If this fails, every process finds out anew that a drafter is of no use."""
-    verifier, drafter = Verifier(Target(make_model())), make_drafter()
+    verifier, drafter = verifier_of(make_model()), make_drafter()
     tuning = tuning_for(verifier, drafter)
     for _ in range(40):
         tuning.memory.note_outcome(Outcome(DraftShape(), 0, [1, 1, 1], []))

@@ -14,9 +14,8 @@ from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.proposers import RecurrentProposer
-from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
-from mlx_redrafter.target.verification import Verifier
 
 PROMPT = "import os\n\n\ndef read_lines(path):\n"
 
@@ -85,7 +84,7 @@ def test_rows_see_their_paths():
 def test_the_whole_text_is_seen():
     """If this fails, a processor that counts or parses loses tokens between steps."""
     model, drafter = make_model(), make_drafter()
-    verifier = Verifier(Target(model))
+    verifier = verifier_of(model)
     seen = {}
 
     def spy(tokens, logits):
@@ -131,7 +130,7 @@ def test_plain_loop_of_mlx_lm_sees_the_same(small_model):
         lambda spy: list(generate_step(mx.array([3, 1, 4]), small_model, max_tokens=6, logits_processors=[spy])),
         lambda spy: list(
             speculative(
-                verifier := Verifier(Target(small_model)),
+                verifier := verifier_of(small_model),
                 RecurrentProposer(make_drafter(), verifier.target.embed, DraftShape(1, 2, 1)),
                 mx.array([[3, 1, 4]]),
                 verifier.make_cache(),

@@ -20,7 +20,8 @@ from mlx_redrafter.drafting.redrafter import quantize_drafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import CHAIN, Verifier
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import CHAIN
 
 SHAPES = [
     DraftShape(width, length, min(12, width * (length - 1)), policy)
@@ -31,7 +32,7 @@ SHAPES = [
 
 
 def speculatively(model, drafter, prompt, count, shape, choose=greedy, verifier=None):
-    verifier = verifier or Verifier(Target(model))
+    verifier = verifier or verifier_of(model)
     tokens, steps = [], 0
     options = DecodingOptions(choose, count)
     proposer = RecurrentProposer(drafter, verifier.target.embed, shape)
@@ -149,7 +150,7 @@ def test_other_types_run(pair, prefixes, kind):
 
 def test_a_chain_only_target(small_model, chains_only):
     """If this fails, targets that take only consecutive positions are drafted for wrongly."""
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     assert verifier.capability == CHAIN
     tokens, _ = speculatively(small_model, make_drafter(), [1, 2, 3], 30, DraftShape(4, 5, 12), verifier=verifier)
     assert tokens == by_mlx_lm(small_model, [1, 2, 3], 30)
@@ -158,7 +159,7 @@ def test_a_chain_only_target(small_model, chains_only):
 @pytest.mark.parametrize("budget", [1, 5, 12, 16])
 def test_one_call_of_the_target_per_step_on_exactly_its_rows(small_model, budget):
     """If this fails, a step reads the target's weights more than once, or checks rows nobody asked for."""
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     rows, original = [], type(small_model).__call__
 
     def counting(self, inputs, *args, **kwargs):
@@ -185,7 +186,7 @@ def test_a_step_is_one_lazy_graph(small_model, policy, width, in_one_piece):
 
     While mx.compile traces a function, reading any value that depends on its inputs raises.
     """
-    verifier, drafter = Verifier(Target(small_model)), make_drafter()
+    verifier, drafter = verifier_of(small_model), make_drafter()
     cache = verifier.make_cache()
     hidden, logits = prefill(verifier.target, mx.array([[1, 2, 3]]), cache.layers, DecodingOptions())
     cache.begin_trees()
@@ -213,7 +214,7 @@ class Built(Exception):
 
 def test_steps_in_a_batch(small_model):
     """If this fails, shapes are not batch first: rows of a batch mix."""
-    verifier, drafter = Verifier(Target(small_model)), make_drafter()
+    verifier, drafter = verifier_of(small_model), make_drafter()
     prompts = mx.array([[1, 2, 3], [7, 5, 9]])
     cache = verifier.make_cache()
     hidden, logits = prefill(verifier.target, prompts, cache.layers, DecodingOptions())
@@ -232,7 +233,7 @@ def test_steps_in_a_batch(small_model):
 
 def test_shapes_change_between_steps(small_model):
     """If this fails, a switch of shape, or to plain decoding and back, changes the text."""
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     shapes = [DraftShape(4, 5, 12), None, DraftShape(1, 4, 3), None, None, DraftShape(2, 3, 4, "beams"), DraftShape()]
     proposer = RecurrentProposer(make_drafter(), verifier.target.embed, shapes[0])
     tokens: list[int] = []

@@ -15,7 +15,7 @@ from mlx_redrafter.decoding.trace import watch
 from mlx_redrafter.decoding.tree_view import word
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.embedded.corpus import held_out_prefixes
-from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.target.probe import verifier_of
 
 STEP = re.compile(r"step \d+: (\d+) of (\d+) drafted accepted")
 

@@ -17,7 +17,7 @@ from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.target import acceptance
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import Verifier
+from mlx_redrafter.target.probe import probe
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
 
@@ -34,7 +34,7 @@ def on(place):
 def stages_of(places, drafter):
     target = Target(make_model())
     given = inputs(target, PROMPT, places.reference)
-    ways = every_way(Verifier(target).found)
+    ways = every_way(probe(target))
     return [plain_stage(target, given), *pair_stages(target, drafter, given, ways), *fixed.fixed_stages()]
 
 
@@ -48,7 +48,7 @@ def test_all_is_well(places, changes):
     assert {check.status for check in found.values()} == {OK}, found
     assert set(found) == {
         "plain pass (mlx-lm's own code)", "drafter", "beam search", "capability", "verification of a tree",
-        "verification of a tree, rows apart", "verification of a chain", "commit",
+        "verification of a tree, rows split", "verification of a chain", "commit",
         "tree building", "sampling", "acceptance",
     }  # fmt: skip
 
@@ -130,7 +130,7 @@ def broken_acceptance(places, patch):
         (broken_ranks, {"tree building"}),
         (
             broken_positions,
-            {"verification of a tree", "verification of a tree, rows apart", "capability", "commit"},
+            {"verification of a tree", "verification of a tree, rows split", "capability", "commit"},
         ),
         (broken_commit, {"commit", "capability"}),
         (broken_bits, {"sampling"}),

@@ -19,8 +19,9 @@ from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import LookupChain
 from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
-from mlx_redrafter.target.verification import CHAIN, Verifier, verifier_of
+from mlx_redrafter.target.verification import CHAIN
 from mlx_redrafter.text.responses import drafted
 from mlx_redrafter.tuning import lookup_controller
 from mlx_redrafter.tuning.lookup_controller import LookupMemory, LookupWorth, TextIndex
@@ -148,7 +149,7 @@ def texts_of(model, drafter, prompt, shape, mode, choose, count=24, verifier=Non
     """The plain text, and the one with lookup and its mean acceptance length."""
     options = DecodingOptions(choose, count)
     plain = autoregressive(Target(model), mx.array([prompt]), make_prompt_cache(model), options)
-    verifier = verifier or Verifier(Target(model))
+    verifier = verifier or verifier_of(model)
     proposer = proposer_for(verifier, drafter, shape, mode)
     steps = [p.tokens for p in speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options)]
     tokens = [token for step in steps for token in step]
@@ -189,7 +190,7 @@ def test_lookup_pays_in_texts_that_repeat_themselves(pair, prefixes, shape):
 
 def test_on_a_target_that_takes_chains_only(small_model, chains_only):
     """If this fails, lookup puts branches where the target cannot verify them."""
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     assert verifier.capability == CHAIN
     for mode in ("on", "auto"):
         plain, found, _ = texts_of(
@@ -199,7 +200,7 @@ def test_on_a_target_that_takes_chains_only(small_model, chains_only):
 
 
 def first_step(small_model, prompts, shape, drafter):
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     cache = verifier.make_cache()
     hidden, logits = prefill(verifier.target, mx.array(prompts), cache.layers, DecodingOptions())
     cache.begin_trees(len(prompts))
@@ -400,7 +401,7 @@ def test_a_branch_needs_steps_to_compare_with(clock):
 
 def test_auto_asks_nothing_of_the_device_while_it_is_off(small_model):
     """If this fails, auto costs operations where lookup does not pay."""
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     proposer = proposer_for(verifier, make_drafter(), DraftShape(), "auto")
     for _ in speculative(
         verifier, proposer, mx.array([RANDOM]), verifier.make_cache(), DecodingOptions(position_keyed(3.0, 1), 30)
@@ -417,7 +418,7 @@ def test_the_text_is_whole_when_auto_turns_on(small_model, monkeypatch):
         return LookupChain.of(8) if len(calls) > 4 else None
 
     monkeypatch.setattr(LookupWorth, "choose", choose)
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     proposer, cache = proposer_for(verifier, None, DraftShape(1, 9, 8), "auto"), verifier.make_cache()
     known, most = list(REPEATING), 0
     for produced in speculative(verifier, proposer, mx.array([REPEATING]), cache, DecodingOptions(max_tokens=150)):
@@ -432,7 +433,7 @@ def test_the_text_is_whole_when_auto_turns_on(small_model, monkeypatch):
 
 def test_a_proposer_is_as_it_was_after_a_text(small_model):
     """If this fails, the last step of one text decides how the next one is drafted."""
-    verifier, shapes = Verifier(Target(small_model)), []
+    verifier, shapes = verifier_of(small_model), []
     for drafter, shape in ((None, DraftShape(1, 9, 8)), (make_drafter(), DraftShape(4, 5, 7))):
         proposer = proposer_for(verifier, drafter, shape, "auto")
         asked = proposer.shape
@@ -447,12 +448,12 @@ def test_a_proposer_is_as_it_was_after_a_text(small_model):
 
 def test_plain_steps_beside_lookup_are_plain(small_model):
     """If this fails, steps without a lookup cost more than plain decoding's."""
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     proposer, cache, settled = proposer_for(verifier, None, DraftShape(), "auto"), verifier.make_cache(), []
     options = DecodingOptions(position_keyed(3.0, 1), 30)
     for produced in speculative(verifier, proposer, mx.array([RANDOM]), cache, options):
         if not produced.from_prompt and produced.shape is None:
-            settled.append(cache.settled)
+            settled.append(cache.plain_rows(None))
     assert len(settled) > 10 and all(settled)
 
 

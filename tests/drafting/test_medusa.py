@@ -26,7 +26,8 @@ from mlx_redrafter.drafting.medusa_tree import PUBLISHED, check_choices, fit_cho
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import MedusaProposer
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import CHAIN, Verifier
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import CHAIN
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 ALL = DraftShape(16, 5, 63)
@@ -67,7 +68,7 @@ def plainly(model, prompt, count, choose=greedy):
 
 
 def steps_of(model, heads, shape, count, choose=greedy, verifier=None, proposer=None):
-    verifier = verifier or Verifier(Target(model))
+    verifier = verifier or verifier_of(model)
     proposer = proposer or MedusaProposer(heads, shape)
     options = DecodingOptions(choose, count)
     return [p.tokens for p in speculative(verifier, proposer, mx.array([PROMPT]), verifier.make_cache(), options)]
@@ -178,7 +179,7 @@ def test_equals_plain_decoding(shape, temp):
 
 
 def test_on_a_target_that_takes_chains_only(small_model, chains_only):
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     assert verifier.capability == CHAIN
     steps = steps_of(small_model, make_heads(), ALL, 30, verifier=verifier)
     assert [t for step in steps for t in step][:30] == plainly(small_model, PROMPT, 30)
@@ -195,7 +196,7 @@ def test_together_with_lookup(small_model):
 
 def test_a_step_is_one_lazy_graph(small_model, in_one_piece):
     """If this fails, the host waits for the device in the middle of a step."""
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     cache = verifier.make_cache()
     hidden, logits = prefill(verifier.target, mx.array([PROMPT]), cache.layers, DecodingOptions())
     cache.begin_trees()

@@ -17,7 +17,8 @@ from support import make_drafter, make_model
 import mlx_redrafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.target.verification import CHAIN, TREE, verifier_of
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import CHAIN, TREE
 from mlx_redrafter.text.loading import EMBEDDED
 
 HIDDEN = 64

@@ -10,10 +10,11 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.utils import quantize_model
 from support import make_model
 
-from mlx_redrafter.target import probe, rope, verification
+from mlx_redrafter.target import probe, rope
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
-from mlx_redrafter.target.verification import CHAIN, NONE, TREE, Verifier, verifier_of
+from mlx_redrafter.target.verification import CHAIN, NONE, TREE
 
 PARENTS = [0, 0, 0, 1, 1, 3, 2, 6]
 
@@ -33,7 +34,7 @@ def path_to(row):
 
 def differences(model, batch=1, prompt_length=9):
     """Largest difference in hidden state and logits between a tree's rows and plain reading of their paths."""
-    verifier = Verifier(Target(model))
+    verifier = verifier_of(model)
     prompt = mx.random.randint(0, verifier.target.vocab_size, (batch, prompt_length))
     tree = random_tree(verifier.target.vocab_size, batch)
     cache = verifier.make_cache()
@@ -69,7 +70,7 @@ def test_rounding_alone_separates_coarse_types(kind):
         model, _ = quantize_model(model, {}, 32, 4)
     else:
         model.set_dtype(getattr(mx, kind))
-    verifier = Verifier(Target(model))
+    verifier = verifier_of(model)
     assert verifier.capability == TREE, verifier.reason
     _, logits = differences(model)
     assert logits < 0.5
@@ -85,30 +86,30 @@ def test_a_wrong_position_is_noticed(small_model, monkeypatch):
     monkeypatch.setattr(rope, "_rope", wrong)
     for kind in ("float32", "bfloat16"):
         small_model.set_dtype(getattr(mx, kind))
-        verifier = Verifier(Target(small_model))
-        assert verifier.capability == NONE and "logits differ" in verifier.reason
+        found = probe.probe(Target(small_model))
+        assert found.kind == NONE and "logits differ" in found.reason
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_positions_per_batch_entry_are_enough_for_trees(small_model, monkeypatch, batch):
     """If this fails, models that know no position per row get chains only, or rows see one another's text."""
     monkeypatch.setattr(rope, "_rope", mx.fast.rope)
-    verifier = Verifier(Target(small_model))
-    assert verifier.capability == TREE and verifier.found.apart and not verifier.reason
+    verifier = verifier_of(small_model)
+    assert verifier.capability == TREE and verifier.found.split_rows and "as a batch" in verifier.reason
     hidden, logits = differences(small_model, batch)
     assert hidden < 1e-4 and logits < 1e-3
 
 
 def test_without_a_position_per_token_there_is_a_chain(small_model, chains_only):
     """If this fails, a model whose rope is out of reach gets no drafts at all."""
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     assert verifier.capability == CHAIN and verifier.reason
 
 
 def test_caches_that_forget_in_another_way_are_refused(small_model, monkeypatch):
     """If this fails, rejected tokens stay in a cache that cannot give them back."""
     monkeypatch.setattr(type(small_model), "make_cache", lambda self: [RotatingKVCache(max_size=8, keep=4)] * 2)
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     assert verifier.capability == NONE and "RotatingKVCache" in verifier.reason
 
 
@@ -135,7 +136,8 @@ class Failing(nn.Module):
 
 def test_probed_once_per_model(small_model, monkeypatch):
     calls = []
-    monkeypatch.setattr(verification, "probe", lambda target: calls.append(1) or probe.probe(target))
+    original = probe.probe
+    monkeypatch.setattr(probe, "probe", lambda target: calls.append(1) or original(target))
     assert verifier_of(small_model).capability == verifier_of(small_model).capability == TREE
     assert len(calls) == 1
     assert all("redrafter" not in name for name, _ in tree_flatten(small_model.parameters()))

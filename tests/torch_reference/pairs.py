@@ -13,7 +13,8 @@ from mlx_lm.utils import load_model
 from transformers import LlamaForCausalLM
 
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, build_drafter
-from mlx_redrafter.target.verification import Verifier, verifier_of
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import Verifier
 
 from . import DEVICE, Drafter
 from .verification import read_sequence

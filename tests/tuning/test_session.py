@@ -9,8 +9,8 @@ from support.costs import made_up, shares
 
 from mlx_redrafter.decoding.steering import Outcome
 from mlx_redrafter.drafting.shape import DraftShape
-from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import CHAIN, Verifier
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import CHAIN
 from mlx_redrafter.tuning.calibration import Calibration
 from mlx_redrafter.tuning.expectation import Expectation
 from mlx_redrafter.tuning.session import (
@@ -62,7 +62,7 @@ def test_limits_are_kept():
     assert best_shape(costs, *shares(0.9), Limits(width=3, length=4))[0] == DraftShape(3, 4, 8)
     for shape in all_shapes(Limits()):
         shape.check(97)
-    verifier = Verifier(Target(make_model()))
+    verifier = verifier_of(make_model())
     verifier.capability = CHAIN
     assert Limits.of(verifier, make_drafter()) == Limits(width=1)
 
@@ -129,20 +129,20 @@ def test_costs_between_the_points():
 def test_measured_through_the_real_parts(small_model):
     """Every table is filled, with the time that passed, and nothing of the models is changed."""
     before = mx.array(small_model.lm_head.weight)
-    costs = measure(Verifier(Target(small_model)), make_drafter(), seconds=0)
+    costs = measure(verifier_of(small_model), make_drafter(), seconds=0)
     assert list(costs.verify) == [128, 448] and list(costs.plain) == [128, 448]  # of a context of 512
     assert list(costs.verify[128]) == list(ROWS) and list(costs.verify[448]) == list(LONG_ROWS)
     assert {w: list(t) for w, t in costs.draft.items()} == {w: list(LENGTHS) for w in WIDTHS}
     assert all(0 < s < 5 for table in costs.verify.values() for s in table.values())
     assert mx.array_equal(before, small_model.lm_head.weight)
     ticks = iter(range(10**6))
-    by_clock = measure(Verifier(Target(small_model)), make_drafter(), seconds=0, clock=lambda: float(next(ticks)))
+    by_clock = measure(verifier_of(small_model), make_drafter(), seconds=0, clock=lambda: float(next(ticks)))
     assert by_clock.verify[128][1] == by_clock.plain[128] == 0.5 and by_clock.draft[4][5] == 0
 
 
 def test_pairs_are_told_apart():
     def key(model, drafter):
-        return key_of(Verifier(Target(model)), drafter)
+        return key_of(verifier_of(model), drafter)
 
     usual = key(make_model(), make_drafter())
     assert usual == key(make_model(seed=5), make_drafter(seed=5))  # weights do not matter to the time
@@ -158,7 +158,7 @@ def test_pairs_are_told_apart():
 
 def test_a_pair_is_measured_once(small_model, monkeypatch):
     """If this fails, every text begins with two seconds of measuring."""
-    verifier, drafter = Verifier(Target(small_model)), make_drafter()
+    verifier, drafter = verifier_of(small_model), make_drafter()
     first = tuning_for(verifier, drafter)
     monkeypatch.setattr("mlx_redrafter.tuning.session.measure", lambda *_: pytest.fail("measured again"))
     assert tuning_for(verifier, drafter) is first

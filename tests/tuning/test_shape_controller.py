@@ -19,8 +19,7 @@ from mlx_redrafter.decoding.steering import Outcome
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import DraftShape, LookupChain
-from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.verification import Verifier
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.tuning.calibration import Calibration
 from mlx_redrafter.tuning.expectation import Expectation
 from mlx_redrafter.tuning.session import best_shape, few_shapes
@@ -177,7 +176,7 @@ SCRIPTS = [[TREE, None, CHAIN, None, None, WIDE], [None, TREE], [None, None, Non
 )
 def test_text_is_the_same_whatever_is_switched(small_model, choose, script, count):
     """If this fails, switching between drafting and plain steps changes the text, or loses rows of the cache."""
-    verifier, prompt = Verifier(Target(small_model)), [1, 2, 3]
+    verifier, prompt = verifier_of(small_model), [1, 2, 3]
     options = DecodingOptions(choose, max_tokens=count)
     plain = autoregressive(verifier.target, mx.array([prompt]), make_prompt_cache(small_model), options)
     expected = [produced.tokens[0] for produced in plain]
@@ -198,7 +197,7 @@ def test_text_is_the_same_whatever_is_switched(small_model, choose, script, coun
 
 def test_outcomes_are_those_of_the_steps(small_model):
     """If this fails, calibration learns from other trees than were checked."""
-    verifier = Verifier(Target(small_model))
+    verifier = verifier_of(small_model)
     # A drafter that knows the text drafts what is right; here lookup does, of a text that repeats.
     proposer = LookupProposer(RecurrentProposer(make_drafter(), verifier.target.embed, CHAIN), CHAIN, "on")
     steering, steps = Script([CHAIN]), []
@@ -212,7 +211,7 @@ def test_outcomes_are_those_of_the_steps(small_model):
 
 @pytest.mark.parametrize("lookup", ["auto", "on"])
 def test_lookup_and_switching(small_model, lookup):
-    verifier, prompt = Verifier(Target(small_model)), [3, 14, 15, 92, 65] * 6
+    verifier, prompt = verifier_of(small_model), [3, 14, 15, 92, 65] * 6
     proposer = LookupProposer(RecurrentProposer(make_drafter(), verifier.target.embed, None), None, lookup)
     tokens = []
     for produced in speculative(
@@ -270,7 +269,7 @@ def test_a_random_drafter_ends_in_plain_decoding():
     """The same through the real loop, its clock aside: nothing is accepted, so plain steps it is."""
     model, drafter = make_model(), make_drafter()
     memory, tokens = new_memory(), []
-    verifier = Verifier(Target(model))
+    verifier = verifier_of(model)
     proposer = RecurrentProposer(drafter, verifier.target.embed, None)
     steering = Adaptation(memory, lambda: 0.0)
     memory.note_time = lambda *_: None  # only acceptance counts
@@ -297,8 +296,8 @@ def test_a_target_with_windows_switches_too():
         num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=97, max_position_embeddings=512,
         layer_types=["sliding_attention", "full_attention"], sliding_window=24,
     )  # fmt: skip
-    verifier = Verifier(Target(llama.Model(args)))
-    assert verifier.capability == "tree" and not verifier.make_cache().can_settle
+    verifier = verifier_of(llama.Model(args))
+    assert verifier.capability == "tree" and not verifier.make_cache().can_rewind
     assert list(measure(verifier, make_drafter(), seconds=0).verify) == [128]
     proposer, tokens = RecurrentProposer(make_drafter(), verifier.target.embed, None), []
     options, prompt = DecodingOptions(max_tokens=50), mx.array([[1, 2, 3]])

@@ -31,7 +31,7 @@ class TreeFrame:
         depths: (B, M) int32 distance of each row from the root.
         ancestors: (B, M, M) bool; [b, i, j] is True where row i may look at row j.
         chain: rows stand in consecutive positions, and the model is told only the first.
-        apart: the model gets each row as a batch entry of its own, (B * M, 1), for it knows
+        split_rows: the model gets each row as a batch entry of its own, (B * M, 1), for it knows
             positions per entry only.
         bound: no length is above it.
         low: no length is below it, nor will it be after rows were taken back.
@@ -44,13 +44,13 @@ class TreeFrame:
     chain: bool
     bound: int
     low: int
-    apart: bool = False
+    split_rows: bool = False
     replaying: bool = False
 
     def __post_init__(self) -> None:
         #: What the model hands to its rope: (B, M) positions, (B,) the first ones, or (B * M,).
         self.offset = self.length if self.chain else self.length[:, None] + self.depths
-        if self.apart:
+        if self.split_rows:
             self.offset = self.offset.reshape(-1)
         #: (B, M), all True: the mask that layers with a state are given.
         self.every_row = mx.ones(self.depths.shape, mx.bool_)
@@ -65,19 +65,19 @@ class TreeFrame:
         key = (start, visible, window)
         if key not in self._masks:
             mask = tree_mask(self.ancestors, self.length, visible, start, self.depths, window)
-            self._masks[key] = mask.reshape(-1, 1, 1, visible) if self.apart else mask
+            self._masks[key] = mask.reshape(-1, 1, 1, visible) if self.split_rows else mask
         return self._masks[key]
 
     def together(self, rows: mx.array) -> mx.array:
         """(B, heads, M, width) of what the model made of its rows."""
-        if not self.apart:
+        if not self.split_rows:
             return rows
         batch, heads, width = self.length.shape[0], rows.shape[1], rows.shape[3]
         return rows.reshape(batch, self.rows, heads, width).swapaxes(1, 2)
 
     def to_all(self, buffer: mx.array) -> mx.array:
         """A buffer as every row of the model's batch reads it."""
-        if not self.apart:
+        if not self.split_rows:
             return buffer
         if buffer.shape[0] == 1:
             return mx.broadcast_to(buffer, (self.rows, *buffer.shape[1:]))

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.cache.attention import LayerCache, QuantizedLayerCache, TreeFrame, WindowCache, like
 from mlx_redrafter.target.cache.recurrent import LENGTHS, StateCache, Step
+from mlx_redrafter.target.tree import CandidateTree
 
 
 class KVCache:
@@ -28,14 +29,13 @@ class KVCache:
         layers: what the model gets as its `cache` argument.
         length: committed rows, (B,) int32 on the device, once `begin_trees` was called.
         bound: an upper bound of the committed length that the host knows.
-        settled: the bound is exact, and a single row is read as plain decoding reads it.
     """
 
     def __init__(self, layers: list[Any]):
         self.layers = layers
         self.length: mx.array | None = None
         self.bound = 0
-        self.settled = False
+        self._plain = False  # layers are as mlx-lm's own caches, and their length is exact
         self._low = 0  # no length is below it, nor will it be after rows were taken back
         self._most = 0  # rows that one step commits at most
         # A loop is at most two steps ahead of the tokens that it has given out.
@@ -47,13 +47,13 @@ class KVCache:
         return not refused(prompt_cache)
 
     @classmethod
-    def adopt(cls, prompt_cache: list[Any], way: str = LENGTHS) -> KVCache:
+    def adopt(cls, prompt_cache: list[Any], replay: str = LENGTHS) -> KVCache:
         """Goes on from what mlx-lm caches hold; their buffers are shared until `give_back`.
 
         Args:
-            way: how layers with a state take rows back; see `state_cache`.
+            replay: how layers with a state take rows back; see `recurrent`.
         """
-        return cls([_adopted(cache, way) for cache in prompt_cache])
+        return cls([_adopted(cache, replay) for cache in prompt_cache])
 
     def give_back(self, prompt_cache: list[Any]) -> None:
         """Leaves the rows in the list of mlx-lm caches that was adopted; it may get quantised ones."""
@@ -76,44 +76,57 @@ class KVCache:
         if not self.bound and length:
             self.bound = self._low = length
         self.length = mx.full((batch_size,), self.bound, mx.int32)
-        self.settled = False
+        self._plain = False
         for cache in leaves(self.layers):
             cache.begin()
 
     @property
-    def can_settle(self) -> bool:
-        """Whether plain rows can be taken back: not from a window that has moved on, nor from a state."""
+    def can_rewind(self) -> bool:
+        """Whether rows can be cut off the end: not of a window that has moved on, nor of a recurrent state."""
         return all(isinstance(cache, (LayerCache, QuantizedLayerCache)) for cache in leaves(self.layers))
 
-    def settle(self, length: int) -> None:
-        """Tells the exact committed length, with no step on its way (batch size 1, where `can_settle`).
+    def plain_rows(self, length: int | None) -> bool:
+        """Lets single rows go through mlx-lm's own code until the next tree, so that they cost what they cost there.
 
-        Until the next tree, single rows then go through mlx-lm's own code and cost what
-        they cost there. Their number is known beforehand, so steps may again be built ahead.
+        The number of plain rows is known beforehand, so steps may be built ahead again.
+        Caches that cannot `rewind` read a single row as a tree of one, and nothing changes.
+
+        Args:
+            length: the exact committed length (batch size 1); rows beyond it are cut off.
+                None while a step is on its way that decides it.
+
+        Returns:
+            False where the length is needed: build the plain step when the last one has been read.
         """
+        if (self._plain and length is None) or not self.can_rewind:
+            return True
+        if length is None:
+            return False
         for cache in leaves(self.layers):
             cache.settle()
             cache.offset = length
         self.length = mx.full((1,), length, mx.int32)
-        self.bound, self.settled = length, True
+        self.bound, self._plain = length, True
+        return True
 
     @contextlib.contextmanager
-    def reading(self, ancestors: mx.array, depths: mx.array, chain: bool, apart: bool = False) -> Iterator[mx.array]:
-        """While it lasts, the layers take M rows as a tree behind the committed ones.
+    def reading(self, tree: CandidateTree, chain: bool, split_rows: bool = False) -> Iterator[mx.array | None]:
+        """While it lasts, the layers take a tree's rows behind the committed ones.
 
         Args:
-            ancestors: (B, M, M) bool; [b, i, j] is True where row i may look at row j.
-            depths: (B, M) int32 distance from the root.
             chain: rows stand in consecutive positions, and the model is told only the first.
-            apart: the model gets each row as a batch entry of its own.
+            split_rows: the model gets each row as a batch entry of its own.
 
         Yields:
-            the rows' positions, (B, M), (B,) the first ones, or (B * M,).
+            the rows' positions, (B, M), (B,) the first ones, or (B * M,); None for a plain row.
         """
-        if self.settled:
+        if self._plain and tree.rows == 1:
+            yield None
+            return
+        if self._plain:
             self.begin_trees()
         assert self.length is not None
-        frame = TreeFrame(self.length, depths, ancestors, chain, self.bound, self._low, apart)
+        frame = TreeFrame(self.length, tree.depths, tree.ancestors, chain, self.bound, self._low, split_rows)
         for cache in leaves(self.layers):
             cache.prepare(frame)
         try:
@@ -158,7 +171,7 @@ class KVCache:
         for cache in leaves(self.layers):
             cache.end(length)
         self._steps.clear()
-        self.length, self.settled = None, False
+        self.length, self._plain = None, False
 
     def _take_back(self, length: int) -> None:
         """Brings layers with a state to where they were after `length` tokens."""
@@ -193,11 +206,11 @@ def refused(prompt_cache: list[Any]) -> str:
     )
 
 
-def _adopted(cache: Any, way: str) -> Any:
+def _adopted(cache: Any, replay: str) -> Any:
     if isinstance(cache, CacheList):
-        return CacheList(*(_adopted(inner, way) for inner in cache.caches))
+        return CacheList(*(_adopted(inner, replay) for inner in cache.caches))
     if isinstance(cache, ArraysCache):
-        state = StateCache(len(cache.cache), way)
+        state = StateCache(len(cache.cache), replay)
         state.cache = list(cache.cache)
         return state
     if isinstance(cache, RotatingKVCache):

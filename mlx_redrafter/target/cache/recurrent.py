@@ -33,7 +33,7 @@ class StateCache(ArraysCache):
     """One layer's state arrays, and what is needed to take rows back.
 
     Attributes:
-        way: LENGTHS or ROWS, how mixers read again.
+        replay: LENGTHS or ROWS, how mixers read again.
         cache: the state arrays; None before anything was read.
         frame: of the verification that is going on.
         step: the last verification, as this layer saw it.
@@ -42,14 +42,14 @@ class StateCache(ArraysCache):
     cache: list[Any]
     lengths: Any
 
-    def __init__(self, size: int, way: str):
+    def __init__(self, size: int, replay: str):
         super().__init__(size)
-        self.way = way
+        self.replay = replay
         self.frame: TreeFrame | None = None
         self.step: Step | None = None
 
     def make_mask(self, N: int) -> Any:
-        return super().make_mask(N) if self.frame is None or self.way == ROWS else self.frame.every_row
+        return super().make_mask(N) if self.frame is None or self.replay == ROWS else self.frame.every_row
 
     def prepare(self, frame: TreeFrame) -> None:  # type: ignore[override]  # mlx-lm's is for batches
         self.frame = frame
@@ -83,7 +83,7 @@ class Step:
         """Brings the layer to where it is after the first rows[b] rows, (B,) at least 1, on the device."""
         layer = self.layer
         layer.cache = list(self.before)
-        if layer.way == LENGTHS:
+        if layer.replay == LENGTHS:
             mask = mx.arange(self.frame.rows) < rows[:, None]
             for call in self.calls:
                 layer.lengths = rows + 0  # a mixer counts it down in place

@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
     )
     source = fetch(args.init, "--init")
     model, own = load_target(source, None, "float32")
-    target, rows = Target(target_model), Rows(args.text)
+    target, rows = Target.of(target_model), Rows(args.text)
     _check(args, target, tokenizer, model, own, rows)
     with replace_file(notes / "arguments.json") as file:
         file.write_text(json.dumps(settings, indent=1) + "\n")
@@ -219,7 +219,7 @@ def _check(
     """Raises UserError unless target, draft model and text speak the same tokens."""
     if target.missing:
         raise UserError(f"--model {args.model}: cannot be read by a teacher: {target.missing}")
-    draft = Target(model)
+    draft = Target.of(model)
     if draft.vocab_size != target.vocab_size:
         raise UserError(f"--init {args.init}: vocabulary of {draft.vocab_size}, the target's is {target.vocab_size}")
     mark = Renderer(tokenizer).fingerprint()

@@ -17,7 +17,7 @@ from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json, replace_file
 from mlx_redrafter.system.hub import fetch
-from mlx_redrafter.target.verification import verifier_of
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.loading import EMBEDDED, load_target
 from mlx_redrafter.training.resume import earlier_rows
 from mlx_redrafter.training.text.data_plan import SELF, DataPlan

@@ -7,6 +7,7 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_redrafter.target.cache.attention import BLOCK, tree_mask
 from mlx_redrafter.target.cache.kv_cache import KVCache
+from mlx_redrafter.target.tree import CandidateTree
 
 WINDOW = 6
 
@@ -31,10 +32,8 @@ def write_chain(cache, length, rows, accepted, ahead=False):
     Args:
         ahead: the host hears of each step's count only when the next one has been built.
     """
-    depths = mx.arange(rows, dtype=mx.int32)[None]
-    ancestors = mx.tril(mx.ones((1, rows, rows))).astype(mx.bool_)
     [layer] = cache.layers
-    with cache.reading(ancestors, depths, chain=True):
+    with cache.reading(CandidateTree.chain(mx.zeros((1, rows), mx.int32)), chain=True):
         keys, _ = layer.update_and_fetch(rows_of(length, rows), rows_of(length, rows))
         mask = layer.make_mask(rows)
     cache.commit(None, mx.array([accepted - 1], mx.int32), rows - 1)

@@ -8,6 +8,7 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_redrafter.target.cache.attention import BLOCK, LayerCache, rows_along, tree_mask, write_rows
 from mlx_redrafter.target.cache.kv_cache import KVCache
+from mlx_redrafter.target.tree import CandidateTree
 
 
 def rows_of(start, count, batch=1):
@@ -25,8 +26,7 @@ def filled(count, batch=1):
 
 
 def write_tree(cache, start, rows, batch=1):
-    ancestors = mx.ones((batch, rows, rows), mx.bool_)
-    with cache.reading(ancestors, mx.zeros((batch, rows), mx.int32), chain=False):
+    with cache.reading(CandidateTree.static(mx.zeros((batch, rows), mx.int32), (0,) * rows), chain=False):
         return [
             layer.update_and_fetch(rows_of(start, rows, batch), rows_of(start + 100, rows, batch))
             for layer in cache.layers

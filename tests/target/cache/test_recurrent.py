@@ -14,8 +14,9 @@ from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.system.module_slots import slots
 from mlx_redrafter.target.cache.kv_cache import leaves
 from mlx_redrafter.target.cache.recurrent import LENGTHS, ROWS
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
-from mlx_redrafter.target.verification import CHAIN, verifier_of
+from mlx_redrafter.target.verification import CHAIN
 from mlx_redrafter.text.loading import EMBEDDED
 
 PROMPT = [5, 40, 77, 3, 12, 60, 31]
@@ -60,7 +61,7 @@ def assert_close(found, expected):
 def test_each_way_is_taken_where_it_works(hybrid):
     verifier = verifier_of(hybrid)
     assert verifier.capability == CHAIN and verifier.reason
-    assert verifier.found.way == (ROWS if hybrid.model_type == "jamba" else LENGTHS)
+    assert verifier.found.replay == (ROWS if hybrid.model_type == "jamba" else LENGTHS)
     assert len(verifier.found.mixers) == 2
 
 
