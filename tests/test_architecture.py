@@ -1,4 +1,9 @@
-"""The layout is a promise: layers import downwards only, without circles, in small packages of small files."""
+"""The layout is a promise: layers import downwards only, without circles, in small packages of small files.
+
+Modules without a test file of their name are tested where they are used: the parts of a verification in
+target/test_verification.py and promises/, kinds and proposers in decoding/ and promises/parity/, the flags of
+commands in cli/, what commands print beside their commands.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +32,12 @@ LAYERS = [
     {"system"},
     {"errors"},
 ]
+# What a package must not know although it lies below: it says so in its first lines.
+APART = {"convert": "training", "doctor": "training"}
+PUBLIC = [
+    "Conversation", "DraftShape", "DrafterConfig", "GenerationResponse", "RecurrentDrafter", "UserError", "generate",
+    "load", "stream_generate",
+]  # fmt: skip
 MOST_MODULES, MOST_LINES = 12, 300
 
 
@@ -104,6 +115,61 @@ def test_no_circles():
     tuple(graphlib.TopologicalSorter(graph()).static_order())
 
 
+def test_what_lies_apart_stays_apart():
+    """If this fails, two packages that can be read alone have to be read together."""
+    parts = {name: (name.split(".") + [""])[1] for name in MODULES}
+    wrong = {f"{a} -> {b}" for a, found in graph().items() for b in found if APART.get(parts[a]) == parts[b]}
+    assert wrong <= KNOWN_APART
+
+
+def test_errors_imports_nothing():
+    """If this fails, the one module that all may import brings others along."""
+    assert imports(f"{PACKAGE}.errors", MODULES[f"{PACKAGE}.errors"].read_text(), package=False) == set()
+
+
+def below(name: str) -> set[str]:
+    """All modules that a module brings along when it is imported."""
+    edges, found, todo = graph(), set(), [name]
+    while todo:
+        for other in edges.get(todo.pop(), set()) - found:
+            found.add(other)
+            todo.append(other)
+    return found
+
+
+def test_loading_brings_no_loop():
+    """If this fails, whoever loads a model imports the decoding of it."""
+    found = {name for name in below(f"{PACKAGE}.text.loading") if name.startswith(f"{PACKAGE}.decoding")}
+    assert found <= KNOWN_BELOW_LOADING
+
+
+def test_public_names():
+    """If this fails, a program that uses the package breaks, or a name slipped in that has to be kept for ever."""
+    import mlx_redrafter
+
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no pyproject.toml")
+    assert sorted(mlx_redrafter.__all__) == PUBLIC and all(hasattr(mlx_redrafter, name) for name in PUBLIC)
+    assert {  # what the folders say of themselves is what setuptools is told
+        name for name, file in MODULES.items() if file.name == "__init__.py"
+    } == set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+
+
+def nameless_tests() -> list[str]:
+    """Test files that are named after no module."""
+    wrong = []
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        room, *rest = file.relative_to(ROOT / "tests").parts
+        top = ROOT / room if room in AT_THE_TOP else ROOT / PACKAGE / room
+        if rest and room != "promises" and not top.joinpath(*rest[:-1], rest[-1].removeprefix("test_")).exists():
+            wrong.append(f"{room}/{'/'.join(rest)}")
+    return sorted(wrong)
+
+
+def test_tests_mirror_the_rooms():
+    """If this fails, nobody finds the tests of a module, or the module of a test."""
+    assert set(nameless_tests()) <= NAMELESS
+
+
 def test_packages_and_files_are_small():
     """If this fails, a package or a file holds a second idea."""
     by_folder: dict[pathlib.Path, int] = {}
@@ -135,3 +201,14 @@ KNOWN: list[str] = [
 ]
 TOO_MANY: list[str] = ["benchmarks: 30 modules", "mlx_redrafter/training: 16 modules"]
 TOO_LONG: list[str] = ["mlx_redrafter/target/cache/attention.py"]
+NAMELESS: set[str] = {
+    "benchmarks/test_compare_page.py",
+    "cli/test_prompt_flag.py",
+    "training/test_draft_model.py",
+    "training/test_medusa.py",
+}
+KNOWN_APART: set[str] = {
+    "mlx_redrafter.convert.command -> mlx_redrafter.training.drafters.medusa_tree_fit",
+    "mlx_redrafter.convert.command -> mlx_redrafter.training.text.data_plan",
+}
+KNOWN_BELOW_LOADING: set[str] = {"mlx_redrafter.decoding.sampling"}
