@@ -13,9 +13,10 @@ import mlx.core as mx
 
 from mlx_redrafter.decoding.logits_processors import process
 from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.steering import Outcome, Steering
+from mlx_redrafter.decoding.planner import Planner, StepRead
 from mlx_redrafter.decoding.step import Produced, SpeculativeStep, Submitted, prefill
 from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.drafting.shape import Plain
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import Verifier
@@ -23,11 +24,11 @@ from mlx_redrafter.target.verification import Verifier
 
 def speculative(
     verifier: Verifier,
-    proposer: Proposer,
+    proposer: Proposer | None,
     prompt: mx.array,
     cache: KVCache,
     options: DecodingOptions,
-    steering: Steering | None = None,
+    planner: Planner,
 ) -> Generator[Produced]:
     """Decodes with drafts (batch size 1).
 
@@ -36,61 +37,59 @@ def speculative(
         proposer: where the drafts come from.
         prompt: (1, P) token ids that the cache does not hold yet.
         cache: grows; `KVCache.end_trees` has to be called when the loop is left, early or not.
-        steering: chooses the shape that the proposer is asked for in every step; else it is the proposer's own.
+        planner: says what each step drafts.
 
     Yields:
         What each step brought. The last one may exceed `max_tokens`.
     """
     max_tokens, processors = options.max_tokens, options.processors
-    held = cached(cache.layers)
+    length = cached(cache.layers) + prompt.shape[1]
     hidden, logits = prefill(verifier.target, prompt, cache.layers, options)
-    cache.begin_trees(length=held + prompt.shape[1])
+    cache.begin_trees(length=length)
     assert cache.length is not None and hidden is not None
     logits = process(processors, prompt[0], logits)
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
     step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, prompt[0] if processors else None)
     mx.async_eval(root, hidden)
-    proposer.begin(prompt, root)
-    pipelined = not processors
-    made, length, asked = 1, held + prompt.shape[1], proposer.shape
+    if proposer is not None:
+        proposer.begin(prompt, root)
+    made, ahead = 1, None
 
     def submit(waiting: bool) -> Submitted | None:
         """The next step; None where it is better built when the one before has been read."""
-        proposer.shape = proposer.plan(asked if steering is None else steering.shape())
-        if proposer.shape is None and not cache.plain_rows(length if waiting else None):
+        plan = planner.plan()
+        if isinstance(plan, Plain) and not cache.plain_rows(length if waiting else None):
             return None
-        return step.submit()
+        return step.submit(plan)
 
-    try:
-        ahead = submit(waiting=True) if max_tokens != 1 and pipelined else None
-        tokens = _wait_for(root)
+    # Logits processors read tokens on the host, so no step can be built ahead of them.
+    if max_tokens != 1 and not processors:
+        ahead = submit(waiting=True)
+    tokens = _wait_for(root)
+    if proposer is not None:
         proposer.learn(tokens)
-        if steering is not None:
-            steering.begin()
-        yield Produced(tokens, logits, [False], from_prompt=True)
-        while made != max_tokens:
-            current = ahead or submit(waiting=True)
-            assert current is not None
-            ahead = None
-            # Step t brings at least one token; t + 1 is only of use if that is not the last.
-            if pipelined and (max_tokens < 0 or made + 1 < max_tokens):
-                ahead = submit(waiting=False)
-            [count] = _wait_for(current.count)
-            before = tokens[-1:]  # the root that this step has read
-            tokens = _row(current.tokens)[: count + 1]
+    planner.begin()
+    yield Produced(tokens, logits, [False], from_prompt=True)
+    while made != max_tokens:
+        current, ahead = ahead or submit(waiting=True), None
+        assert current is not None
+        # Step t brings at least one token; t + 1 is only of use if that is not the last.
+        if not processors and (max_tokens < 0 or made + 1 < max_tokens):
+            ahead = submit(waiting=False)
+        [count] = _wait_for(current.count)
+        before = tokens[-1:]  # the root that this step has read
+        tokens = _row(current.tokens)[: count + 1]
+        made, length = made + count + 1, length + count + 1
+        cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
+        if proposer is not None:
             proposer.learn(tokens)
-            made, length = made + count + 1, length + count + 1
-            cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
-            if steering is not None:
-                steering.learn(_outcome(current, count), length)
-            if step.history is not None:
-                step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
-            options.quantize(cache.layers, length)
-            yield Produced(tokens, current.logits[0], [True] * count + [False], shape=current.shape)
-            if 0 <= max_tokens <= made:
-                break
-    finally:
-        proposer.shape = asked  # what was planned for this text is nothing to the next one
+        planner.learn(_read(current, tokens, length))
+        if step.history is not None:
+            step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
+        options.quantize(cache.layers, length)
+        yield Produced(tokens, current.logits[0], [True] * count + [False], plan=current.plan)
+        if 0 <= max_tokens <= made:
+            break
 
 
 def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: DecodingOptions) -> Generator[Produced]:
@@ -130,11 +129,11 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
             mx.clear_cache()
 
 
-def _outcome(step: Submitted, count: int) -> Outcome:
-    """What the host has read of a step whose count it knows."""
+def _read(step: Submitted, tokens: list[int], length: int) -> StepRead:
+    """What the host has read of a step whose tokens it knows."""
     if step.path is None or step.parents is None:
-        return Outcome(step.shape, count, [1] * step.most, [0] * count)
-    return Outcome.of_tree(step.shape, _row(step.path)[: count + 1], _row(step.parents))
+        return StepRead(step.plan, tokens, length)
+    return StepRead(step.plan, tokens, length, _row(step.path)[: len(tokens)], _row(step.parents))
 
 
 def _wait_for(numbers: mx.array) -> Any:

@@ -10,11 +10,12 @@ import mlx.core as mx
 from mlx_redrafter.decoding.logits_processors import process_tree
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import PLAIN, Plain, Plan
 from mlx_redrafter.system.partial_submit import submit_part
 from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.tree import CandidateTree
 from mlx_redrafter.target.verification import CHAIN, Verifier
 
 
@@ -28,7 +29,7 @@ class Produced:
         drafted: whether tokens[i] had been drafted; all but the last of a speculative step.
         from_prompt: True for the token that follows the prompt, which no step made.
         last: False for a part of a step's tokens that more of them follow.
-        shape: how much the step drafted; None for a plain one.
+        plan: what the step drafted.
     """
 
     tokens: list[int]
@@ -36,7 +37,7 @@ class Produced:
     drafted: list[bool]
     from_prompt: bool = False
     last: bool = True
-    shape: DraftShape | None = None
+    plan: Plan = PLAIN
 
 
 @dataclasses.dataclass
@@ -51,7 +52,7 @@ class Submitted:
     tokens: mx.array
     logits: mx.array
     most: int
-    shape: DraftShape | None
+    plan: Plan
     path: mx.array | None
     parents: mx.array | None
 
@@ -101,7 +102,7 @@ class SpeculativeStep:
     processors (see `processors`).
 
     Attributes:
-        proposer: whose candidates are verified; its shape may change between steps.
+        proposer: whose candidates are verified; None where all steps are plain.
         context: (B, hidden_size) the target's hidden state at the last committed token.
         root: (B,) int32 the token the target has chosen and not yet read.
         history: (n,) all tokens before the root, for logits processors.
@@ -110,7 +111,7 @@ class SpeculativeStep:
     def __init__(
         self,
         verifier: Verifier,
-        proposer: Proposer,
+        proposer: Proposer | None,
         options: DecodingOptions,
         cache: KVCache,
         context: mx.array,
@@ -120,10 +121,13 @@ class SpeculativeStep:
         self.verifier, self.proposer, self.options, self.cache = verifier, proposer, options, cache
         self.context, self.root, self.history = context, root, history
 
-    def __call__(self) -> Submitted:
-        cache = self.cache
+    def __call__(self, plan: Plan) -> Submitted:
+        cache, proposer = self.cache, self.proposer
         assert cache.length is not None
-        tree = self.proposer.propose(self.context, self.root, chain_only=self.verifier.capability == CHAIN)
+        if isinstance(plan, Plain) or proposer is None:
+            tree = CandidateTree.chain(self.root[:, None].astype(mx.int32))
+        else:
+            tree = proposer.propose(self.context, self.root, plan, chain_only=self.verifier.capability == CHAIN)
         submit_part(tree.tokens, tree.ancestors)
         hidden, logits = self.verifier(tree, cache)
         if self.options.processors:
@@ -132,7 +136,8 @@ class SpeculativeStep:
         choices = self.options.choose(logits, cache.length[:, None] + tree.depths + 1)
         accepted = accept(tree, choices)
         cache.commit(None if tree.in_order else accepted.path[:, 1:], accepted.count, tree.max_depth)
-        self.proposer.advance(accepted)
+        if proposer is not None:
+            proposer.advance(accepted)
         self.root = accepted.root
         if tree.rows > 1:
             hidden = mx.take_along_axis(hidden, accepted.last[:, None, None], axis=1)
@@ -140,11 +145,11 @@ class SpeculativeStep:
         if not tree.in_order:
             logits = mx.take_along_axis(logits, accepted.path[..., None], axis=1)
         path, parents = (None, None) if tree.in_order else (accepted.path, tree.parents)
-        shape = self.proposer.shape
-        return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, shape, path, parents)
+        return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents)
 
-    def submit(self) -> Submitted:
+    def submit(self, plan: Plan) -> Submitted:
         """Builds a step and sends it to the device."""
-        submitted = self()
-        mx.async_eval(submitted.arrays(), self.root, self.context, *self.cache.arrays(), *self.proposer.arrays())
+        submitted = self(plan)
+        state = [] if self.proposer is None else self.proposer.arrays()
+        mx.async_eval(submitted.arrays(), self.root, self.context, *self.cache.arrays(), *state)
         return submitted

@@ -11,10 +11,11 @@ import mlx.core as mx
 
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.drafting.beam_search import Embedder
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
-from mlx_redrafter.drafting.shape import DraftShape, LookupChain
+from mlx_redrafter.drafting.shape import Drafted, LookedUp, Plain
 from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
 from mlx_redrafter.target.verification import Verifier
@@ -62,17 +63,14 @@ class Watched(Proposer):
     """
 
     def __init__(self, inner: Proposer):
-        super().__init__(inner.shape)
         self.inner = inner
         self.steps: deque[tuple[mx.array, CandidateTree, Accepted]] = deque()
         self._asked: tuple[mx.array, CandidateTree] | None = None
 
-    def plan(self, shape: DraftShape | None) -> DraftShape | None:
-        return self.inner.plan(shape)
-
-    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
-        self.inner.shape = self.shape
-        tree = self.inner.propose(context, root, chain_only)
+    def propose(
+        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
+    ) -> CandidateTree:
+        tree = self.inner.propose(context, root, plan, chain_only)
         self._asked = context, tree
         return tree
 
@@ -81,8 +79,9 @@ class Watched(Proposer):
         self.inner.begin(text, root)
 
     def advance(self, accepted: Accepted) -> None:
-        assert self._asked is not None
-        self.steps.append((*self._asked, accepted))
+        if self._asked is not None:  # a plain step asks for nothing
+            self.steps.append((*self._asked, accepted))
+        self._asked = None
         self.inner.advance(accepted)
 
     def learn(self, tokens: list[int]) -> None:
@@ -97,6 +96,7 @@ def watch(
     proposer: Proposer,
     prompt: Sequence[int],
     options: DecodingOptions,
+    planner: Planner,
     drafter: Any = None,
     ends: Collection[int] = (),
 ) -> Generator[tuple[WatchedStep | None, list[int]]]:
@@ -106,7 +106,7 @@ def watch(
         verifier: with a capability other than "none".
         proposer: where the drafts come from.
         prompt: token ids.
-        options: as for `speculative`.
+        options, planner: as for `speculative`.
         drafter: a recurrent one says how probable its candidates are; any other, or None, does not.
         ends: tokens after the first of which nothing is decoded.
 
@@ -114,8 +114,8 @@ def watch(
         each step with its tokens, at most `max_tokens` of them in all; first None, with the
         token that follows the prompt.
     """
-    watched, cache, made = Watched(proposer), verifier.make_cache(), 0
-    for produced in speculative(verifier, watched, mx.array([list(prompt)]), cache, options):
+    watched, cache, made, root = Watched(proposer), verifier.make_cache(), 0, 0
+    for produced in speculative(verifier, watched, mx.array([list(prompt)]), cache, options, planner):
         tokens = produced.tokens
         if options.max_tokens >= 0:
             tokens = tokens[: options.max_tokens - made]
@@ -124,15 +124,21 @@ def watch(
         made += len(tokens)
         if produced.from_prompt:
             yield None, tokens
+            root = tokens[-1]
             if last is not None:
                 return
             continue
-        context, tree, accepted = watched.steps.popleft()
-        probabilities: Sequence[float | None] = [None] * tree.rows
-        by_lookup = isinstance(produced.shape, LookupChain)
-        if isinstance(drafter, RecurrentDrafter) and not by_lookup:
-            probabilities = node_probabilities(drafter, verifier.target.embed, context, tree)
-        yield WatchedStep(_nodes(tree, accepted, probabilities), tokens, by_lookup), tokens
+        if isinstance(produced.plan, Plain):
+            step = WatchedStep([Node(root, 0, 0, True, None)], tokens)
+        else:
+            context, tree, accepted = watched.steps.popleft()
+            probabilities: Sequence[float | None] = [None] * tree.rows
+            by_lookup = isinstance(produced.plan, LookedUp)
+            if isinstance(drafter, RecurrentDrafter) and not by_lookup:
+                probabilities = node_probabilities(drafter, verifier.target.embed, context, tree)
+            step = WatchedStep(_nodes(tree, accepted, probabilities), tokens, by_lookup)
+        yield step, tokens
+        root = tokens[-1]
         if last is not None:
             return
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pathlib
 from typing import TypeAlias
 
-from mlx_redrafter.decoding.sampling import Chooser, draft_temperature, greedy
 from mlx_redrafter.drafting import medusa
 from mlx_redrafter.drafting.beam_search import Embedder
 from mlx_redrafter.drafting.medusa import MedusaHeads, load_medusa
 from mlx_redrafter.drafting.proposers import MedusaProposer, Proposer, RecurrentProposer
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter, load_drafter
-from mlx_redrafter.drafting.shape import LONGEST_BEAM, DraftShape
+from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
 
@@ -33,11 +32,16 @@ def open_drafter(path: str | pathlib.Path) -> Drafter:
     return load_drafter(path)
 
 
-def proposer_for(drafter: Drafter, embed: Embedder, shape: DraftShape | None, choose: Chooser = greedy) -> Proposer:
-    """What proposes with a drafter to a target that chooses in this way; `embed` is the target's embedding."""
+def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0) -> Proposer:
+    """What proposes with a drafter.
+
+    Args:
+        embed: the target's embedding.
+        temperature: of the drafter's probabilities, by which a tree's nodes are chosen.
+    """
     if isinstance(drafter, MedusaHeads):
-        return MedusaProposer(drafter, shape)
-    return RecurrentProposer(drafter, embed, shape, draft_temperature(choose))
+        return MedusaProposer(drafter)
+    return RecurrentProposer(drafter, embed, temperature)
 
 
 def deepest(drafter: Drafter) -> int:

@@ -13,15 +13,14 @@ from collections import deque
 
 import mlx.core as mx
 
+from mlx_redrafter.drafting.lookup_index import LONGEST, SHORTEST, TextIndex
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import AUTO, DraftShape, LookupChain
+from mlx_redrafter.drafting.shape import Drafted, LookedUp
 from mlx_redrafter.target.acceptance import Accepted, accept
 from mlx_redrafter.target.cache.attention import BLOCK, write_rows
 from mlx_redrafter.target.tree import CandidateTree
-from mlx_redrafter.tuning.lookup_controller import LookupMemory, LookupWorth, Prices
 
-LONGEST = 4  # tokens that are compared
-SHORTEST = 2  # tokens that have to agree, the root among them
+NOTHING = -1  # stands where there is no token
 KEPT = 8  # steps without lookup after which the device's copy of the text is given up
 
 
@@ -32,13 +31,14 @@ class TextBuffer:
         text: (B, n) int32, n at least 1, the root last.
 
     Attributes:
-        tokens: (B, capacity) int32; LONGEST - 1 zeros stand before the text.
+        tokens: (B, capacity) int32; LONGEST - 1 times NOTHING stands before the text.
         end: (B,) int32 index of the root.
     """
 
     def __init__(self, text: mx.array):
         before = LONGEST - 1
-        self.tokens = mx.pad(text.astype(mx.int32), [(0, 0), (before, 0)])
+        # No token, so that what stands there matches nothing; token 0 would.
+        self.tokens = mx.pad(text.astype(mx.int32), [(0, 0), (before, 0)], constant_values=NOTHING)
         self.end = mx.full((text.shape[0],), before + text.shape[1] - 1, mx.int32)
         self._bound = self.tokens.shape[1]  # rows that may be in use, known to the host
 
@@ -46,7 +46,7 @@ class TextBuffer:
         """Takes a step's tokens, of which count + 1 stay; its last one is the new root."""
         self._bound += accepted.tokens.shape[1]
         if (more := -(-(self._bound - self.tokens.shape[1]) // BLOCK) * BLOCK) > 0:
-            self.tokens = mx.pad(self.tokens, [(0, 0), (0, more)])
+            self.tokens = mx.pad(self.tokens, [(0, 0), (0, more)], constant_values=NOTHING)
         self.tokens = write_rows(self.tokens, accepted.tokens, self.end + 1, axis=1)
         self.end = self.end + accepted.count + 1
 
@@ -120,117 +120,82 @@ def _rows(batch: int, first: int, count: int) -> mx.array:
 
 
 class LookupProposer(Proposer):
-    """Adds what lookup finds to what another proposer proposes, or puts it in its place.
+    """Puts what lookup finds in the place of another proposer's drafts, or beside them in one tree.
 
-    Half of a tree's rows go to the lookup where it finds something that the tree has not
-    got. A chain is replaced as a whole. Without another proposer, lookup makes the chain.
+    With `Drafted.with_lookup` half of a tree's rows go to the lookup where it finds something
+    that the tree has not got; a chain is replaced as a whole.
 
     Args:
-        inner: the other proposer, or None.
-        mode: "on": in every step, together with the other; "auto": in each step the other, or
-            lookup, or both in one tree, whatever should bring most (see `LookupWorth`).
-        before: tokens that stand before the prompt, in the KV cache already.
-        prices, memory: for "auto", where they are known; see `LookupWorth`.
+        inner: the other proposer; None where lookup alone drafts.
+        index: the text so far on the host, which this proposer extends.
     """
 
-    def __init__(
-        self,
-        inner: Proposer | None,
-        shape: DraftShape | None,
-        mode: str,
-        before: list[int] | None = None,
-        prices: Prices | None = None,
-        memory: LookupMemory | None = None,
-    ):
-        if inner is None and shape is not None:
-            shape = LookupChain.of(shape.as_chain().num_draft_tokens)
-        super().__init__(shape)
-        self.inner, self.before = inner, before or []
-        self.worth = LookupWorth(SHORTEST, LONGEST, inner is None, prices, memory) if mode == AUTO else None
+    def __init__(self, inner: Proposer | None, index: TextIndex):
+        self.inner, self.index = inner, index
         self.text: TextBuffer | None = None  # while it is needed
         self._unused = 0  # steps since it was
-        self._rooted = False
+        self._root: mx.array | None = None  # until the host has read it
         self._in_flight: deque[Accepted] = deque()
 
     def begin(self, text: mx.array, root: mx.array) -> None:
         if self.inner is not None:
             self.inner.begin(text, root)
-        if self.before:
-            earlier = mx.broadcast_to(mx.array(self.before, mx.int32), (text.shape[0], len(self.before)))
-            text = mx.concatenate([earlier, text], axis=1)
-        self._rooted, self._unused = False, 0
+        self.text, self._unused, self._root = None, 0, root
         self._in_flight.clear()
-        if self.worth is None:
-            self.text = TextBuffer(mx.concatenate([text, root[:, None].astype(mx.int32)], axis=1))
-        else:
-            self.text = None
-            self.worth.begin(text[0].tolist())  # type: ignore[arg-type]
+        if text.shape[0] > 1:  # the host follows one text only
+            self.text = TextBuffer(mx.concatenate([text, root[:, None]], axis=1))
 
-    def plan(self, shape: DraftShape | None) -> DraftShape | None:
-        return shape if self.worth is None else self.worth.choose(shape)
-
-    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
-        shape, first = self.shape, root[:, None].astype(mx.int32)
-        if isinstance(shape, LookupChain):
-            if self.worth is not None:
-                self._note(shape, False, 0)
-            tokens, _ = self._text().continuation(shape.num_draft_tokens)
+    def propose(
+        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
+    ) -> CandidateTree:
+        first = root[:, None].astype(mx.int32)
+        if isinstance(plan, LookedUp):
+            tokens, _ = self._buffer().continuation(plan.num_draft_tokens)
             return CandidateTree.chain(mx.concatenate([first, tokens], axis=1))
-        if self.inner is None:
-            tree = CandidateTree.chain(first)
-        else:
-            self.inner.shape = shape
-            tree = self.inner.propose(context, root, chain_only)
-        depth = 0 if shape is None else min(shape.beam_length - 1, shape.num_draft_tokens)
-        share = 0 if tree.in_order else max(1, (tree.rows - 1) // 2)
-        if self.worth is not None:
-            joined = share > 0 and self.worth.joins()
-            self._note(shape, joined, share)
-            if not joined:
-                return tree
-        elif depth == 0:
+        assert self.inner is not None
+        tree = self.inner.propose(context, root, plan, chain_only)
+        if not plan.with_lookup or tree.rows == 1:
             return tree
-        tokens, found = self._text().continuation(depth)
+        depth = min(plan.shape.beam_length - 1, plan.shape.num_draft_tokens)
+        tokens, found = self._buffer().continuation(depth)
         if tree.in_order:
             drafted = tree.tokens[:, 1 : 1 + depth]
-            return CandidateTree.chain(mx.concatenate([first, mx.where(found[:, None], tokens, drafted)], axis=1))
-        return join(tree, tokens, found, share)
+            tokens = mx.where(found[:, None], tokens[:, : drafted.shape[1]], drafted)
+            return CandidateTree.chain(mx.concatenate([first, tokens], axis=1))
+        return join(tree, tokens, found, share=max(1, (tree.rows - 1) // 2))
 
     def advance(self, accepted: Accepted) -> None:
         if self.inner is not None:
             self.inner.advance(accepted)
         self._in_flight.append(accepted)
+        self._unused += 1
         if self.text is not None:
             self.text.extend(accepted)
+            if self._unused > KEPT and self.text.tokens.shape[0] == 1:
+                self.text = None
 
     def learn(self, tokens: list[int]) -> None:
         if self.inner is not None:
             self.inner.learn(tokens)
-        if self._rooted:
+        if self._root is None:
             read = self._in_flight.popleft()
             if self.text is not None:
                 self.text.tighten(read.tokens.shape[1] - len(tokens))
-        self._rooted = True
-        if self.worth is not None:
-            self.worth.learn(tokens)
+        self._root = None
+        self.index.extend(tokens)
 
     def arrays(self) -> list[mx.array]:
         mine = [] if self.text is None else [self.text.tokens, self.text.end]
         return mine + ([] if self.inner is None else self.inner.arrays())
 
-    def _note(self, shape: DraftShape | None, joined: bool, share: int) -> None:
-        """A step of "auto" is built; the text on the device goes when it has not been needed for long."""
-        assert self.worth is not None
-        self.worth.built(shape, joined, share)
-        self._unused = 0 if joined or isinstance(shape, LookupChain) else self._unused + 1
-        if self._unused > KEPT:
-            self.text = None
-
-    def _text(self) -> TextBuffer:
-        """The text on the device."""
+    def _buffer(self) -> TextBuffer:
+        """The text on the device, made from the host's where it was given up."""
+        self._unused = 0
         if self.text is None:
-            assert self.worth is not None
-            self.text = TextBuffer(mx.array([self.worth.index.tokens], mx.int32))
+            text = mx.array([self.index.tokens], mx.int32)
+            if self._root is not None:
+                text = mx.concatenate([text, self._root[:, None].astype(mx.int32)], axis=1)
+            self.text = TextBuffer(text)
             for accepted in self._in_flight:  # built, and not read by the host yet
                 self.text.extend(accepted)
         return self.text

@@ -1,8 +1,9 @@
 """Who proposes: whatever yields a CandidateTree can be verified.
 
-A proposer is asked once per step, while the step's graph is built, and reads nothing on
-the host. Its shape may change between any two steps; everything that depends on it (rows,
-depth, whether rows lie in order) travels with the tree.
+Knows nothing of verification. A proposer is asked once per step that drafts, while the
+step's graph is built, and reads nothing on the host. What it is asked for may change
+between any two steps; everything that depends on it (rows, depth, whether rows lie in
+order) travels with the tree.
 """
 
 from __future__ import annotations
@@ -15,33 +16,24 @@ from mlx_redrafter.drafting.beam_search import Embedder, beam_search, candidate_
 from mlx_redrafter.drafting.medusa import MedusaHeads
 from mlx_redrafter.drafting.medusa_tree import parents_of, select
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import Drafted, LookedUp
 from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
 
 
 class Proposer(abc.ABC):
-    """Proposes continuations of the text so far.
-
-    Attributes:
-        shape: how much to propose per step; may be set between steps. None proposes
-            nothing, which makes a step plain decoding.
-    """
-
-    def __init__(self, shape: DraftShape | None):
-        self.shape = shape
-
-    def plan(self, shape: DraftShape | None) -> DraftShape | None:
-        """What to draft in the next step where `shape` is what was asked for; may be asked more than once."""
-        return shape
+    """Proposes continuations of the text so far."""
 
     @abc.abstractmethod
-    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
+    def propose(
+        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
+    ) -> CandidateTree:
         """The candidates for one step, as a lazy graph.
 
         Args:
             context: (B, hidden_size) the target's hidden state at the last committed token.
             root: (B,) int32 the token that the target has chosen and not yet read.
+            plan: what to draft.
             chain_only: the target can verify only consecutive positions.
 
         Returns:
@@ -76,14 +68,14 @@ class RecurrentProposer(Proposer):
         temperature: of the drafter's probabilities, by which nodes are chosen.
     """
 
-    def __init__(self, drafter: RecurrentDrafter, embed: Embedder, shape: DraftShape | None, temperature: float = 1.0):
-        super().__init__(shape)
+    def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
         self.drafter, self.embed, self.temperature = drafter, embed, temperature
 
-    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
-        shape = self.shape
-        if shape is None:
-            return CandidateTree.chain(root[:, None].astype(mx.int32))
+    def propose(
+        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
+    ) -> CandidateTree:
+        assert isinstance(plan, Drafted)
+        shape = plan.shape
         if chain_only or shape.beam_width == 1:
             shape = shape.as_chain()
             beam = beam_search(self.drafter, self.embed, context, root, 1, shape.beam_length)
@@ -104,15 +96,15 @@ class MedusaProposer(Proposer):
         heads: the heads.
     """
 
-    def __init__(self, heads: MedusaHeads, shape: DraftShape | None):
-        super().__init__(shape)
+    def __init__(self, heads: MedusaHeads):
         self.heads = heads
 
-    def propose(self, context: mx.array, root: mx.array, chain_only: bool = False) -> CandidateTree:
-        shape, config, batch = self.shape, self.heads.config, root.shape[0]
+    def propose(
+        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
+    ) -> CandidateTree:
+        assert isinstance(plan, Drafted)
+        shape, config, batch = plan.shape, self.heads.config, root.shape[0]
         first = root[:, None].astype(mx.int32)
-        if shape is None:
-            return CandidateTree.chain(first)
         if chain_only or shape.beam_width == 1:
             depth = min(shape.as_chain().beam_length - 1, config.medusa_num_heads)
             choices = tuple((0,) * n for n in range(1, depth + 1))

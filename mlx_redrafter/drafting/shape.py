@@ -1,17 +1,17 @@
-"""How much is drafted per step; knows nothing of drafters."""
+"""Says how much is drafted per step.
+
+Knows nothing of drafters.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias
 
 from mlx_redrafter.errors import UserError
 
 AUTO, ON, OFF = "auto", "on", "off"
-
-
 LOOKUPS = (AUTO, ON, OFF)
-
-
 BEAMS, BEST_FIRST = "beams", "best-first"
 POLICIES = (BEST_FIRST, BEAMS)
 LONGEST_BEAM = 32  # tokens, the root included
@@ -67,13 +67,44 @@ class DraftShape:
 
 
 @dataclasses.dataclass(frozen=True)
-class LookupChain(DraftShape):
+class Plain:
+    """The step drafts nothing: it is plain decoding."""
+
+    num_draft_tokens = 0
+
+    def __str__(self) -> str:
+        return "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafted:
+    """The drafter drafts.
+
+    Args:
+        shape: how much.
+        with_lookup: what lookup finds joins the tree, or takes the place of a chain.
+    """
+
+    shape: DraftShape
+    with_lookup: bool = False
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self.shape.num_draft_tokens
+
+    def __str__(self) -> str:
+        return f"{self.shape}{' with lookup' if self.with_lookup else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LookedUp:
     """A chain of what followed in the text so far, and nothing of the drafter's."""
 
-    @classmethod
-    def of(cls, count: int) -> LookupChain:
-        """A chain of so many tokens."""
-        return cls(1, count + 1, count)
+    num_draft_tokens: int
 
     def __str__(self) -> str:
         return f"lookup of {self.num_draft_tokens}"
+
+
+Plan: TypeAlias = Plain | Drafted | LookedUp  # what one step drafts
+PLAIN = Plain()

@@ -1,13 +1,10 @@
-"""Which shapes are worth drafting on this device, from measured costs and what a drafter gets right.
+"""What is known of one pair on this device: its costs, what was learnt of its drafter, the shapes to choose from.
 
-Expected tokens per second of a shape are 1 + the draft tokens it should get accepted, over
-the time of its step. The tree's policy needs no search: no choice of N nodes can be
-expected to get more accepted than the N most probable ones, which is `best-first`.
+Knows nothing of text.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -20,150 +17,144 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.drafting.kinds import Drafter, deepest
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, Plan
 from mlx_redrafter.system.device import blas_threads, device_name, on_cpu
 from mlx_redrafter.system.openblas import IDLE_VARIABLE, prefer_openblas
 from mlx_redrafter.target.verification import CHAIN, Verifier
 from mlx_redrafter.tuning import store
-from mlx_redrafter.tuning.calibration import DEPTHS, FIRST, Calibration, later_assumed
-from mlx_redrafter.tuning.expectation import Expectation
-from mlx_redrafter.tuning.shape_controller import Adaptation, Memory
-from mlx_redrafter.tuning.step_costs import SHORT, Costs, measure
-from mlx_redrafter.tuning.store import Kept
+from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
+from mlx_redrafter.tuning.lookup_controller import DEEPEST, LookupController
+from mlx_redrafter.tuning.measure import measure
+from mlx_redrafter.tuning.shape_controller import Controller, PairMemory
+from mlx_redrafter.tuning.step_costs import Costs
 
-WIDTHS = (1, 2, 3, 4, 6, 8)
-LONGEST = 9  # tokens per beam, the root included
-NODES = (1, 2, 3, 4, 5, 6, 7, 8, 11, 15, 23, 31)
-# Shares of right first choices for which a best shape is kept at hand: from a drafter that
-# is hardly ever right to one that nearly always is.
-QUALITIES = (0.2, 0.35, 0.5, FIRST, 0.8, 0.9)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a pair can do at all: beams, and tokens per beam, the root included."""
-
-    width: int = max(WIDTHS)
-    length: int = LONGEST
-
-    @classmethod
-    def of(cls, verifier: Verifier, drafter: Drafter) -> Limits:
-        width = 1 if verifier.capability == CHAIN else min(max(WIDTHS), drafter.config.scored)
-        return cls(width, min(LONGEST, 1 + deepest(drafter)))
+# Few shapes that serve drafters of any quality on devices of any kind: chains, and trees from
+# those that a row costs little more than none to those for which rows are free.
+SHAPES = tuple(DraftShape(1, n + 1, n) for n in (1, 2, 3, 4, 5, 7)) + (
+    DraftShape(2, 4, 4),
+    DraftShape(2, 5, 7),
+    DraftShape(4, 5, 7),
+    DraftShape(4, 5, 12),
+    DraftShape(4, 6, 16),
+    DraftShape(8, 6, 24),
+)
+MOST_DRAFTERS = 16  # of one kind, of which what was learnt is kept
+ENOUGH = 32  # drafted steps more, from which on it is kept again
 
 
-def all_shapes(limits: Limits) -> list[DraftShape]:
-    """Every shape that comes into question; the deepest node of a tree can be reached."""
-    return [
-        DraftShape(width, length, nodes)
-        for width in WIDTHS
-        if width <= limits.width
-        for length in range(2, limits.length + 1)
-        for nodes in NODES
-        if (nodes == length - 1 if width == 1 else length - 1 < nodes <= width * (length - 1))
-    ]
-
-
-def best_shape(
-    costs: Costs, first: list[float], later: list[float], limits: Limits = Limits(), context: int = SHORT
-) -> tuple[DraftShape, float]:
-    """The shape with the largest expected speed, and that speed in tokens per second.
+class Session:
+    """A pair on this device.
 
     Args:
-        first, later: the drafter's shares (see `Expectation`).
-        limits: of the pair.
-        context: tokens before the step.
-    """
-    expectation = Expectation(first, later)
-
-    def speed(shape: DraftShape) -> float:
-        return (1 + expectation.accepted(shape)) / costs.step_seconds(shape, context)
-
-    best = max(all_shapes(limits), key=lambda shape: (speed(shape), -shape.num_draft_tokens))
-    return best, speed(best)
-
-
-def few_shapes(costs: Costs, calibration: Calibration, limits: Limits = Limits()) -> list[DraftShape]:
-    """The shapes to change between while decoding: the best for what is known, and for drafters of any quality."""
-    shares = [(calibration.first(), calibration.later())]
-    shares += [([quality] * DEPTHS, later_assumed(quality)) for quality in QUALITIES]
-    found = [best_shape(costs, first, later, limits)[0] for first, later in shares]
-    return list(dict.fromkeys(found))
-
-
-@dataclasses.dataclass
-class Tuning:
-    """What is known of a pair on this device.
+        key: what costs depend on.
+        drafter: digest of the drafter's weights; empty without one.
+        costs: of a step.
+        fresh: whether they were measured just now.
+        acceptance: how often the drafter was right.
+        shapes: to choose from.
 
     Attributes:
-        kept: the costs, and what else the file of this kind of pair holds.
-        drafter: digest of the drafter's weights.
         memory: what choosing goes by.
-        fresh: whether the costs were measured just now.
     """
 
-    kept: Kept
-    drafter: str
-    memory: Memory
-    fresh: bool
-    _saved: int = 0
+    def __init__(
+        self,
+        key: dict[str, Any],
+        drafter: str,
+        costs: Costs,
+        fresh: bool,
+        acceptance: AcceptanceModel,
+        shapes: list[DraftShape],
+    ):
+        self.key, self.drafter, self.costs, self.fresh = key, drafter, costs, fresh
+        self.memory = PairMemory(costs, acceptance, [PLAIN, *map(Drafted, shapes)])
+        self._fixed: dict[DraftShape, PairMemory] = {}
+        self._saved = acceptance.steps
 
-    def adaptation(self) -> Adaptation:
-        """Steers one text."""
-        return Adaptation(self.memory)
+    def planner(self, shape: DraftShape | None, lookup: str, index: TextIndex) -> Planner:
+        """The planner of one text.
 
-    def save(self, least: int = 32) -> None:
-        """Keeps what was learnt of the drafter, if that is at least so many drafted steps more."""
-        calibration = self.memory.calibration
-        if calibration.steps - self._saved < least:
+        Args:
+            shape: the one to keep to; None to choose.
+            lookup: "off", "auto" or "on".
+            index: the text so far, which the proposer extends.
+        """
+        memory = self.memory
+        if shape is not None:
+            plan: Plan = Drafted(shape) if self.drafter else PLAIN
+            if shape not in self._fixed:
+                self._fixed[shape] = PairMemory(self.costs, memory.acceptance, [plan])
+                self._fixed[shape].lookup = memory.lookup
+            memory = self._fixed[shape]
+        if lookup == OFF:
+            return Controller(memory)
+        longest = shape.as_chain().num_draft_tokens if shape and (lookup == ON or not self.drafter) else DEEPEST
+        found = LookupController(index, lookup, memory.lookup, memory.seconds, memory.speed, longest)
+        return Controller(memory, found)
+
+    def save(self) -> None:
+        """Keeps what was learnt of the drafter, if that is much more than was kept."""
+        if self.memory.acceptance.steps - self._saved < ENOUGH:
             return
-        self._saved = calibration.steps
-        kept = store.read(self.kept.key) or self.kept  # another process may have added its own
-        kept.calibrations.pop(self.drafter, None)
-        kept.calibrations[self.drafter] = calibration
-        store.write(kept)
+        self._saved = self.memory.acceptance.steps
+        fields = store.read(self.key)  # another process may have added its own
+        learnt = {name: one for name, one in fields.get("drafters", {}).items() if name != self.drafter}
+        learnt = dict(list(learnt.items())[1 - MOST_DRAFTERS :]) | {self.drafter: self.memory.acceptance.to_dict()}
+        store.write(self.key, {"costs": self.costs.to_dict(), "drafters": learnt})
 
 
 _measured: dict[str, Costs] = {}  # in this process, by key
 
 
-def tuning_for(verifier: Verifier, drafter: Drafter, fresh: bool = False) -> Tuning:
+def session_for(verifier: Verifier, drafter: Drafter | None, fresh: bool = False) -> Session:
     """What is known of a pair; measured if it was not before, which takes about two seconds.
 
     Args:
         verifier: with a capability other than "none".
-        drafter: the target's.
+        drafter: the target's; None where lookup alone drafts.
         fresh: measure anew whatever is kept, and assume nothing of the drafter.
     """
-    key = key_of(verifier, drafter)
-    name = json.dumps(key, sort_keys=True)
-    known: Tuning | None = getattr(drafter, "_redrafter_tuning", None)
-    if known is not None and known.kept.key == key and not fresh:
+    owner: Any = verifier.target.model if drafter is None else drafter
+    known: Session | None = getattr(owner, "_redrafter_session", None)
+    if known is not None and known.key["target"] == _target_key(verifier) and not fresh:
         return known
-    kept = None if fresh else store.read(key)
-    measure_now = kept is None and (fresh or name not in _measured)
-    if kept is None:
-        kept = Kept(key, measure(verifier, drafter) if measure_now else _measured[name], {})
-        store.write(kept)
-    _measured[name] = kept.costs
-    weights = weights_digest(drafter)
-    calibration = kept.calibrations.get(weights) or Calibration()
-    shapes = few_shapes(kept.costs, calibration, Limits.of(verifier, drafter))
-    tuning = Tuning(kept, weights, Memory(kept.costs, calibration, shapes), measure_now, calibration.steps)
+    key = key_of(verifier, drafter)
+    fields, name = {} if fresh else store.read(key), json.dumps(key, sort_keys=True)
+    weights, measured = "" if drafter is None else weights_digest(drafter), False
+    acceptance = AcceptanceModel()
+    try:
+        costs = Costs.from_dict(fields["costs"])
+        if weights in fields["drafters"]:
+            acceptance.restore(fields["drafters"][weights])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        measured = fresh or name not in _measured
+        costs, acceptance = measure(verifier, drafter) if measured else _measured[name], AcceptanceModel()
+        store.write(key, {"costs": costs.to_dict(), "drafters": {}})
+    _measured[name] = costs
+    shapes = [] if drafter is None else [shape for shape in SHAPES if _fits(shape, verifier, drafter)]
+    session = Session(key, weights, costs, measured, acceptance, shapes)
     # An attribute that is neither array nor module is no parameter of an nn.Module.
-    drafter._redrafter_tuning = tuning
-    return tuning
+    owner._redrafter_session = session
+    return session
 
 
-def key_of(verifier: Verifier, drafter: Drafter) -> dict[str, Any]:
+def _fits(shape: DraftShape, verifier: Verifier, drafter: Drafter) -> bool:
+    width = 1 if verifier.capability == CHAIN else drafter.config.scored
+    return shape.beam_width <= width and shape.beam_length <= 1 + deepest(drafter)
+
+
+def key_of(verifier: Verifier, drafter: Drafter | None) -> dict[str, Any]:
     """What the costs of a pair depend on, in words that JSON keeps."""
+    kind = "none" if drafter is None else f"{type(drafter).__name__} {_kind(drafter)}"
+    return {**_device_key(), "target": _target_key(verifier), "drafter": kind}
+
+
+def _target_key(verifier: Verifier) -> str:
     model = verifier.target.model
-    return {
-        **_device_key(),
-        "target": f"{getattr(model, 'model_type', type(model).__name__)} {_kind(model)} {verifier.capability}",
-        "drafter": f"{type(drafter).__name__} {_kind(drafter)}",
-    }
+    return f"{getattr(model, 'model_type', type(model).__name__)} {_kind(model)} {verifier.capability}"
 
 
 @functools.lru_cache(maxsize=1)

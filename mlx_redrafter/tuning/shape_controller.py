@@ -1,266 +1,208 @@
-"""Chooses the shape of every step while a text is written, and plain decoding where drafting does not pay.
+"""Chooses what every step drafts while a text is written, with plain decoding as the floor.
 
-All it goes by is what the host reads anyway: how many drafts were accepted, which ones, and
-when. Now and then it tries another shape (plain decoding while it drafts, drafting while it
-decodes plainly) for a few steps, because what is not tried is not known; what trials may
-cost is a small share of all time, and one that did not help is waited for twice as long.
+Knows nothing of text. All it goes by is what the host reads anyway: which drafts were
+accepted, and when. The shape with the most expected tokens per second is in use. Now and
+then another one is tried for a few steps, because what is not tried is not known; trials
+cost a small share of all time, and one that did not help is waited for twice as long.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable
 
-from mlx_redrafter.decoding.steering import Outcome
-from mlx_redrafter.drafting.shape import DraftShape, LookupChain
-from mlx_redrafter.tuning.calibration import Calibration
-from mlx_redrafter.tuning.expectation import Expectation
-from mlx_redrafter.tuning.lookup_controller import LookupMemory
+from mlx_redrafter.decoding.planner import Planner, StepRead
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, LookedUp, Plain, Plan
+from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
+from mlx_redrafter.tuning.lookup_controller import LookupController, LookupMemory
+from mlx_redrafter.tuning.running import RecentMedian, RunningShare
 from mlx_redrafter.tuning.step_costs import Costs
 
-BURST = 4  # steps of a trial
-LONGER = 12  # steps more if they went better than what is in use
-SHARE = 0.015  # of all time that trials may cost, beside
-ALLOWANCE = 2.0  # plain steps' time
-BETTER = 1.03  # by how much another shape has to be faster to take over
-CLOSE = 0.9  # of the best one's speed, from which on a shape is worth a trial
-FIRST_GAP, LARGEST_GAP = 48, 4096  # steps between two trials of one shape
-EARLY, EARLY_STEPS, USUAL = 4, 12, 16  # steps between reviews, at first and later
-TIMES = 16  # measured times of a shape that count
-FORGET = 0.99  # of what was accepted from a tree of one shape, per step of it
-FIT_WEIGHT = 8.0  # draft tokens that the assumption about a shape is worth
+BETTER = 1.02  # by how much another shape has to be faster to take over
+CLOSE = 0.9  # of the speed in use, from which on a shape is worth a trial
+BURST, LONGER = 6, 12  # steps of a trial, and steps more if they went better than what is in use
+SHARE, ALLOWANCE = 0.01, 2.0  # of all time that trials may cost, beside so many plain steps
+FIRST_GAP, LARGEST_GAP = 32, 4096  # steps between two trials of one shape
+EARLY, USUAL = 4, 16  # steps between reviews, at first and later
+TIMES, TRUSTED = 32, 5  # measured times of a shape that count, and those from which on no others do
 COARSE = 64  # tokens of context that make no difference to a step's time
-TRUSTED = 8  # measured times of a shape, from which on those of others do not count
-STALE = 1024  # steps after which a measured time does not count any more
 
 
-LOOKUP = LookupChain.of(1)  # stands for lookups of any length where times are kept
-
-
-def _kind(shape: DraftShape | None) -> DraftShape | None:
-    return LOOKUP if isinstance(shape, LookupChain) else shape
-
-
-@dataclasses.dataclass
-class Waiting:
-    """When a shape may be tried again, in steps, and how long to wait after that."""
-
-    until: int = FIRST_GAP
-    gap: int = FIRST_GAP
-
-
-@dataclasses.dataclass
-class _Fit:
-    """What was accepted over what was expected, of the last steps."""
-
-    accepted: float = 0.0
-    expected: float = 0.0
-
-    def learn(self, accepted: int, expected: float) -> None:
-        self.accepted = FORGET * self.accepted + accepted
-        self.expected = FORGET * self.expected + expected
-
-    def factor(self, assumed: float = 1.0) -> float:
-        """Close to what is assumed as long as little was seen."""
-        return min(2.0, max(0.5, (self.accepted + FIT_WEIGHT * assumed) / (self.expected + FIT_WEIGHT)))
-
-
-class Memory:
-    """What is known of a pair; outlives texts.
+class Arm:
+    """A plan to choose, and how it went.
 
     Attributes:
-        costs: measured beforehand.
-        calibration: how often drafts were right.
-        shapes: those to choose from; None, plain decoding, is always one of them.
-        current: the one in use; best by what is known, until something better is found.
-        lookup: how lookups fared beside the drafter.
+        slowness: measured over expected seconds.
+        fit: of a tree, accepted over expected draft tokens.
+        due, gap: the step from which on it may be tried again, and how long to wait after that.
     """
 
-    def __init__(self, costs: Costs, calibration: Calibration, shapes: list[DraftShape]):
-        self.costs, self.calibration = costs, calibration
-        self.shapes: list[DraftShape | None] = [None, *shapes]
-        self.current: DraftShape | None = None
-        self.lookup = LookupMemory()
-        self.steps = 0
-        self.elapsed = self.spent = 0.0  # seconds of all steps, and what trials lost, as estimated
-        self.waiting = {shape: Waiting() for shape in self.shapes}
-        # Of each shape: measured over expected time, with the step at which it was measured.
-        self.ratios: dict[DraftShape | None, deque[tuple[int, float]]] = {
-            shape: deque(maxlen=TIMES) for shape in [*self.shapes, LOOKUP]
-        }
-        self._drift: deque[float] = deque(maxlen=2 * TIMES)  # of any shape of the drafter's
-        # Every step asks for several of these while the device may be waiting.
-        self._slowness: dict[DraftShape | None, float] = {}
-        self._expected: dict[tuple[DraftShape | None, int], float] = {}
-        # Accepted drafts of trees, as seen and as expected: of each shape, and of all (None).
-        self._fits = {shape: _Fit() for shape in self.shapes}
-        self.review(0)
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.slowness, self.fit = RecentMedian(TIMES), RunningShare(weight=8.0, memory=100.0)
+        self.due = self.gap = FIRST_GAP
 
-    def note_time(self, shape: DraftShape | None, seconds: float, length: int) -> None:
-        """A step's measured time behind `length` tokens."""
-        ratio = seconds / self._table(shape, length)
-        self.ratios[_kind(shape)].append((self.steps, ratio))
-        if not isinstance(shape, LookupChain):
-            self._drift.append(ratio)  # lookup's table is an assumption, and no drafter's
-        self._slowness.clear()
 
-    def note_outcome(self, outcome: Outcome) -> None:
-        """A step's accepted drafts."""
-        if outcome.shape is None:
-            return
-        self.calibration.learn(outcome)
-        if outcome.shape.beam_width > 1:
-            # Nodes are chosen step by step, by what the drafter makes of each: better than
-            # shares by rank say, or worse.
-            expected = self._expectation.accepted(outcome.shape)
-            for shape in (outcome.shape, None):
-                self._fits[shape].learn(outcome.accepted, expected)
+class PairMemory:
+    """What is known of a pair on this device; outlives texts.
 
-    def review(self, length: int) -> bool:
-        """Puts the best shape in use; True if that is another one."""
-        self._expectation = Expectation(self.calibration.first(), self.calibration.later())
-        self._slowness.clear()  # some of it may be stale
-        best = max(self.shapes, key=lambda shape: self.rate(shape, length))
-        if best != self.current and self.rate(best, length) > BETTER * self.rate(self.current, length):
-            self.current = best
-            return True
-        return False
+    Args:
+        costs: measured beforehand.
+        acceptance: how often the drafter was right.
+        plans: those to choose from.
 
-    def seconds(self, shape: DraftShape | None, length: int) -> float:
-        """Of a step: as lately measured, and while that is little, as much slower or faster as other shapes are."""
-        kind = _kind(shape)
-        if (slowness := self._slowness.get(kind)) is None:
-            own = [ratio for step, ratio in self.ratios[kind] if self.steps - step <= STALE]
-            others = statistics.median(self._drift) if len(self._drift) >= 8 else 1.0
-            # A few times of its own may have met another program; a shape that they make look
-            # slow would not be tried again for long.
-            trust = min(1.0, len(own) / TRUSTED)
-            slowness = trust * statistics.median(own) + (1 - trust) * others if own else others
-            self._slowness[kind] = slowness
-        return self._table(shape, length) * slowness
+    Attributes:
+        current: the arm in use.
+        lookup: how lookups fared.
+    """
 
-    def _table(self, shape: DraftShape | None, length: int) -> float:
-        """Seconds of a step as measured beforehand."""
-        key = shape, length // COARSE
+    def __init__(self, costs: Costs, acceptance: AcceptanceModel, plans: list[Plan]):
+        self.costs, self.acceptance, self.lookup = costs, acceptance, LookupMemory()
+        self.arms = [Arm(plan) for plan in plans]
+        self._found = Arm(LookedUp(1))  # lookups of any length
+        self._drift = RecentMedian(2 * TIMES)  # of all arms
+        self._expected: dict[tuple[Plan, int], float] = {}
+        self.steps, self.elapsed, self.spent = 0, 0.0, 0.0  # seconds of all steps, and what trials lost
+        self.current = max(self.arms, key=lambda arm: self.rate(arm, 0))
+
+    def arm(self, plan: Plan) -> Arm | None:
+        """Where a plan's times are kept; None for one that is not among those to choose from."""
+        if isinstance(plan, LookedUp):
+            return self._found
+        return next((arm for arm in self.arms if arm.plan == plan), None)
+
+    def seconds(self, plan: Plan, length: int, arm: Arm | None = None) -> float:
+        """Of a step behind so many tokens: as lately measured, and while that is little, as slow as other steps are."""
+        arm = arm or self.arm(plan)
+        drift = self._drift.value(1.0, TRUSTED)
+        return self._table(plan, length) * (drift if arm is None else arm.slowness.value(drift, TRUSTED))
+
+    def _table(self, plan: Plan, length: int) -> float:
+        key = plan, length // COARSE
         if (seconds := self._expected.get(key)) is None:
-            seconds = self._expected[key] = self.costs.step_seconds(shape, length)
+            seconds = self._expected[key] = self.costs.step_seconds(plan, length)
         return seconds
 
-    def tokens(self, shape: DraftShape | None) -> float:
+    def tokens(self, arm: Arm) -> float:
         """Expected tokens of a step, its own one included."""
-        if shape is None:
+        if not isinstance(arm.plan, Drafted):
             return 1.0
-        expected = self._expectation.accepted(shape)
-        if shape.beam_width == 1:
-            return 1 + expected
-        return 1 + expected * self._fits[shape].factor(assumed=self._fits[None].factor())
+        expected = self.acceptance.expected(arm.plan.shape)
+        return 1 + expected * (arm.fit.share(1.0) if arm.plan.shape.beam_width > 1 else 1.0)
 
-    def rate(self, shape: DraftShape | None, length: int) -> float:
-        """Expected tokens per second behind `length` tokens."""
-        return self.tokens(shape) / self.seconds(shape, length)
+    def rate(self, arm: Arm, length: int) -> float:
+        """Expected tokens per second behind so many tokens."""
+        return self.tokens(arm) / self.seconds(arm.plan, length, arm)
 
     def speed(self, length: int) -> float:
-        """Expected tokens per second of the shape in use."""
+        """Expected tokens per second of the arm in use."""
         return self.rate(self.current, length)
 
-    def due(self, length: int) -> list[DraftShape | None]:
-        """Shapes to try now, the one that has waited longest first."""
+    def note(self, step: StepRead, seconds: float | None) -> None:
+        """A step, and its time where that says something."""
+        self.steps += 1
+        arm = self.arm(step.plan)
+        if arm is not None and seconds is not None:
+            ratio = seconds / self._table(step.plan, step.length)
+            arm.slowness.learn(ratio)
+            if arm is not self._found:  # whose table is an assumption
+                self._drift.learn(ratio)
+        usual = self.seconds(step.plan, step.length, arm)
+        self.elapsed += usual
+        if arm is self._found or arm is None or not isinstance(step.plan, (Plain, Drafted)):
+            return
+        if isinstance(step.plan, Drafted):
+            arm.fit.learn(step.accepted, self.acceptance.expected(step.plan.shape))
+            self.acceptance.learn(step)
+        if arm is not self.current:
+            self.spent += max(0.0, usual - len(step.tokens) / self.speed(step.length))
+
+    def review(self, length: int) -> bool:
+        """Puts the best arm in use; True if that is another one."""
+        best = max(self.arms, key=lambda arm: self.rate(arm, length))
+        if best is self.current or self.rate(best, length) <= BETTER * self.speed(length):
+            return False
+        self.current, before = best, self.current
+        before.due = self.steps + before.gap
+        return True
+
+    def trial(self, length: int) -> Arm | None:
+        """An arm to try now, the one that has waited longest."""
         speed = self.speed(length)
-        others = [shape for shape in self.shapes if shape != self.current]
-        if self.current is None:
-            others = sorted(others, key=lambda shape: -self.rate(shape, length))[:1]
+        left = SHARE * self.elapsed + ALLOWANCE * self._table(PLAIN, length) - self.spent
+        others = [arm for arm in self.arms if arm is not self.current]
+        if self.current.plan == PLAIN:  # the best of the drafted ones, however poor it looks: texts change
+            others = sorted(others, key=lambda arm: -self.rate(arm, length))[:1]
         else:
-            others = [s for s in others if s is None or self.rate(s, length) > CLOSE * speed]
-        left = SHARE * self.elapsed + ALLOWANCE * self.seconds(None, length) - self.spent
+            others = [arm for arm in others if arm.plan == PLAIN or self.rate(arm, length) > CLOSE * speed]
 
-        def affordable(shape: DraftShape | None) -> bool:
-            loss = self.seconds(shape, length) - self.tokens(shape) / speed
-            return (BURST + 1) * loss <= left  # one more is on its way when the last is read
+        def loss(arm: Arm) -> float:  # one more is on its way when the last is read
+            return (BURST + 1) * (self.seconds(arm.plan, length, arm) - self.tokens(arm) / speed)
 
-        found = [shape for shape in others if self.steps >= self.waiting[shape].until and affordable(shape)]
-        return sorted(found, key=lambda shape: self.waiting[shape].until)
+        found = [arm for arm in others if self.steps >= arm.due and loss(arm) <= left]
+        return min(found, key=lambda arm: arm.due, default=None)
 
 
-@dataclasses.dataclass
-class _Trial:
-    """A few steps of another shape."""
-
-    shape: DraftShape | None
-    left: int = BURST
-    steps: int = 0
-    tokens: int = 0
-    prolonged: bool = False
-
-
-class Adaptation:
-    """The steering of one text (see `steering.Steering`).
+class Controller(Planner):
+    """The planner of one text.
 
     Args:
         memory: shared by all texts of a pair.
+        lookup: of this text; None does without.
         clock: seconds; not the machine's in tests.
     """
 
-    def __init__(self, memory: Memory, clock: Callable[[], float] = time.perf_counter):
-        self.memory, self.clock = memory, clock
-        self._trial: _Trial | None = None
-        self._last: list[DraftShape | None] = []  # the shape of the step read last, if there was one
-        self._read_at = 0.0
+    def __init__(
+        self,
+        memory: PairMemory,
+        lookup: LookupController | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        super().__init__(memory.current.plan)
+        self.memory, self.lookup, self.clock = memory, lookup, clock
+        self._trial: Arm | None = None
+        self._left = self._tokens = self._steps = 0  # of the trial
+        self._prolonged = False
+        self._read_at, self._last, self._length = 0.0, None, 0
         self._next_review = memory.steps + EARLY
 
     def begin(self) -> None:
         self._read_at = self.clock()
 
-    def shape(self) -> DraftShape | None:
-        return self.memory.current if self._trial is None else self._trial.shape
+    def plan(self) -> Plan:
+        plan = (self._trial or self.memory.current).plan
+        return plan if self.lookup is None else self.lookup.plan(plan, self._length)
 
-    def learn(self, outcome: Outcome, length: int) -> None:
-        memory, shape, now = self.memory, outcome.shape, self.clock()
-        seconds, self._read_at = now - self._read_at, now
-        memory.steps += 1
-        # A step behind one of another shape has waited for it, or met cold caches.
-        if self._last == [_kind(shape)]:
-            memory.note_time(shape, seconds, length)
-        self._last = [_kind(shape)]
-        usual = memory.seconds(shape, length)
-        memory.elapsed += usual
-        if isinstance(shape, LookupChain):
-            return  # tells nothing of the drafter, and was not chosen here
-        memory.note_outcome(outcome)
-        if shape != memory.current:
-            memory.spent += max(0.0, usual - (1 + outcome.accepted) / memory.rate(memory.current, length))
-        if self._trial is not None:
-            if shape == self._trial.shape:
-                self._count(self._trial, outcome, length)
-        elif memory.steps >= self._next_review:
-            self._review(length)
-
-    def _count(self, trial: _Trial, outcome: Outcome, length: int) -> None:
-        """One more step of a trial; decides at its end."""
-        memory = self.memory
-        trial.steps, trial.tokens, trial.left = trial.steps + 1, trial.tokens + 1 + outcome.accepted, trial.left - 1
-        if trial.left:
+    def learn(self, step: StepRead) -> None:
+        memory, now = self.memory, self.clock()
+        kind = memory.arm(step.plan)
+        # A step behind one of another kind has waited for it, or met cold caches.
+        memory.note(step, now - self._read_at if kind is self._last else None)
+        self._read_at, self._last, self._length = now, kind, step.length
+        if self.lookup is not None:
+            self.lookup.learn(step)
+        if isinstance(step.plan, LookedUp):
             return
-        speed = trial.tokens / (trial.steps * memory.seconds(trial.shape, length))
-        if trial.shape is not None and not trial.prolonged and speed > memory.rate(memory.current, length):
-            # What was seen long ago would take long to outvote.
-            memory.calibration.fade(0.25)
-            trial.prolonged, trial.left = True, LONGER
+        if self._trial is not None:
+            if step.plan == self._trial.plan:
+                self._count(self._trial, step)
+        elif memory.steps >= self._next_review:
+            if not memory.review(step.length) and (arm := memory.trial(step.length)) is not None:
+                self._trial, self._left, self._tokens, self._steps, self._prolonged = arm, BURST, 0, 0, False
+            self._next_review = memory.steps + (EARLY if memory.acceptance.steps < USUAL else USUAL)
+
+    def _count(self, arm: Arm, step: StepRead) -> None:
+        """One more step of a trial; decides at its end."""
+        memory, length = self.memory, step.length
+        self._left, self._tokens, self._steps = self._left - 1, self._tokens + len(step.tokens), self._steps + 1
+        if self._left:
+            return
+        speed = self._tokens / (self._steps * memory.seconds(arm.plan, length, arm))
+        if arm.plan != PLAIN and not self._prolonged and speed > memory.speed(length):
+            memory.acceptance.fade(0.25)  # what was seen long ago would take long to outvote
+            self._prolonged, self._left = True, LONGER
             return
         self._trial = None
-        waiting = memory.waiting[trial.shape]
-        waiting.gap = FIRST_GAP if memory.review(length) else min(2 * waiting.gap, LARGEST_GAP)
-        waiting.until = memory.steps + waiting.gap
+        arm.gap = FIRST_GAP if memory.review(length) else min(2 * arm.gap, LARGEST_GAP)
+        arm.due = memory.steps + arm.gap
         self._next_review = memory.steps + USUAL
-
-    def _review(self, length: int) -> None:
-        memory = self.memory
-        before = memory.current
-        if memory.review(length):
-            waiting = memory.waiting[before]
-            waiting.until = memory.steps + waiting.gap
-        elif due := memory.due(length):
-            self._trial = _Trial(due[0])
-        self._next_review = memory.steps + (EARLY if memory.calibration.steps < EARLY_STEPS else USUAL)

@@ -1,0 +1,55 @@
+"""Says what each step of a text drafts, and is told how it went.
+
+Knows nothing of what steps cost; `tuning` has a planner that adapts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mlx_redrafter.drafting.shape import Plan
+
+
+@dataclasses.dataclass
+class StepRead:
+    """One step as the host has read it (batch size 1).
+
+    Attributes:
+        plan: what it drafted.
+        tokens: what it produced: the accepted drafts and the target's own choice after them.
+        length: tokens in the KV cache after it.
+        path, parents: of a tree, the rows of the accepted path, the root (row 0) first, and
+            each row's parent; None where the rows are a chain.
+    """
+
+    plan: Plan
+    tokens: list[int]
+    length: int
+    path: list[int] | None = None
+    parents: list[int] | None = None
+
+    @property
+    def accepted(self) -> int:
+        """Draft tokens that were accepted."""
+        return len(self.tokens) - 1
+
+
+class Planner:
+    """Drafts the same in every step.
+
+    Args:
+        always: that plan.
+    """
+
+    def __init__(self, always: Plan):
+        self.always = always
+
+    def begin(self) -> None:
+        """Is told that the token after the prompt has been read; the first step is under way."""
+
+    def plan(self) -> Plan:
+        """What the next step drafts; may be asked more than once for a step."""
+        return self.always
+
+    def learn(self, step: StepRead) -> None:
+        """Is told of every step as soon as it has been read."""

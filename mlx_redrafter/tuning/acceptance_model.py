@@ -1,0 +1,114 @@
+"""Expects how many draft tokens of a shape are accepted, from how often drafts were right.
+
+Knows nothing of time. Every share is a conditional one: of the steps that got to a node and
+had a child of that rank there to check, how many took it. So steps of any shape tell about
+all others, and a tree that ended early counts neither for nor against what it did not hold
+(Kaplan and Meier's estimate, with depth in place of time).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_redrafter.decoding.planner import StepRead
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.tuning.running import RunningShare
+
+DEPTHS, RANKS = 10, 8  # that are told apart; deeper tokens are taken to be as good as the last
+FIRST = 0.65  # assumed share of right best children
+NEXT = (0.4, 0.3, 0.25, 0.2, 0.2, 0.15, 0.15)  # and of the second, third, ... child where all before it were wrong
+WEIGHT, MEMORY = 3.0, 192.0  # steps that an assumption is worth, and after which one counts e times less
+
+
+class AcceptanceModel:
+    """What is known of how often a drafter is right.
+
+    Args:
+        assumed: shares of right best children by depth, of which training measured some.
+
+    Attributes:
+        steps: drafted steps seen.
+    """
+
+    def __init__(self, assumed: list[float] | None = None):
+        self.assumed, self.steps = assumed or [], 0
+        self.first = [RunningShare(WEIGHT, MEMORY) for _ in range(DEPTHS)]
+        self.later = [RunningShare(WEIGHT, MEMORY) for _ in range(RANKS - 1)]
+        self._expected: dict[DraftShape, float] = {}
+
+    def learn(self, step: StepRead) -> None:
+        """Takes a step of the drafter's own."""
+        self.steps += 1
+        self._expected.clear()
+        below: dict[int, list[int]] = {}
+        for row, parent in enumerate(step.parents or [], 0):
+            if row:
+                below.setdefault(parent, []).append(row)
+        for depth in range(min(step.accepted + 1, DEPTHS)):
+            if step.parents is None or step.path is None:  # a chain
+                children = int(depth < step.plan.num_draft_tokens)
+                taken = 0 if depth < step.accepted else children
+            else:
+                siblings = below.get(step.path[depth], [])  # in the order of their probability
+                children = len(siblings)
+                taken = siblings.index(step.path[depth + 1]) if depth < step.accepted else children
+            if children == 0:
+                return
+            self.first[depth].learn(taken == 0)
+            for rank in range(1, min(children, taken + 1, RANKS)):
+                self.later[rank - 1].learn(taken == rank)
+
+    def fade(self, factor: float) -> None:
+        """Makes what was seen so far count less."""
+        for share in (*self.first, *self.later):
+            share.fade(factor)
+
+    def shares(self) -> tuple[list[float], list[float]]:
+        """Of right best children by depth, and of right second, third, ... ones where those before were wrong."""
+        first: list[float] = []
+        for depth, share in enumerate(self.first):
+            above = first[-1] if first else FIRST  # where little was seen, as good as one level up
+            first.append(share.share(self.assumed[depth] if depth < len(self.assumed) else above))
+        poor = min(1.0, first[0] / FIRST)  # a drafter whose best child is poor has no good second one
+        return first, [share.share(poor * assumed) for share, assumed in zip(self.later, NEXT, strict=True)]
+
+    def expected(self, shape: DraftShape) -> float:
+        """Draft tokens of one step that should be accepted.
+
+        They are the sum, over the nodes of a tree, of the probability that the target's text
+        runs through them; a best-first tree holds the most probable nodes of a beam search.
+        """
+        if shape not in self._expected:
+            first, later = self.shares()
+            level, paths = [1.0], []
+            for depth in range(shape.beam_length - 1):
+                right = first[min(depth, DEPTHS - 1)]
+                children = []
+                for path in level:
+                    children.append(path * right)
+                    rest = path * (1 - right)
+                    for share in later[: shape.beam_width - 1]:
+                        children.append(rest * share)
+                        rest *= 1 - share
+                level = sorted(children, reverse=True)[: shape.beam_width]
+                paths += level
+            self._expected[shape] = sum(sorted(paths, reverse=True)[: shape.num_draft_tokens])
+        return self._expected[shape]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON keeps."""
+        return {
+            "steps": self.steps,
+            "first": [[share.hits, share.tries] for share in self.first],
+            "later": [[share.hits, share.tries] for share in self.later],
+        }
+
+    def restore(self, fields: dict[str, Any]) -> None:
+        """Takes what `to_dict` gave. Raises ValueError, TypeError or KeyError for anything else."""
+        for shares, counts in ((self.first, fields["first"]), (self.later, fields["later"])):
+            for share, (hits, tries) in zip(shares, counts, strict=True):
+                if not 0 <= hits <= tries < float("inf"):
+                    raise ValueError(f"{hits} of {tries}")
+                share.hits, share.tries = hits, tries
+        self.steps = int(fields["steps"])
+        self._expected.clear()
