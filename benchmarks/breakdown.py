@@ -29,7 +29,7 @@ from mlx_redrafter.benchmarks.stages import STAGES, begin, device_times, require
 from mlx_redrafter.benchmarks.workload import never_end
 from tqdm import tqdm
 
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import Drafted, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.target.probe import verifier_of
@@ -87,10 +87,10 @@ def _measure(pair: Pair, shape: DraftShape, text: list[int], max_tokens: int) ->
     verifier = verifier_of(pair.model)
     whole = step_times(pair.decoder(max_tokens).drafted(shape)(text))
     steps = len(whole) + 2
-    device, building = device_times(*begin(verifier, pair.drafter, shape, text), steps)
+    device, building = device_times(*begin(verifier, pair.drafter, text), Drafted(shape), steps)
     times = {WHOLE: median(whole), DEVICE: median(device), BUILDING: median(building)}
     times[VISIBLE] = times[WHOLE] - times[DEVICE]
-    barriers = stages(*begin(verifier, pair.drafter, shape, text), steps)
+    barriers = stages(*begin(verifier, pair.drafter, text), Drafted(shape), steps)
     for stage in STAGES:
         for i, part in enumerate(PARTS):
             times[f"{stage}, {part}"] = median([one[stage][i] for one in barriers])

@@ -24,9 +24,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.sampling import draft_temperature, greedy
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import Plan
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.partial_submit import in_one_piece
 from mlx_redrafter.target.tree import CandidateTree
@@ -79,7 +80,7 @@ def require_verification(verifier: Verifier) -> None:
         raise UserError(f"this target cannot verify drafts: {verifier.reason}")
 
 
-def begin(verifier: Verifier, drafter: Drafter, shape: DraftShape, prompt: list[int]) -> tuple[SpeculativeStep, int]:
+def begin(verifier: Verifier, drafter: Drafter, prompt: list[int]) -> tuple[SpeculativeStep, int]:
     """A greedy step that stands behind a prompt, nothing pending, and the rows that are committed."""
     options = DecodingOptions()
     cache = verifier.make_cache()
@@ -88,11 +89,11 @@ def begin(verifier: Verifier, drafter: Drafter, shape: DraftShape, prompt: list[
     assert cache.length is not None and hidden is not None
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
     mx.eval(root, hidden, *cache.arrays())
-    proposer = proposer_for(drafter, verifier.target.embed, shape)
+    proposer = proposer_for(drafter, verifier.target.embed, draft_temperature(greedy))
     return SpeculativeStep(verifier, proposer, options, cache, hidden, root), len(prompt)
 
 
-def device_times(step: SpeculativeStep, committed: int, steps: int) -> tuple[list[float], list[float]]:
+def device_times(step: SpeculativeStep, committed: int, plan: Plan, steps: int) -> tuple[list[float], list[float]]:
     """Real steps, each built before the clock starts.
 
     Returns:
@@ -105,7 +106,7 @@ def device_times(step: SpeculativeStep, committed: int, steps: int) -> tuple[lis
         outputs, counts = [], []
         with in_one_piece():
             for _ in range(AT_ONCE):
-                submitted = step()
+                submitted = step(plan)
                 counts.append(submitted.count)
                 outputs.append([submitted.count, submitted.tokens, step.root, step.context, *step.cache.arrays()])
         host.append((time.perf_counter() - tic) / AT_ONCE)
@@ -115,7 +116,7 @@ def device_times(step: SpeculativeStep, committed: int, steps: int) -> tuple[lis
     return device, host
 
 
-def stages(step: SpeculativeStep, committed: int, steps: int) -> list[dict[str, tuple[float, float]]]:
+def stages(step: SpeculativeStep, committed: int, plan: Plan, steps: int) -> list[dict[str, tuple[float, float]]]:
     """Real steps with a barrier behind each stage.
 
     Returns:
@@ -127,7 +128,7 @@ def stages(step: SpeculativeStep, committed: int, steps: int) -> list[dict[str, 
     for _ in range(steps):
         barriers.start()
         with in_one_piece():
-            submitted = step()
+            submitted = step(plan)
         barriers.stop(submitted.count, submitted.tokens, step.root, step.context, *step.cache.arrays())
         found.append(dict(zip(STAGES, barriers.times, strict=True)))
         committed += 1 + _whole(submitted.count)

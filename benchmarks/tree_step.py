@@ -7,11 +7,12 @@ import dataclasses
 from mlx_redrafter.benchmarks.setup import Pair
 
 from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.sampling import greedy
+from mlx_redrafter.decoding.planner import Planner
+from mlx_redrafter.decoding.sampling import draft_temperature, greedy
 from mlx_redrafter.decoding.trace import WatchedStep, watch
 from mlx_redrafter.decoding.tree_view import token_text
 from mlx_redrafter.drafting.kinds import proposer_for
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import Drafted, DraftShape
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import TREE
 
@@ -59,9 +60,11 @@ def picture_of(pair: Pair, texts: list[list[int]]) -> TreeStep | None:
     best: tuple[float, list[int], WatchedStep] | None = None
     for ids in texts:
         written = list(ids)
-        proposer = proposer_for(pair.drafter, verifier.target.embed, SHAPE)
+        proposer = proposer_for(pair.drafter, verifier.target.embed, draft_temperature(greedy))
         options = DecodingOptions(greedy, TOKENS)
-        for step, tokens in watch(verifier, proposer, ids, options, pair.drafter, pair.tokenizer.eos_token_ids):
+        for step, tokens in watch(
+            verifier, proposer, ids, options, Planner(Drafted(SHAPE)), pair.drafter, pair.tokenizer.eos_token_ids
+        ):
             if step is not None and (best is None or _interest(step) > best[0]):
                 best = _interest(step), written[:-1], step
             written += tokens

@@ -21,7 +21,7 @@ def tuning_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuning")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_REDRAFTER_TUNING", str(folder))
-        patch.setattr(mlx_redrafter.tuning.step_costs, "SECONDS", 0.0)
+        patch.setattr(mlx_redrafter.tuning.measure, "SECONDS", 0.0)
         yield folder
 
 

@@ -14,10 +14,10 @@ import mlx_lm
 
 from mlx_redrafter.benchmarks.side_by_side import Method, measure, side_by_side, table
 from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.sampling import greedy
 from mlx_redrafter.decoding.trace import watch
 from mlx_redrafter.decoding.tree_view import GREEN, colours, painted, show
-from mlx_redrafter.drafting.kinds import Drafter, proposer_for
-from mlx_redrafter.drafting.lookup import LookupProposer
+from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.errors import UserError
@@ -27,6 +27,7 @@ from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_model_arguments, draft_shape, load_from
 from mlx_redrafter.text.generate import stream_generate
 from mlx_redrafter.text.prompts import encode
+from mlx_redrafter.tuning.session import drafting_for
 
 HELP = "write the same text plainly and with the drafter, and compare"
 
@@ -90,15 +91,13 @@ def show_trees(
     if verifier.capability == NONE:
         raise UserError(f"--show-tree: this target cannot verify drafts: {verifier.reason}")
     shape.check(verifier.target.vocab_size if drafter is None else drafter.config.scored)
-    proposer = None if drafter is None else proposer_for(drafter, verifier.target.embed, shape)
-    if proposer is None or lookup != OFF:
-        proposer = LookupProposer(proposer, shape, lookup)
     colour, steps = colours(), 0
     pieces: list[tuple[str, bool]] = []
     detokenizer, ends, made = tokenizer.detokenizer, set(tokenizer.eos_token_ids), 0
     ids = encode(tokenizer, prompt)
+    proposer, planner, _ = drafting_for(verifier, drafter, shape, lookup, ids, greedy)
     print(f"{prompt}\n")
-    for step, tokens in watch(verifier, proposer, ids, DecodingOptions(max_tokens=count), drafter, ends):
+    for step, tokens in watch(verifier, proposer, ids, DecodingOptions(max_tokens=count), planner, drafter, ends):
         if step is not None:
             steps += 1
             print(show(step, steps, tokenizer, colour) + "\n", flush=True)

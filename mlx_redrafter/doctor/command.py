@@ -33,7 +33,7 @@ from mlx_redrafter.target.probe import TREE, Capability, verifier_of
 from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_pair_arguments, load_from
 from mlx_redrafter.text.loading import load
-from mlx_redrafter.tuning.session import tuning_for
+from mlx_redrafter.tuning.session import session_for
 
 HELP = "check this program on this device, and print a report that can be pasted"
 EMBEDDED_PAIR, YOUR_PAIR, NO_PAIR = "Embedded pair", "Your pair", "Without a model"
@@ -163,10 +163,9 @@ def _cost_checks(model: nn.Module, drafter: Drafter, report: Report) -> Iterator
         return
 
     def check() -> Check:
-        tuning = tuning_for(verifier, drafter)
-        choice = tuning.memory.current
-        report.costs, report.choice = tuning.kept.costs, "plain decoding" if choice is None else str(choice)
-        return Check("costs of a step", OK, f"{'measured now' if tuning.fresh else 'measured before'}, see below")
+        session = session_for(verifier, drafter)
+        report.costs, report.choice = session.costs, str(session.memory.current.plan)
+        return Check("costs of a step", OK, f"{'measured now' if session.fresh else 'measured before'}, see below")
 
     yield guarded("costs of a step", check)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mlx_redrafter.cli.tune import cost_lines
 from mlx_redrafter.doctor.checks import FAILED, NOT_MADE, Check
+from mlx_redrafter.tuning.report import cost_lines
 from mlx_redrafter.tuning.step_costs import Costs
 
 

@@ -15,10 +15,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
 from mlx_redrafter.decoding.loop import autoregressive, speculative
 from mlx_redrafter.decoding.options import DecodingOptions, Progress
+from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import Chooser, from_sampler, greedy
 from mlx_redrafter.decoding.step import Produced
-from mlx_redrafter.drafting.kinds import Drafter, method_of, proposer_for
-from mlx_redrafter.drafting.lookup import LookupProposer
+from mlx_redrafter.drafting.kinds import Drafter, method_of
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape
@@ -29,7 +29,7 @@ from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE, Verifier
 from mlx_redrafter.text.prompts import encode
 from mlx_redrafter.text.responses import GenerationResponse, responses, summary
-from mlx_redrafter.tuning.session import Tuning, tuning_for
+from mlx_redrafter.tuning.session import drafting_for
 
 
 def stream_generate(
@@ -122,7 +122,7 @@ def stream_generate(
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
     )
-    verifier, reason, tuning = None, "", None
+    verifier, session, reason = None, None, ""
     if drafter is None and shape == AUTO:
         shape = DraftShape()
     if drafter is not None or lookup != OFF:
@@ -131,19 +131,18 @@ def stream_generate(
         cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
         source, method = autoregressive(target, ids, cache, options), "plain"
     else:
-        if drafter is not None and shape == AUTO:
-            tuning = tuning_for(verifier, drafter)
         fixed = shape if isinstance(shape, DraftShape) else None
-        proposer: Proposer | None = None
-        if drafter is not None:
-            proposer = proposer_for(drafter, target.embed, fixed, options.choose)
+        read: Any = ids[0].tolist()
+        text = [*cached_tokens, *read]
+        proposer, planner, session = drafting_for(verifier, drafter, fixed, lookup, text, options.choose)
         method = method_of(drafter)
-        if proposer is None or lookup != OFF:
-            known = () if tuning is None else (tuning.memory, tuning.memory.lookup)
-            proposer = LookupProposer(proposer, fixed, lookup, list(cached_tokens), *known)
-        source = _drafting(verifier, proposer, ids, prompt_cache, options, tuning)
-    with wired_limit(model):
-        yield from responses(source, tokenizer, ids.shape[1], max_tokens, stop, method, reason)
+        source = _drafting(verifier, proposer, ids, prompt_cache, options, planner)
+    try:
+        with wired_limit(model):
+            yield from responses(source, tokenizer, ids.shape[1], max_tokens, stop, method, reason)
+    finally:
+        if session is not None:
+            session.save()
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], verbose: bool = False, **kwargs: Any) -> str:
@@ -190,13 +189,13 @@ def _drafting(
     ids: mx.array,
     prompt_cache: list[Any] | None,
     options: DecodingOptions,
-    tuning: Tuning | None,
+    planner: Planner,
 ) -> Generator[Produced]:
     """Speculative decoding whose rows end up in the caller's cache, exactly those of what was yielded."""
     cache = verifier.make_cache() if prompt_cache is None else verifier.adopt(prompt_cache)
     held, max_tokens = cached(prompt_cache or []), options.max_tokens
     yielded: list[int] = []
-    source = speculative(verifier, proposer, ids, cache, options, None if tuning is None else tuning.adaptation())
+    source = speculative(verifier, proposer, ids, cache, options, planner)
     try:
         for produced in source:
             if max_tokens >= 0:
@@ -211,8 +210,6 @@ def _drafting(
                 )
     finally:
         source.close()
-        if tuning is not None:
-            tuning.save()
         if prompt_cache is not None and cache.length is not None:
             # The last token's row is missing where no later step has read it.
             cache.end_trees(held + ids.shape[1] + max(0, len(yielded) - 1))

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.decoding.step import Produced
-from mlx_redrafter.drafting.shape import DraftShape, LookupChain
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp, Plan
 from mlx_redrafter.text.stop_strings import StopStrings
 
 
@@ -22,12 +22,12 @@ class Statistics:
     Attributes:
         steps: verifications that the text so far took.
         accepted: accepted[d - 1] is the number of steps that got at least d draft tokens in.
-        shapes: steps by how much they drafted; None stands for plain ones.
+        plans: steps by what they drafted.
     """
 
     steps: int = 0
     accepted: list[int] = dataclasses.field(default_factory=list)
-    shapes: Counter[DraftShape | None] = dataclasses.field(default_factory=Counter)
+    plans: Counter[Plan] = dataclasses.field(default_factory=Counter)
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -42,18 +42,18 @@ class Statistics:
     @property
     def shape(self) -> DraftShape | None:
         """How much most of the steps of a drafter drafted; None where there were none."""
-        own = {s: n for s, n in self.shapes.items() if s is not None and not isinstance(s, LookupChain)}
+        own = Counter(plan.shape for plan in self.plans.elements() if isinstance(plan, Drafted))
         return max(own, key=lambda shape: own[shape], default=None)
 
     @property
     def plain_share(self) -> float:
         """Share of steps that drafted nothing."""
-        return self.shapes[None] / self.steps if self.steps else 0.0
+        return self.plans[PLAIN] / self.steps if self.steps else 0.0
 
     @property
     def lookup_share(self) -> float:
         """Share of steps that drafted only what lookup found."""
-        found = sum(count for shape, count in self.shapes.items() if isinstance(shape, LookupChain))
+        found = sum(count for plan, count in self.plans.items() if isinstance(plan, LookedUp))
         return found / self.steps if self.steps else 0.0
 
 
@@ -183,7 +183,7 @@ def responses(
             else:
                 if in_step == 0:
                     statistics.steps += 1
-                    statistics.shapes[produced.shape] += 1
+                    statistics.plans[produced.plan] += 1
                 else:
                     if in_step > len(statistics.accepted):
                         statistics.accepted.append(0)

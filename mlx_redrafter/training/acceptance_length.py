@@ -7,9 +7,10 @@ import numpy as np
 
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.sampling import greedy
+from mlx_redrafter.decoding.planner import Planner
+from mlx_redrafter.decoding.sampling import draft_temperature, greedy
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import Drafted, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
@@ -29,10 +30,14 @@ def acceptance_length(
     verifier = verifier_of(target.model)
     if verifier.capability == NONE:
         raise UserError(f"this target cannot verify drafts: {verifier.reason}")
-    steps, proposer = 0, proposer_for(drafter, target.embed, shape)
+    steps, planner, proposer = (
+        0,
+        Planner(Drafted(shape)),
+        proposer_for(drafter, target.embed, draft_temperature(greedy)),
+    )
     for prompt in prompts:
         options = DecodingOptions(greedy, max_tokens)
-        produced = list(speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options))
+        produced = list(speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options, planner))
         steps += len(produced) - 1  # the first token is the prompt's
     return len(prompts) * (max_tokens - 1) / max(1, steps)
 

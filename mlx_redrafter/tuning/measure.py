@@ -63,7 +63,7 @@ def measure(
         runs["plain", context] = _steps(verifier, drafter, cache, PLAIN, context, clock)
     shapes = {} if drafter is None else _shapes(verifier, drafter)
     for key, shape in shapes.items():
-        runs["step", *key] = _steps(verifier, drafter, caches[short], Drafted(shape), short, clock)
+        runs[("step", *key)] = _steps(verifier, drafter, caches[short], Drafted(shape), short, clock)
     begin = clock()
     for run in runs.values():
         run()

@@ -18,8 +18,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_redrafter.decoding.planner import Planner
-from mlx_redrafter.drafting.kinds import Drafter, deepest
+from mlx_redrafter.decoding.sampling import Chooser, draft_temperature
+from mlx_redrafter.drafting.kinds import Drafter, deepest, proposer_for
+from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, Plan
 from mlx_redrafter.system.device import blas_threads, device_name, on_cpu
 from mlx_redrafter.system.openblas import IDLE_VARIABLE, prefer_openblas
@@ -33,7 +36,8 @@ from mlx_redrafter.tuning.step_costs import Costs
 
 # Few shapes that serve drafters of any quality on devices of any kind: chains, and trees from
 # those that a row costs little more than none to those for which rows are free.
-SHAPES = tuple(DraftShape(1, n + 1, n) for n in (1, 2, 3, 4, 5, 7)) + (
+SHAPES = (
+    *(DraftShape(1, n + 1, n) for n in (1, 2, 3, 4, 5, 7)),
     DraftShape(2, 4, 4),
     DraftShape(2, 5, 7),
     DraftShape(4, 5, 7),
@@ -104,6 +108,30 @@ class Session:
         learnt = {name: one for name, one in fields.get("drafters", {}).items() if name != self.drafter}
         learnt = dict(list(learnt.items())[1 - MOST_DRAFTERS :]) | {self.drafter: self.memory.acceptance.to_dict()}
         store.write(self.key, {"costs": self.costs.to_dict(), "drafters": learnt})
+
+
+def drafting_for(
+    verifier: Verifier, drafter: Drafter | None, shape: DraftShape | None, lookup: str, text: list[int], choose: Chooser
+) -> tuple[Proposer, Planner, Session | None]:
+    """Who proposes for one text, and who plans.
+
+    Args:
+        verifier: with a capability other than "none".
+        drafter: the target's; None where lookup alone drafts.
+        shape: the one to keep to; None to choose, or with lookup alone.
+        lookup: "off", "auto" or "on".
+        text: all tokens before the first step.
+        choose: how the target chooses.
+
+    Returns:
+        the session too, if one was needed, for what it learns to be saved.
+    """
+    inner = None if drafter is None else proposer_for(drafter, verifier.target.embed, draft_temperature(choose))
+    if lookup == OFF and shape is not None and inner is not None:
+        return inner, Planner(Drafted(shape)), None
+    index, session = TextIndex([] if lookup == OFF else text), session_for(verifier, drafter)
+    proposer = inner if inner is not None and lookup == OFF else LookupProposer(inner, index)
+    return proposer, session.planner(shape, lookup, index), session
 
 
 _measured: dict[str, Costs] = {}  # in this process, by key

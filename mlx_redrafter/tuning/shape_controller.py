@@ -163,7 +163,8 @@ class Controller(Planner):
         self._trial: Arm | None = None
         self._left = self._tokens = self._steps = 0  # of the trial
         self._prolonged = False
-        self._read_at, self._last, self._length = 0.0, None, 0
+        self._last: Arm | None = None
+        self._read_at, self._length = 0.0, 0
         self._next_review = memory.steps + EARLY
 
     def begin(self) -> None:

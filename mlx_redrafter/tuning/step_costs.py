@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_redrafter.drafting.shape import Drafted, LookedUp, Plain, Plan
+from mlx_redrafter.drafting.shape import Drafted, Plain, Plan
 
 Table = dict[int, dict[int, float]]
 
