@@ -4,17 +4,17 @@ import argparse
 import json
 
 import pytest
+from mlx_redrafter.decoding.steering import Outcome
+from mlx_redrafter.tuning.calibration import Calibration
 from support import make_drafter, make_model
 from support.costs import made_up
 
 from mlx_redrafter import DraftShape, UserError, stream_generate
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.decoding.steering import Outcome
 from mlx_redrafter.system import openblas
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.flags import add_model_arguments, draft_shape
 from mlx_redrafter.tuning import store
-from mlx_redrafter.tuning.calibration import Calibration
 from mlx_redrafter.tuning.session import tuning_for
 from mlx_redrafter.tuning.store import Kept
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from mlx_redrafter.tuning.calibration import later_assumed
-from mlx_redrafter.tuning.session import DEPTHS
-from mlx_redrafter.tuning.step_costs import LENGTHS, ROWS, WIDTHS, Costs
+from mlx_redrafter.tuning.measure import LENGTHS, ROWS, WIDTHS
+from mlx_redrafter.tuning.step_costs import Costs
 
 
 def made_up(row_seconds, draft=lambda width, length: 0.01 * (length - 1), plain=None):
@@ -12,7 +11,3 @@ def made_up(row_seconds, draft=lambda width, length: 0.01 * (length - 1), plain=
     verify = {rows: row_seconds(rows) for rows in ROWS}
     drafts = {w: {length: draft(w, length) for length in LENGTHS} for w in WIDTHS}
     return Costs({128: verify}, {128: plain or row_seconds(1)}, drafts)
-
-
-def shares(quality: float) -> tuple[list[float], list[float]]:
-    return [quality] * DEPTHS, later_assumed(quality)
