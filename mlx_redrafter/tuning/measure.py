@@ -54,7 +54,7 @@ def measure(
     caches = {short: _cache(verifier, short)}
     # Where layers have windows or states, the context hardly shows, and would have to be read.
     room = sum(array.nbytes for array in caches[short].arrays()) * long / short
-    if long > 2 * short and caches[short].can_settle and room <= LONG_BYTES:
+    if long > 2 * short and caches[short].can_rewind and room <= LONG_BYTES:
         caches[long] = _cache(verifier, long)
     runs: dict[tuple, Callable[[], float]] = {}
     for context, cache in caches.items():
@@ -92,9 +92,9 @@ def _shapes(verifier: Verifier, drafter: Drafter) -> dict[tuple[int, int], Draft
 def _cache(verifier: Verifier, tokens: int) -> KVCache:
     """A cache that holds so many rows; zeros where that can be, for their content is of no matter to the time."""
     cache = verifier.make_cache()
-    prompt = mx.zeros((1, 1 if cache.can_settle else tokens), mx.int32)
+    prompt = mx.zeros((1, 1 if cache.can_rewind else tokens), mx.int32)
     prefill(verifier.target, prompt, cache.layers, DecodingOptions())
-    if cache.can_settle:
+    if cache.can_rewind:
         room = -(-(tokens + 4 * max(ROWS)) // BLOCK) * BLOCK
         for layer in leaves(cache.layers):
             layer.map(lambda b: mx.zeros((*b.shape[:2], room, b.shape[3]), b.dtype))
@@ -130,17 +130,16 @@ def _steps(
     root = mx.zeros((1,), mx.int32)
 
     def run() -> float:
-        if plan == PLAIN and cache.can_settle:
-            cache.settle(context)
+        if plan == PLAIN:
+            cache.plain_rows(context)
         step = SpeculativeStep(verifier, proposer, DecodingOptions(), cache, state, root)
         begin = clock()
         for _ in range(2):
             submitted = step.submit(plan)
         mx.eval(submitted.arrays(), step.root, step.context)
         seconds = (clock() - begin) / 2
-        if cache.can_settle:  # back to where it was
-            for layer in leaves(cache.layers):
-                layer.offset = context
+        if cache.can_rewind:  # back to where it was
+            cache.plain_rows(context)
             cache.begin_trees()
         else:
             assert cache.length is not None

@@ -4,15 +4,15 @@ import itertools
 
 import mlx.core as mx
 import pytest
+from mlx_redrafter.decoding.steering import Outcome
+from mlx_redrafter.tuning.calibration import Calibration
+from mlx_redrafter.tuning.expectation import Expectation
 from support import make_drafter, make_model
 from support.costs import made_up, shares
 
-from mlx_redrafter.decoding.steering import Outcome
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import CHAIN
-from mlx_redrafter.tuning.calibration import Calibration
-from mlx_redrafter.tuning.expectation import Expectation
 from mlx_redrafter.tuning.session import (
     Limits,
     all_shapes,

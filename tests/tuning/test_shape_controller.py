@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_redrafter.decoding.steering import Outcome
+from mlx_redrafter.tuning.calibration import Calibration
+from mlx_redrafter.tuning.expectation import Expectation
 from support import make_drafter, make_model
 from support.costs import made_up, shares
 from support.texts import by_mlx_lm
@@ -15,13 +18,10 @@ from mlx_redrafter import stream_generate
 from mlx_redrafter.decoding.loop import autoregressive, speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
-from mlx_redrafter.decoding.steering import Outcome
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import DraftShape, LookupChain
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.tuning.calibration import Calibration
-from mlx_redrafter.tuning.expectation import Expectation
 from mlx_redrafter.tuning.session import best_shape, few_shapes
 from mlx_redrafter.tuning.shape_controller import Adaptation, Memory
 from mlx_redrafter.tuning.step_costs import measure
