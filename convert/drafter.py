@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterable
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_redrafter.convert.heads import Kind, convert_head
 from mlx_redrafter.convert.source import source_weights
 
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, build_drafter, quantize_drafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
+from mlx_redrafter.system.weights import tensors
 
 _HEAD = r"(?:lm_head|lm_heads|lm_heads\.0|0)"
 _BLOCK = re.compile(_HEAD + r"\.(\d+)\.linear\.(weight|bias)")
@@ -30,9 +30,9 @@ def read_config(source: pathlib.Path) -> DrafterConfig:
     return DrafterConfig.from_dict(read_json(file), str(file))
 
 
-def read_drafter(source: pathlib.Path, config: DrafterConfig, scratch: pathlib.Path) -> RecurrentDrafter:
+def read(source: pathlib.Path, scratch: pathlib.Path) -> RecurrentDrafter:
     """A drafter of lazy weights from either layout. Raises UserError; `scratch` as for `source_weights`."""
-    weights = source_weights(source, scratch)
+    config, weights = read_config(source), source_weights(source, scratch)
     if not is_converted(weights):
         weights = rename(weights, config, source)
     return build_drafter(config, weights, str(source))
@@ -43,17 +43,13 @@ def is_converted(names: Iterable[str]) -> bool:
     return any(name.startswith(("blocks.", "lm_head.weight", "input_proj_", "vocab_map")) for name in names)
 
 
-def _read(source: pathlib.Path, scratch: pathlib.Path) -> RecurrentDrafter:
-    return read_drafter(source, read_config(source), scratch)
-
-
 def _untied(drafter: RecurrentDrafter) -> RecurrentDrafter:
     """The same with an output layer of its own, or the target would be run to find it."""
     return RecurrentDrafter(dataclasses.replace(drafter.config, tie_output=False))
 
 
 #: Converts a ReDrafter checkpoint, under Apple's names or our own; arguments as of `convert_head` after the kind.
-convert_drafter = functools.partial(convert_head, Kind(_read, quantize_drafter, _untied))
+convert_drafter = functools.partial(convert_head, Kind(read, quantize_drafter, _untied))
 
 
 def rename(weights: dict[str, mx.array], config: DrafterConfig, source: pathlib.Path) -> dict[str, mx.array]:
@@ -69,7 +65,7 @@ def rename(weights: dict[str, mx.array], config: DrafterConfig, source: pathlib.
         UserError: a tensor that belongs to no drafter, is of another shape, or comes twice.
     """
     renamed: dict[str, mx.array] = {}
-    expected = {name: value.shape for name, value in dict(tree_flatten(RecurrentDrafter(config).parameters())).items()}
+    expected = {name: value.shape for name, value in tensors(RecurrentDrafter(config)).items()}
 
     def put(name: str, found: str, value: mx.array) -> None:
         if name in renamed:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
-import shutil
 import tempfile
 from typing import Any
 
-from mlx_lm.utils import dequantize_model, load_model, save_config
-from mlx_redrafter.convert.drafter import export_names, read_config, read_drafter
+from mlx_lm.utils import dequantize_model, save_config
+from mlx_redrafter.convert.drafter import export_names, read
+from mlx_redrafter.convert.medusa import WEIGHT_FILES, published_form, read_heads
+from mlx_redrafter.convert.tokenizer import copy_small_files
 
-from mlx_redrafter.drafting.redrafter import MODEL_TYPE
 from mlx_redrafter.errors import UserError, one_line
-from mlx_redrafter.system.files import read_json, require_free, write_directory
+from mlx_redrafter.system.files import read_json, require_free, write_directory, write_json
 from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.system.weights import save_weights, take_weights
-from mlx_redrafter.text.loading import check_model_directory, remote_code, rope_fields
-
-_OTHER_FILES = ("*.json", "*.jinja", "*.py", "*.txt", "tokenizer.model", "README.md")
+from mlx_redrafter.text.checks import is_drafter
+from mlx_redrafter.text.loading import open_model
 
 
 def export(mlx_path: str, hf_path: str, dequantize: bool = False, trust_remote_code: bool = False) -> pathlib.Path:
-    """Writes a target as transformers reads it, or a drafter under Apple's names.
+    """Writes a target as transformers reads it, or a drafter under the names of Apple or Medusa.
 
     Args:
         mlx_path: local directory or Hub id of a converted target or drafter.
@@ -40,52 +38,46 @@ def export(mlx_path: str, hf_path: str, dequantize: bool = False, trust_remote_c
     require_free(hf_path)
     source = fetch(mlx_path, "--mlx-path")
     fields = read_json(source / "config.json")
-    is_drafter = fields.get("model_type") == MODEL_TYPE
     if (fields.get("quantization") or fields.get("quantization_config")) and not dequantize:
         raise UserError(f"{source}: is quantised, for which this layout has no form; --dequantize writes it in full")
     with write_directory(hf_path) as folder:
-        if is_drafter:
-            _export_drafter(source, folder)
+        if is_drafter(fields):
+            _export_drafter(source, folder, "medusa_num_heads" in fields)
         else:
             _export_target(source, folder, trust_remote_code)
     return pathlib.Path(hf_path)
 
 
-def _export_drafter(source: pathlib.Path, folder: pathlib.Path) -> None:
-    config = read_config(source)
-    for field in ("draft_vocab_size", "tie_output"):
-        if getattr(config, field):
-            raise UserError(f"{source}: {field} is {getattr(config, field)}, for which this layout has no form")
+def _export_drafter(source: pathlib.Path, folder: pathlib.Path, medusa: bool) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        drafter = read_drafter(source, config, pathlib.Path(scratch))
-        if config.quantization is not None:
-            dequantize_model(drafter)
-            config.quantization = None
-        weights = export_names(drafter)
-        take_weights(drafter)
+        head: Any = (read_heads if medusa else read)(source, pathlib.Path(scratch))
+        for field in ("draft_vocab_size", "tie_output"):
+            if value := getattr(head.config, field, None):
+                raise UserError(f"{source}: {field} is {value}, for which this layout has no form")
+        if head.config.quantization is not None:
+            dequantize_model(head)
+            head.config.quantization = None
+        fields, weights = published_form(head) if medusa else (head.config.to_dict(), export_names(head))
+        take_weights(head)
         save_weights(folder, weights, "writing the drafter", kind="pt", shard_bytes=2**62)
-    fields = {**config.to_dict(), "num_lookback_tokens": 1}
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    if medusa:
+        (folder / "model.safetensors").rename(folder / WEIGHT_FILES[0])
+    write_json(folder / "config.json", fields if medusa else fields | {"num_lookback_tokens": 1})
 
 
 def _export_target(source: pathlib.Path, folder: pathlib.Path, trust_remote_code: bool) -> None:
-    fields = check_model_directory(source)
+    model, config = open_model(source, trust_remote_code)
     try:
-        model, config = load_model(
-            source, lazy=True, model_config=rope_fields(fields), **remote_code(trust_remote_code)
-        )
         model = dequantize_model(model)
     except Exception as error:  # whatever mlx-lm makes of the files
-        raise UserError(f"{source}: mlx-lm cannot load it: {one_line(error)}") from error
+        raise UserError(f"{source}: mlx-lm cannot dequantise it: {one_line(error)}") from error
     weights = take_weights(model)
     for name in ("quantization", "quantization_config"):
         config.pop(name, None)
     save_config(config, folder / "config.json")
     _check_layout(source, folder, {name: value.shape for name, value in weights.items()})
     save_weights(folder, weights, "writing the target", kind="pt")
-    for path in {path for pattern in _OTHER_FILES for path in source.glob(pattern)}:
-        if not path.name.endswith(".index.json") and path.name != "config.json":
-            shutil.copy(path, folder)
+    copy_small_files(source, folder)
 
 
 def _check_layout(source: pathlib.Path, folder: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from mlx_redrafter.convert.source import TORCH_PATTERNS
 from mlx_redrafter.drafting.drafter_files import check_quantization
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.pairing import check_pair
-from mlx_redrafter.system.files import require_free, write_directory
+from mlx_redrafter.system.files import require_free, write_directory, write_json
 from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.system.weights import save_weights, take_weights
 from mlx_redrafter.target.fingerprint import fingerprint
@@ -93,7 +92,7 @@ def convert_head(
                 kind.quantize(head, q_group_size, q_bits)
             # In one file, for `load` reads one.
             save_weights(folder, take_weights(head), "writing the drafter", shard_bytes=2**62)
-        (folder / "config.json").write_text(json.dumps(head.config.to_dict(), indent=2) + "\n")
+        write_json(folder / "config.json", head.config.to_dict())
     return pathlib.Path(mlx_path)
 
 

@@ -1,7 +1,7 @@
-"""What a directory is, what it lacks, and what it would cost to run; no weight is read for it.
+"""Says what a directory is, what it lacks and what it would cost to run; no weight is read for it.
 
-mlx builds graphs lazily, so a model of mapped weights has sizes without having contents,
-and a prompt that nobody evaluates leaves caches of the right shapes.
+Knows nothing of how that is printed. mlx builds graphs lazily, so a model of mapped weights
+has sizes without having contents, and a prompt that nobody evaluates leaves caches of the right shapes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.utils import get_total_parameters, load_model
-from mlx_redrafter.convert.drafter import is_converted, read_config, read_drafter
+from mlx_lm.utils import get_total_parameters
+from mlx_redrafter.convert.drafter import is_converted, read, read_config
+from mlx_redrafter.convert.medusa import published_files, read_heads
 from mlx_redrafter.convert.source import weight_files
 
-from mlx_redrafter.drafting.redrafter import MODEL_TYPE, RecurrentDrafter
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.files import read_json
-from mlx_redrafter.system.weights import read_weights, tensors
+from mlx_redrafter.system.weights import read_weights, tensors, type_name, weights
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.text.loading import check_model_directory, remote_code, rope_fields
+from mlx_redrafter.text.checks import check_adapter, has_chat_template, is_drafter
+from mlx_redrafter.text.loading import open_model
 
 TARGET, TORCH_TARGET, DRAFTER, HF_DRAFTER, ADAPTER, UNKNOWN = (
     "target",
@@ -55,7 +58,8 @@ class Inspection:
         parameters: numbers in the weights, however they are packed; None if not known.
         weight_types: bytes by type, "4-bit affine" for quantised ones.
         bytes_per_step: weights that one step of decoding reads: for a target one pass, of
-            experts those that a token uses; for a drafter the draft steps of a chain of 3.
+            experts those that a token uses; for a drafter the drafts of one step.
+        step: how they are counted, for people.
         cache_bytes: of the target's KV cache or state at so many tokens, in the type it
             comes in.
         runnable: whether `--model`, `--draft` or `--adapter-path` takes it as it is.
@@ -71,6 +75,7 @@ class Inspection:
     parameters: int | None = None
     weight_types: dict[str, int] = dataclasses.field(default_factory=dict)
     bytes_per_step: int | None = None
+    step: str = ""
     cache_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -90,26 +95,26 @@ def inspect_directory(folder: pathlib.Path, trust_remote_code: bool = False) -> 
         found.lacks.append(str(error))
         return found
     try:
-        files = weight_files(folder)
+        files = published_files(folder) or weight_files(folder)
         found.files, found.weight_bytes = len(files), sum(file.stat().st_size for file in files)
-        torch = files[0].suffix != ".safetensors"
     except UserError as error:
         found.lacks.append(str(error))
-        files, torch = [], False
-    if fields.get("model_type") == MODEL_TYPE:
-        _inspect_drafter(folder, found, files, torch)
+        files = []
+    torch = any(file.suffix != ".safetensors" for file in files)
+    if is_drafter(fields):
+        _inspect_drafter(folder, found, "medusa_num_heads" in fields, files, torch)
     elif "model_type" in fields:
-        _inspect_target(folder, found, fields, files, torch, trust_remote_code)
+        _inspect_target(folder, found, str(fields["model_type"]), files, torch, trust_remote_code)
     else:
         found.lacks.append(f"{folder / 'config.json'}: key 'model_type' is missing")
     return found
 
 
 def _inspect_adapter(folder: pathlib.Path, found: Inspection) -> None:
-    found.kind = ADAPTER
+    found.kind, found.step = ADAPTER, "on top of the target's"
     found.remarks.append("needs the target it was trained on: --model TARGET --adapter-path PATH")
     try:
-        fields = read_json(folder / "adapter_config.json")
+        fields = check_adapter(folder)
         settings = fields.get("lora_parameters") or {}
         parts = [
             fields.get("fine_tune_type", "lora"),
@@ -120,40 +125,38 @@ def _inspect_adapter(folder: pathlib.Path, found: Inspection) -> None:
         if "model" in fields:
             parts.append(f"for {fields['model']}")
         found.about = ", ".join(map(str, parts))
-    except UserError as error:
-        found.lacks.append(str(error))
-    try:
         file = folder / "adapters.safetensors"
-        weights = read_weights([file])
+        arrays = read_weights([file])
         found.files, found.weight_bytes = 1, file.stat().st_size
-        found.parameters = sum(value.size for value in weights.values())
-        found.weight_types = _types(weights)
-        found.bytes_per_step = sum(value.nbytes for value in weights.values())
+        found.parameters = sum(value.size for value in arrays.values())
+        found.weight_types = _types(arrays)
+        found.bytes_per_step = sum(value.nbytes for value in arrays.values())
     except UserError as error:
         found.lacks.append(str(error))
 
 
-def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathlib.Path], torch: bool) -> None:
-    found.kind = HF_DRAFTER if torch else DRAFTER
+def _inspect_drafter(
+    folder: pathlib.Path, found: Inspection, medusa: bool, files: list[pathlib.Path], torch: bool
+) -> None:
+    found.kind = HF_DRAFTER if torch or published_files(folder) else DRAFTER
     try:
-        config = read_config(folder)
-        found.about = f"for targets of hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
-        if config.target_fingerprint:
-            found.about += f", made for {config.target_fingerprint.get('name', 'a target of unknown name')}"
-        else:
-            found.remarks.append("does not say which target it was made for; `convert drafter --target` notes it")
-        if torch:
-            found.parameters = get_total_parameters(RecurrentDrafter(config))
-        elif files:
-            if not is_converted(read_weights(files)):
-                found.kind = HF_DRAFTER
+        config: Any = None if medusa else read_config(folder)
+        if files and not torch:
             with tempfile.TemporaryDirectory() as scratch:
-                drafter = read_drafter(folder, config, pathlib.Path(scratch))
-                found.parameters = get_total_parameters(drafter)
-                found.weight_types = _types(drafter)
-                context = sum(v.nbytes for name, v in tensors(drafter).items() if name.startswith("input_proj_context"))
-                found.bytes_per_step = DRAFT_STEPS * drafter.bytes_per_draft_step() + context
-            if config.tie_output:
+                head = read_heads(folder, pathlib.Path(scratch)) if medusa else read(folder, pathlib.Path(scratch))
+                _weigh_drafter(found, head)
+                config = head.config
+            if not medusa and not is_converted(read_weights(files)):
+                found.kind = HF_DRAFTER
+        elif config is not None:
+            found.parameters = get_total_parameters(RecurrentDrafter(config))
+        if config is not None:
+            found.about = f"for targets of hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
+            if config.target_fingerprint:
+                found.about += f", made for {config.target_fingerprint.get('name', 'a target of unknown name')}"
+            else:
+                found.remarks.append("does not say which target it was made for; `convert drafter --target` notes it")
+            if getattr(config, "tie_output", False):
                 found.remarks.append("its output layer is the target's, whose bytes come on top")
     except UserError as error:
         if str(error) not in found.lacks:
@@ -162,37 +165,39 @@ def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathli
         found.lacks.append("conversion: mlx-redrafter convert drafter --hf-path PATH --mlx-path NEW")
 
 
+def _weigh_drafter(found: Inspection, head: Drafter) -> None:
+    found.parameters, found.weight_types = get_total_parameters(head), _types(head)
+    if isinstance(head, RecurrentDrafter):
+        context = sum(v.nbytes for name, v in tensors(head).items() if name.startswith("input_proj_context"))
+        found.bytes_per_step = DRAFT_STEPS * head.bytes_per_draft_step() + context
+        found.step = f"for a chain of {DRAFT_STEPS} drafts"
+    else:
+        found.bytes_per_step = head.bytes_per_draft_step()
+
+
 def _inspect_target(
     folder: pathlib.Path,
     found: Inspection,
-    fields: dict[str, Any],
+    model_type: str,
     files: list[pathlib.Path],
     torch: bool,
     trust_remote_code: bool,
 ) -> None:
     found.kind = TORCH_TARGET if torch else TARGET
-    found.about = str(fields["model_type"])
+    found.about = model_type
     if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
         found.lacks.append("a tokenizer (tokenizer.json or tokenizer.model)")
-    elif not (folder / "chat_template.jinja").exists() and "chat_template" not in _tokenizer_config(folder):
-        found.remarks.append("no chat template: it continues text")
     if torch:
         found.lacks.append("conversion: mlx-redrafter convert target --hf-path PATH --mlx-path NEW")
-        return
-    if not files:
-        return
     try:
-        check_model_directory(folder)
-        read_weights(files)
+        if not found.lacks and not has_chat_template(folder):
+            found.remarks.append("no chat template: it continues text")
+        if torch or not files:
+            return
+        model, config = open_model(folder, trust_remote_code)
     except UserError as error:
-        found.lacks.append(str(error))
-        return
-    try:
-        model, config = load_model(
-            folder, lazy=True, model_config=rope_fields(fields), **remote_code(trust_remote_code)
-        )
-    except Exception as error:  # whatever mlx-lm makes of the files
-        found.lacks.append(f"a form that mlx-lm can load: {one_line(error)}")
+        lack = str(error).replace(f"{folder}: mlx-lm cannot load it", "a form that mlx-lm can load")
+        found.lacks.append(lack)
         return
     found.parameters = get_total_parameters(model)
     found.weight_types = _types(model)
@@ -208,25 +213,18 @@ def _inspect_target(
         found.remarks.append(f"nothing can be drafted for it: {missing}")
 
 
-def _tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
-    try:
-        return read_json(folder / "tokenizer_config.json")
-    except UserError:
-        return {}
-
-
 def _bytes_per_pass(model: nn.Module, config: dict[str, Any], found: Inspection) -> int:
     """Weights that one pass over one token reads."""
-    total = _bytes(model)
+    total = weights(model)[1]
     tables = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))]
     if tables:
-        table = max(tables, key=_bytes)
+        table = max(tables, key=lambda module: weights(module)[1])
         rows = table.weight.shape[0]
         heads = [
             m for m in model.modules() if isinstance(m, (nn.Linear, nn.QuantizedLinear)) and m.weight.shape[0] == rows
         ]
         if heads:  # or the table is the output layer, too, and read whole
-            total -= _bytes(table)
+            total -= weights(table)[1]
     experts = [module for module in model.modules() if isinstance(module, (SwitchLinear, QuantizedSwitchLinear))]
     if experts:
         places = (config, config.get("text_config") or {})
@@ -236,14 +234,10 @@ def _bytes_per_pass(model: nn.Module, config: dict[str, Any], found: Inspection)
         if active is None:
             found.remarks.append("how many experts a token uses is not known; all are counted")
         else:
-            idle = sum(_bytes(m) * (m.weight.shape[0] - active) // m.weight.shape[0] for m in experts)
+            idle = sum(weights(m)[1] * (m.weight.shape[0] - active) // m.weight.shape[0] for m in experts)
             found.remarks.append(f"experts: {active} of {experts[0].weight.shape[0]} per token")
             total -= idle
     return total
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(value.nbytes for value in tensors(module).values())
 
 
 def _types(model: nn.Module | dict[str, mx.array]) -> dict[str, int]:
@@ -255,9 +249,9 @@ def _types(model: nn.Module | dict[str, mx.array]) -> dict[str, int]:
             if "scales" in module:
                 quantised.add(f"{name}.")
                 settings: Any = module
-                counts[f"{settings.bits}-bit {settings.mode}"] += _bytes(module)
+                counts[f"{settings.bits}-bit {settings.mode}"] += weights(module)[1]
         model = tensors(model)
     for name, value in model.items():
         if not quantised or name.rpartition(".")[0] + "." not in quantised:
-            counts[str(value.dtype).removeprefix("mlx.core.")] += value.nbytes
+            counts[type_name(value)] += value.nbytes
     return dict(counts.most_common())

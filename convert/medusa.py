@@ -32,17 +32,22 @@ def is_medusa(hf_path: str) -> bool:
     return "medusa_num_heads" in fields
 
 
-def _read(source: pathlib.Path, scratch: pathlib.Path) -> MedusaHeads:
+def read_heads(source: pathlib.Path, scratch: pathlib.Path) -> MedusaHeads:
+    """Heads of lazy weights, published or ours. Raises UserError; `scratch` as for `source_weights`."""
     file = source / "config.json"
-    fields = read_json(file)
-    found = next((source / name for name in WEIGHT_FILES if (source / name).exists()), None)
-    if found is None:
+    fields, published = read_json(file), published_files(source)
+    if not published:
         if fields.get("model_type") == MODEL_TYPE and "vocab_size" in fields:
             return build_medusa(MedusaConfig.from_dict(fields, str(file)), source_weights(source, scratch), str(source))
         raise UserError(f"{source}: no weights; expected {' or '.join(WEIGHT_FILES)}")
-    weights = read_weights([found] if found.suffix == ".safetensors" else as_safetensors([found], scratch))
+    weights = read_weights(published if published[0].suffix == ".safetensors" else as_safetensors(published, scratch))
     config = _published_config(fields, weights, str(file))
-    return build_medusa(config, rename(weights, config, str(found)), str(found))
+    return build_medusa(config, rename(weights, config, str(published[0])), str(published[0]))
+
+
+def published_files(source: pathlib.Path) -> list[pathlib.Path]:
+    """The one weight file of a published checkpoint, if it is there."""
+    return [source / name for name in WEIGHT_FILES if (source / name).exists()][:1]
 
 
 def _published_config(fields: dict[str, Any], weights: dict[str, mx.array], source: str) -> MedusaConfig:
@@ -79,5 +84,16 @@ def rename(weights: dict[str, mx.array], config: MedusaConfig, source: str) -> d
     return renamed
 
 
+def published_form(heads: MedusaHeads) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """Config and tensors of unquantised heads under the names of a published checkpoint."""
+    weights: dict[str, mx.array] = {}
+    for h, head in enumerate(heads.heads):
+        for b, block in enumerate(head.blocks):
+            weights |= {f"{h}.{b}.linear.{name}": value for name, value in block.linear.parameters().items()}
+        weights[f"{h}.{len(head.blocks)}.weight"] = head.lm_head.weight
+    sizes = ("vocab_size", "hidden_size")  # which published configs do not name
+    return {key: value for key, value in heads.config.to_dict().items() if key not in sizes}, weights
+
+
 #: Converts published Medusa heads, or our own; arguments as of `convert_head` after the kind.
-convert_medusa = functools.partial(convert_head, Kind(_read, quantize_medusa, lambda heads: heads, _PATTERNS))
+convert_medusa = functools.partial(convert_head, Kind(read_heads, quantize_medusa, lambda heads: heads, _PATTERNS))

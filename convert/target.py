@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_config
+from mlx_lm.utils import dequantize_model, quantize_model, save_config
 from mlx_redrafter.convert.source import TORCH_PATTERNS, weight_files
 from mlx_redrafter.convert.tokenizer import read_tokenizer
 from mlx_redrafter.convert.torch_files import as_safetensors
@@ -24,8 +24,8 @@ from mlx_redrafter.drafting.redrafter import MODEL_TYPE
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.files import read_json, require_free, write_directory
 from mlx_redrafter.system.hub import MODEL_PATTERNS, fetch
-from mlx_redrafter.system.weights import read_weights, save_weights, take_weights
-from mlx_redrafter.text.loading import DTYPES, check_model_directory, remote_code, rope_fields
+from mlx_redrafter.system.weights import save_weights, take_weights
+from mlx_redrafter.text.loading import DTYPES, open_model
 
 
 def convert_target(
@@ -75,7 +75,7 @@ def convert_target(
                 _cast(model, config, dtype)
                 if quantize:
                     bits, group = (q_bits, q_group_size) if q_mode == "affine" else (None, None)
-                    recipe = q_recipe and mixed_quant_predicate_builder(q_recipe, model, q_group_size)
+                    recipe: Any = q_recipe and mixed_quant_predicate_builder(q_recipe, model, q_group_size)
                     model, config = quantize_model(
                         model,
                         config,
@@ -116,15 +116,7 @@ def _load(
             if (source / name).exists():
                 shutil.copy(source / name, scratch)
         readable = scratch
-    else:
-        read_weights(files)  # mlx-lm does not ask whether the index tells the truth
-    check_model_directory(readable)
-    try:
-        model, config = load_model(
-            readable, lazy=True, model_config=rope_fields(fields), **remote_code(trust_remote_code)
-        )
-    except Exception as error:  # whatever mlx-lm makes of the files
-        raise UserError(f"{source}: mlx-lm cannot convert it: {one_line(error)}") from error
+    model, config = open_model(readable, trust_remote_code)
     tokenizer = read_tokenizer(source, scratch, config, trust_remote_code)
     return model, tokenizer, config
 

@@ -1,20 +1,19 @@
-"""Tokenizers, also those that come as SentencePiece's tokenizer.model alone."""
+"""Reads tokenizers, also those that come as SentencePiece's tokenizer.model alone.
+
+Knows nothing of weights.
+"""
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
 
-from mlx_redrafter.errors import UserError, one_line
-from mlx_redrafter.system.files import read_json
-from mlx_redrafter.text.loading import check_sentencepiece, reads_as_sentencepiece, remote_code
-
-_PATTERNS = ("*.json", "*.jinja", "*.py", "*.txt", "tokenizer.model")
+from mlx_redrafter.system.files import read_json, write_json
+from mlx_redrafter.text.checks import TOKENIZER_FILES, check_sentencepiece, reads_as_sentencepiece
+from mlx_redrafter.text.loading import open_tokenizer, remote_code
 
 
 def read_tokenizer(
@@ -34,7 +33,7 @@ def read_tokenizer(
     Raises:
         UserError: there is no tokenizer, or none that can be read.
     """
-    tokenizer = _load(source, source, config, trust_remote_code)
+    tokenizer = open_tokenizer(source, config, remote_code(trust_remote_code))
     if reads_as_sentencepiece(source, tokenizer):
         return tokenizer
     file = source / "tokenizer_config.json"
@@ -42,20 +41,18 @@ def read_tokenizer(
     if "tokenizer_class" not in fields and "auto_map" not in fields:
         folder = scratch / "tokenizer"
         folder.mkdir()
-        for path in {path for pattern in _PATTERNS for path in source.glob(pattern)}:
-            if not path.name.endswith(".index.json"):
-                shutil.copy(path, folder)
-        llama = {"add_bos_token": True} | fields | {"tokenizer_class": "LlamaTokenizer"}
-        (folder / file.name).write_text(json.dumps(llama))
-        tokenizer = _load(source, folder, config, trust_remote_code)
+        copy_small_files(source, folder)
+        write_json(folder / file.name, {"add_bos_token": True} | fields | {"tokenizer_class": "LlamaTokenizer"})
+        tokenizer = open_tokenizer(folder, config, remote_code(trust_remote_code), source)
     check_sentencepiece(source, tokenizer)
     return tokenizer
 
 
-def _load(
-    source: pathlib.Path, folder: pathlib.Path, config: dict[str, Any], trust_remote_code: bool
-) -> TokenizerWrapper:
-    try:
-        return load_tokenizer(folder, remote_code(trust_remote_code), eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # whatever transformers makes of the files
-        raise UserError(f"{source}: no tokenizer that transformers can read: {one_line(error)}") from error
+def copy_small_files(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copies a tokenizer, its chat templates and a model's own code into a folder, what is there already excepted."""
+    for pattern in (*TOKENIZER_FILES, "*.py", "README.md"):
+        for path in source.glob(pattern):
+            copy = folder / path.relative_to(source)
+            if not path.name.endswith(".index.json") and not copy.exists():
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(path, copy)

@@ -11,8 +11,9 @@ import time
 
 import mlx.core as mx
 
-from mlx_redrafter.convert.inspection import ADAPTER, DRAFTER, Inspection, inspect_directory
+from mlx_redrafter.convert.inspection import Inspection, inspect_directory
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.hub import snapshot_of
 
 HELP = "say what a directory is, what it lacks and what it would cost to run"
 _ARTICLES = {"adapter": "an adapter", "unknown": "nothing that is known here"}
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.path}: {'is a file, expected a directory' if folder.exists() else 'no such directory'}")
     if args.bandwidth is not None and not 0 < args.bandwidth < 1e6:
         raise UserError(f"--bandwidth is {args.bandwidth:g}, expected GB per second, more than 0")
-    found = inspect_directory(folder, args.trust_remote_code)
+    found = inspect_directory(snapshot_of(folder), args.trust_remote_code)
     rate = None
     if found.bytes_per_step is not None:
         rate = args.bandwidth or measured_bandwidth()
@@ -60,9 +61,8 @@ def text(found: Inspection, rate: float | None, measured: bool) -> str:
     if found.cache_bytes:
         rows.append(("KV cache", ", ".join(f"{size(b)} at {n:,} tokens" for n, b in found.cache_bytes.items())))
     if found.bytes_per_step is not None and rate is not None:
-        what = {DRAFTER: " for a chain of 3 drafts", ADAPTER: " on top of the target's"}.get(found.kind, "")
         least = found.bytes_per_step / rate / 1e6
-        rows.append(("read per step", f"{size(found.bytes_per_step)}{what}"))
+        rows.append(("read per step", f"{size(found.bytes_per_step)} {found.step}".rstrip()))
         where = "measured here" if measured else "as given"
         rows.append(("cost", f"at least {least:.3g} ms per step, at {rate:.1f} GB/s ({where})"))
     if found.parameters:

@@ -1,4 +1,7 @@
-"""Reading and writing files so that a mistake is one line and a crash leaves nothing half-written."""
+"""Reads and writes files so that a mistake is one line and a crash leaves nothing half-written.
+
+Knows nothing of what models keep in them.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.errors import UserError
+from mlx_redrafter.errors import UserError, one_line
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Parses a JSON object. Raises UserError where it is missing or not one."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    """Parses a JSON object. Raises UserError where it is missing, not readable or not one."""
+    check_readable(path)
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -28,6 +32,28 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def write_json(path: pathlib.Path, value: Any, indent: int | None = 2) -> None:
+    """Writes a JSON file, whole or not at all. Raises UserError where it cannot be written."""
+    with replace_file(path) as file:
+        file.write_text(json.dumps(value, indent=indent) + "\n", "utf-8")
+
+
+def check_readable(path: pathlib.Path) -> None:
+    """Raises UserError where a file is missing, may not be read, or only stands for what should be there."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise UserError(f"{path}: {_reason(error)}") from error
+    if start.startswith(_POINTER):
+        raise UserError(
+            f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its directory,"
+            " or download the repository with `hf download`"
+        )
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{path}: is a web page, not the file itself; download the file with `hf download`")
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, mx.array]:
@@ -43,15 +69,14 @@ def read_safetensors(path: pathlib.Path) -> dict[str, mx.array]:
     try:
         weights = mx.load(str(path))
     except RuntimeError as error:
-        raise UserError(f"{path}: not readable as safetensors ({_first_line(error)})") from error
+        raise UserError(f"{path}: not readable as safetensors ({one_line(error)})") from error
     assert isinstance(weights, dict)
     return weights
 
 
-def check_safetensors(path: pathlib.Path) -> None:
-    """Raises UserError unless the file's header is whole and all its tensors lie inside it."""
-    if not path.is_file():
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+def check_safetensors(path: pathlib.Path) -> list[str]:
+    """The names of a file's tensors. Raises UserError unless its header is whole and all tensors lie inside it."""
+    check_readable(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -59,12 +84,13 @@ def check_safetensors(path: pathlib.Path) -> None:
             raise UserError(f"{path}: truncated or not a safetensors file ({size} bytes)")
         try:
             header = json.loads(file.read(length))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+            ends = {name: int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a safetensors file (unreadable header)") from error
-    end = max(ends, default=0)
-    if 8 + length + end > size:
-        raise UserError(f"{path}: truncated, {size} bytes found, {8 + length + end} expected")
+    end = 8 + length + max(ends.values(), default=0)
+    if end > size:
+        raise UserError(f"{path}: truncated, {size} bytes found, {end} expected")
+    return list(ends)
 
 
 @contextlib.contextmanager
@@ -96,7 +122,11 @@ def write_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 def require_free(path: str | pathlib.Path) -> None:
     """Raises UserError unless `path` is free to become a new directory (absent, or empty)."""
     target = pathlib.Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    try:
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise UserError(f"{target}: {_reason(error)}") from error
+    if taken:
         raise UserError(f"{target}: already exists; name a new directory or remove it first")
 
 
@@ -110,6 +140,10 @@ def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except RuntimeError as error:  # mlx's savers have no OSError
+        if not str(error).startswith(("[write]", "[save")):
+            raise
+        raise UserError(f"{path}: cannot be written ({one_line(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -121,5 +155,9 @@ def remove_left_over(folder: pathlib.Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _reason(error: OSError) -> str:
+    """Why a file cannot be read, for people."""
+    known = {FileNotFoundError: "no such file", IsADirectoryError: "not a file", PermissionError: "may not be read"}
+    return known.get(type(error), error.strerror or str(error)) + (
+        " (permission denied)" if isinstance(error, PermissionError) else ""
+    )

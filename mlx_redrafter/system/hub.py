@@ -46,7 +46,7 @@ def fetch(
     try:
         path = pathlib.Path(path_or_repo).expanduser()
         if path.is_dir():
-            return path
+            return snapshot_of(path)
         if path.exists():
             raise UserError(f"{flag} {path_or_repo}: is a file, expected a directory")
     except (OSError, RuntimeError, ValueError) as error:
@@ -69,6 +69,25 @@ def fetch(
         raise UserError(
             f"{flag} {path_or_repo}: the download broke off ({one_line(error)}); whole files are kept for the next try"
         ) from error
+
+
+def snapshot_of(folder: pathlib.Path) -> pathlib.Path:
+    """The files in a directory of the Hub's cache (models--owner--name); any other directory as it is.
+
+    Of several snapshots it is the one that refs/main names, else the newest.
+
+    Raises:
+        UserError: a directory of the cache that holds no snapshot.
+    """
+    if "--" not in folder.resolve().name or not any((folder / name).is_dir() for name in ("snapshots", "refs")):
+        return folder
+    main, found = folder / "refs" / "main", [path for path in folder.glob("snapshots/*") if path.is_dir()]
+    named = folder / "snapshots" / (main.read_text().strip() if main.is_file() else "")
+    if named in found:
+        return named
+    if not found:
+        raise UserError(f"{folder}: a directory of the Hub's cache without a snapshot; the download did not end")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def require_login(repo: str) -> None:

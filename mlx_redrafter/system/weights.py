@@ -1,7 +1,8 @@
-"""Weight files: which ones a directory has, and writing them one tensor at a time.
+"""Weights: the files that a directory has, tensor by tensor onto the disk, and what they weigh.
 
-Writing is our own because mlx holds a whole file's tensors in memory to save them. Here a
-lazy tensor is computed, written and let go before the next one is looked at.
+Knows nothing of what the tensors are for. Writing is our own because mlx holds a whole
+file's tensors in memory to save them. Here a lazy tensor is computed, written and let go
+before the next one is looked at.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import check_safetensors, read_json, read_safetensors
+from mlx_redrafter.system.files import check_safetensors, read_json, read_safetensors, write_json
 
 SHARD_BYTES = 5 * 2**30  # mlx-lm's
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
@@ -46,6 +47,9 @@ _NAMES = {
 def find_weights(folder: pathlib.Path, stem: str = "model", suffix: str = ".safetensors") -> list[pathlib.Path]:
     """The weight files of one kind: those an index names, else `stem`, else its numbered shards.
 
+    mlx-lm reads every file `model*.safetensors`, in the directory's own order, so a copy that
+    lies beside them would win now and then. There may be none.
+
     Args:
         stem, suffix: "model" and ".safetensors", or "pytorch_model" and ".bin".
 
@@ -53,29 +57,28 @@ def find_weights(folder: pathlib.Path, stem: str = "model", suffix: str = ".safe
         the files; none if there is no such kind here.
 
     Raises:
-        UserError: a file that the index or the numbers promise is not there, or a shard is
-            there that the index does not name.
+        UserError: a file that the index or the numbers promise is not there, or there is
+            another one that they do not name.
     """
-    index = folder / f"{stem}{suffix}.index.json"
-    shards = sorted(path for path in folder.glob(f"{stem}-*{suffix}") if _SHARD.fullmatch(path.name))
+    index, whole = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+    named = there = sorted(folder.glob(f"{stem}*{suffix}"))
+    promise, refusal = "", f"{whole.name} is the model"
     if index.exists():
-        named = sorted(set(read_index(index).values()))
-        for name in named:
-            if not (folder / name).exists():
-                raise UserError(f"{folder / name}: no such file, though {index.name} names it")
-        if forgotten := [path for path in shards if path.name not in named]:
-            raise UserError(f"{forgotten[0]}: is there, but {index.name} does not name it")
-        return [folder / name for name in named]
-    if (whole := folder / f"{stem}{suffix}").exists():
-        return [whole]
-    for path in shards:
-        match = _SHARD.fullmatch(path.name)
-        assert match is not None
-        for i in range(1, int(match[3]) + 1):
-            other = path.with_name(f"{match[1]}-{i:0{len(match[2])}d}-of-{match[3]}{suffix}")
-            if not other.exists():
-                raise UserError(f"{other}: no such file, though {path.name} is one of {int(match[3])}")
-    return shards or sorted(folder.glob(f"{stem}*{suffix}"))
+        named = sorted({folder / name for name in read_index(index).values()})
+        promise, refusal = f"{index.name} names it", f"{index.name} does not name it"
+    elif whole.exists():
+        named = [whole]
+    elif shards := [match for path in there if (match := _SHARD.fullmatch(path.name))]:
+        start, digits, count = shards[0].groups()
+        named = [folder / f"{start}-{i:0{len(digits)}d}-of-{count}{suffix}" for i in range(1, int(count) + 1)]
+        promise = f"{shards[0].string} is one of {int(count)}"
+        refusal = promise
+    for path in named:
+        if not path.exists():
+            raise UserError(f"{path}: no such file, though {promise}")
+    if stray := sorted(set(there) - set(named)):
+        raise UserError(f"{stray[0]}: is there, but {refusal}; move it to another directory")
+    return named
 
 
 def read_index(index: pathlib.Path) -> dict[str, str]:
@@ -86,20 +89,29 @@ def read_index(index: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def read_weights(files: Iterable[pathlib.Path]) -> dict[str, mx.array]:
-    """All tensors of safetensors files, lazy. Raises UserError where one is damaged or a name comes twice."""
-    weights: dict[str, mx.array] = {}
+def check_weights(files: Iterable[pathlib.Path]) -> None:
+    """Raises UserError where safetensors files are damaged, hold a tensor twice, or others than their index says."""
+    places: dict[str, pathlib.Path] = {}
     for file in files:
-        found = read_safetensors(file)
-        if twice := weights.keys() & found.keys():
-            raise UserError(f"{file}: tensor {min(twice)!r} is in another file, too")
-        weights |= found
-        index = file.parent / "model.safetensors.index.json"
-        if index.exists():
-            for name, place in read_index(index).items():
-                if place == file.name and name not in found:
-                    raise UserError(f"{file}: tensor {name!r} is missing, though {index.name} says it is there")
-    return weights
+        for name in check_safetensors(file):
+            if name in places:
+                raise UserError(f"{file}: tensor {name!r} is in {places[name].name}, too")
+            places[name] = file
+    for index in {file.parent / "model.safetensors.index.json" for file in places.values()}:
+        named = read_index(index) if index.exists() else {name: file.name for name, file in places.items()}
+        for name, place in named.items():
+            if name not in places or places[name].name != place:
+                raise UserError(
+                    f"{index.parent / place}: tensor {name!r} is missing, though {index.name} says it is there"
+                )
+        if more := sorted(places.keys() - named.keys()):
+            raise UserError(f"{places[more[0]]}: tensor {more[0]!r} is there, but {index.name} does not name it")
+
+
+def read_weights(files: Iterable[pathlib.Path]) -> dict[str, mx.array]:
+    """All tensors of safetensors files, lazy. Raises UserError as `check_weights` does."""
+    check_weights(files := list(files))
+    return {name: value for file in files for name, value in read_safetensors(file).items()}
 
 
 def tensors(model: nn.Module) -> dict[str, mx.array]:
@@ -154,7 +166,7 @@ def save_weights(
             places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_safetensors(
@@ -195,17 +207,17 @@ def require_space(folder: pathlib.Path, needed: int) -> None:
 
 def weights(module: nn.Module) -> tuple[int, int]:
     """Number of weights, and their bytes, as stored (a quantised matrix counts its packed words' bytes)."""
-    arrays = _arrays(module)
+    arrays = tensors(module).values()
     return sum(a.size for a in arrays), sum(a.nbytes for a in arrays)
 
 
 def describe(module: nn.Module) -> str:
     """The types and the size of a model's weights in a few words."""
-    _, size = weights(module)
     kinds = {f"{m.bits}-bit" for m in module.modules() if "scales" in m}
-    kinds |= {str(a.dtype).removeprefix("mlx.core.") for a in _arrays(module) if mx.issubdtype(a.dtype, mx.floating)}
-    return f"{' and '.join(sorted(kinds))}, {size / 1e6:.1f} MB of weights"
+    kinds |= {type_name(a) for a in tensors(module).values() if mx.issubdtype(a.dtype, mx.floating)}
+    return f"{' and '.join(sorted(kinds))}, {weights(module)[1] / 1e6:.1f} MB of weights"
 
 
-def _arrays(module: nn.Module) -> list[mx.array]:
-    return [value for _, value in tree_flatten(module.parameters())]  # type: ignore[str-unpack, misc]
+def type_name(array: mx.array) -> str:
+    """The type of an array as users write it, for instance float32."""
+    return str(array.dtype).removeprefix("mlx.core.")

@@ -16,7 +16,8 @@ from support import make_drafter
 from mlx_redrafter import UserError, load
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, load_drafter, save_drafter
-from mlx_redrafter.text.loading import EMBEDDED, rope_fields
+from mlx_redrafter.text.checks import rope_fields
+from mlx_redrafter.text.loading import EMBEDDED
 
 NAMINGS = {
     "lm_head": lambda name: name,

@@ -8,11 +8,16 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2_moe
 from mlx_redrafter.convert.drafter import export_names
+from mlx_redrafter.convert.export import export
 from mlx_redrafter.convert.inspection import inspect_directory
+from mlx_redrafter.convert.medusa import convert_medusa
 from mlx_redrafter.convert.target import convert_target
 from support import make_drafter
 
 from mlx_redrafter.cli.main import main
+from mlx_redrafter.drafting.drafter_files import save_head
+from mlx_redrafter.drafting.kinds import open_drafter
+from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.redrafter import quantize_drafter, save_drafter
 from mlx_redrafter.text.loading import EMBEDDED
 
@@ -143,8 +148,38 @@ def test_torch_files(tmp_path, capsys):
     assert found["kind"] == "unconverted drafter" and found["parameters"] and found["bytes_per_step"] is None
 
 
+def test_medusa_heads(tmp_path, capsys):
+    """If this fails, heads that `--draft` takes are reported as a target, or published ones as ready for use."""
+    mx.random.seed(0)
+    heads = MedusaHeads(MedusaConfig(97, 32, 4, 2))
+    save_head(heads, tmp_path / "heads")
+    found = inspected(capsys, tmp_path / "heads")
+    assert found["kind"] == "drafter" and found["runnable"], found["lacks"]
+    assert found["about"] == "for targets of hidden size 32 and vocabulary 97"
+    assert found["bytes_per_step"] == sum(value.nbytes for _, value in tree_flatten(heads.parameters()))
+    export(str(tmp_path / "heads"), str(tmp_path / "published"))
+    found = inspected(capsys, tmp_path / "published")
+    assert found["kind"] == "unconverted drafter" and "convert drafter" in found["lacks"][-1]
+
+
+def test_medusa_heads_there_and_back(tmp_path):
+    """If this fails, heads cannot be exported, or not bit for bit."""
+    mx.random.seed(0)
+    heads = MedusaHeads(MedusaConfig(97, 32, 4, 2, medusa_choices=((0,), (0, 1))))
+    save_head(heads, tmp_path / "heads")
+    export(str(tmp_path / "heads"), str(tmp_path / "published"))
+    assert {path.name for path in (tmp_path / "published").iterdir()} == {"config.json", "medusa_lm_head.safetensors"}
+    names = mx.load(str(tmp_path / "published" / "medusa_lm_head.safetensors")).keys()
+    assert {"0.0.linear.weight", "0.1.linear.bias", "3.2.weight"} <= names and len(names) == 4 * 5
+    again = open_drafter(convert_medusa(str(tmp_path / "published"), str(tmp_path / "back")))
+    assert again.config == heads.config
+    expected = dict(tree_flatten(heads.parameters()))
+    assert all(mx.array_equal(value, expected[name]) for name, value in tree_flatten(again.parameters()))
+
+
 def test_adapters(tmp_path, capsys):
-    fields = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 8}, "model": "owner/model"}
+    settings = {"rank": 8, "scale": 20.0, "dropout": 0.0}  # mlx-lm reads all three
+    fields = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": settings, "model": "owner/model"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     found = inspected(capsys, tmp_path)
     assert found["kind"] == "adapter" and "adapters.safetensors: no such file" in found["lacks"][0]

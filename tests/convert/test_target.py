@@ -236,8 +236,8 @@ def config_of(folder, **changes):
             "model-00002-of-00003.safetensors: no such file, though model-00001-of-00003.safetensors is one of 3",
         ),
         (reshaped, "model.embed_tokens.weight"),
-        (lambda f: config_of(f, hidden_size=128), "mlx-lm cannot convert it: Expected shape"),
-        (lambda f: config_of(f, num_hidden_layers=2), "mlx-lm cannot convert it: Received"),
+        (lambda f: config_of(f, hidden_size=128), "mlx-lm cannot load it: Expected shape"),
+        (lambda f: config_of(f, num_hidden_layers=2), "mlx-lm cannot load it: Received"),
         (
             lambda f: config_of(f, model_type="recurrent_drafting_drafter"),
             "is a drafter; use `mlx-redrafter convert dr",
