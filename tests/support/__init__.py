@@ -11,7 +11,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 
-SHARED = pathlib.Path(__file__).parents[2] / "shared"
+SHARED = pathlib.Path(__file__).parents[3] / "shared"
 
 
 def make_model(seed: int = 0, vocab: int = 97, hidden: int = 32) -> Model:
