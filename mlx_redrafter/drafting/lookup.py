@@ -17,7 +17,8 @@ from mlx_redrafter.drafting.lookup_index import LONGEST, SHORTEST, TextIndex
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import Drafted, LookedUp
 from mlx_redrafter.target.acceptance import Accepted, accept
-from mlx_redrafter.target.cache.attention import BLOCK, write_rows
+from mlx_redrafter.target.cache.attention import BLOCK
+from mlx_redrafter.target.cache.frame import write_rows
 from mlx_redrafter.target.tree import CandidateTree
 
 NOTHING = -1  # stands where there is no token

@@ -1,36 +1,16 @@
-"""Finds where modules hang in a model, and puts stand-ins in their place for one call."""
+"""Finds where modules hang in a model, and puts stand-ins in their place for one call.
+
+Knows nothing of what the modules compute.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.nn as nn
-
-
-class Slipped:
-    """Stand-ins that are in a model only while a block of code runs.
-
-    Args:
-        stand_ins: each with the slot that it is put into.
-    """
-
-    def __init__(self, stand_ins: list[tuple[Slot, Any]]):
-        self._stand_ins = stand_ins
-
-    def __enter__(self) -> None:
-        for slot, stand_in in self._stand_ins:
-            put(slot, stand_in)
-
-    def __exit__(self, *_: Any) -> None:
-        for slot, _stand_in in reversed(self._stand_ins):
-            put(slot, slot.module)
-
-
-def put(slot: Slot, value: Any) -> None:
-    """Hangs something into a slot. A module is a dictionary of what it has, whose order stays as it was."""
-    slot.owner[slot.name] = value
 
 
 @dataclasses.dataclass
@@ -39,7 +19,7 @@ class Slot:
 
     Attributes:
         path: names and list indices from the model down, with dots.
-        owner: the module or list that has it, under `name`.
+        owner: the module, list or dictionary that has it, under `name`.
     """
 
     path: str
@@ -53,16 +33,43 @@ class Slot:
         return self.owner[self.name] is self.module
 
 
-def slots(module: nn.Module, path: str = "") -> Iterator[Slot]:
+def slots(owner: Any, path: str = "") -> Iterator[Slot]:
     """Where every module below one hangs, parents first."""
-    for name in list(module.children()):  # of which lists are copies
-        yield from _slots_of(module, name, module[name], f"{path}{name}")
+    if isinstance(owner, nn.Module):
+        items = [(name, owner[name]) for name in owner.children()]  # whose values are copies where they are lists
+    else:
+        items = list(owner.items() if isinstance(owner, dict) else enumerate(owner))
+    for name, child in items:
+        where = f"{path}.{name}" if path else str(name)
+        if isinstance(child, nn.Module):
+            yield Slot(where, owner, name, child)
+        if isinstance(child, (nn.Module, list, dict)):
+            yield from slots(child, where)
 
 
-def _slots_of(owner: Any, name: Any, child: Any, path: str) -> Iterator[Slot]:
-    if isinstance(child, nn.Module):
-        yield Slot(path, owner, name, child)
-        yield from slots(child, path + ".")
-    elif isinstance(child, (list, dict)):
-        for key, item in list(child.items() if isinstance(child, dict) else enumerate(child)):
-            yield from _slots_of(child, key, item, f"{path}.{key}")
+class StandIn:
+    """Stands in for a module: is called and read as the module is, but for what a subclass changes."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+@contextlib.contextmanager
+def standing_in(stand_ins: Sequence[tuple[Slot, StandIn]]) -> Iterator[None]:
+    """While it lasts, each stand-in hangs in its slot.
+
+    A module is a dictionary of what it has; the order of that stays as it was.
+    """
+    try:
+        for slot, stand_in in stand_ins:
+            slot.owner[slot.name] = stand_in
+        yield
+    finally:
+        for slot, _ in reversed(stand_ins):
+            slot.owner[slot.name] = slot.module

@@ -18,7 +18,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.system.module_slots import put, slots
+from mlx_redrafter.system.device import on_cpu
+from mlx_redrafter.system.module_slots import slots
 from mlx_redrafter.system.openblas import openblas_is_loaded
 
 _LIMIT = 1_000_000  # multiplications of a product that OpenBLAS does in place
@@ -86,7 +87,7 @@ def pack(model: nn.Module) -> nn.Module:
         return model
     for slot in list(slots(model)):
         if (layer := packed(slot.module)) is not slot.module:
-            put(slot, layer)
+            slot.owner[slot.name] = layer
     return model
 
 
@@ -153,7 +154,7 @@ def panels_are_faster() -> bool:
     """Whether panels beat the usual layout on this processor; timed once per process, in some 10 ms."""
     global _faster
     if _faster is None:
-        _faster = openblas_is_loaded() and mx.default_device() == mx.cpu and _compare()
+        _faster = openblas_is_loaded() and on_cpu() and _compare()
     return _faster
 
 

@@ -13,18 +13,15 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from mlx_redrafter.system.device import on_cpu
+
 _whole = False  # while it is True, nothing is sent before its graph is complete
 
 
 def submit_part(*arrays: mx.array) -> None:
     """Starts computing arrays that a graph under construction has come to; on a GPU, nothing."""
-    if helps():
+    if not _whole and on_cpu():
         mx.async_eval(*arrays)
-
-
-def helps() -> bool:
-    """Whether the device is one that a step has to be sent to in parts."""
-    return not _whole and mx.default_device() == mx.cpu
 
 
 @contextlib.contextmanager

@@ -1,21 +1,22 @@
-"""What decoding needs of a target model: hidden states, logits, embeddings.
+"""Calls an mlx-lm model and returns hidden states beside its logits; gives its embedding.
 
-The model is an unmodified mlx-lm model and its own code computes everything. Two things
-are slipped in while it is called, and taken out again afterwards:
+Knows nothing of drafts. The model is unmodified and its own code computes everything. Two
+things are replaced while it is called, and put back afterwards:
 
-- the module that yields the hidden state its head reads is replaced by a recorder;
-- MLX's rope, which takes one offset per batch entry, takes one per row as well.
+- the module that yields the hidden state its head reads, by a recorder;
+- MLX's rope, which takes one position per batch entry, by one that also takes one per row.
 """
 
 from __future__ import annotations
 
+import operator
 import weakref
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.system.module_slots import Slipped, Slot, slots
+from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
 from mlx_redrafter.target.rope import positions_per_row
 
 
@@ -29,6 +30,8 @@ class Target:
         vocab_size, hidden_size: of the token embedding.
         missing: why there are no hidden states to draft from, for people; empty where
             there are. Plain decoding works all the same.
+        context_length: the longest sequence the model's config says it can read, in tokens;
+            None if it does not say.
     """
 
     @classmethod
@@ -47,26 +50,19 @@ class Target:
         self.model = model
         self.missing = ""
         self.vocab_size = self.hidden_size = 0
-        found = list(slots(model))
-        self._stand_ins: list[tuple[Slot, Any]] = []
-        self._recorders: list[_Recorder] = []
-        if (parts := _find_body(found, (_setting(model, "vocab_size"), _setting(model, "hidden_size")))) is None:
+        self.context_length = _setting(model, "max_position_embeddings")
+        self._stand_ins: list[tuple[Slot, _Recorder]] = []
+        if (parts := _find_body(model, (_setting(model, "vocab_size"), _setting(model, "hidden_size")))) is None:
             self.missing = f"model type {getattr(model, 'model_type', '?')!r} has no stack of layers with an embedding"
             return
-        self._embedding: Any
         body, embedding = parts
-        self._embedding = embedding.module
+        self._embedding: Any = embedding.module
         self.vocab_size, self.hidden_size = _embedding_shape(self._embedding)
-        recorders = [(body, _Recorder(body.module)), (embedding, _TiedHead(embedding.module))]
-        recorders += [(slot, _Head(slot.module)) for slot in _heads_inside(body.module, self.vocab_size)]
-        self._recorders = [recorder for _, recorder in recorders]
         # What hangs inside the body goes in last and comes out first.
-        self._stand_ins = recorders
-
-    @property
-    def context_length(self) -> int | None:
-        """The longest sequence the model's config says it can read, in tokens; None if it does not say."""
-        return _setting(self.model, "max_position_embeddings")
+        self._stand_ins = [(body, _Recorder(body.module)), (embedding, _TiedHead(embedding.module))]
+        for name, child in body.module.children().items():  # a body with the head inside returns logits
+            if isinstance(child, (nn.Linear, nn.QuantizedLinear)) and child.weight.shape[0] == self.vocab_size:
+                self._stand_ins.append((Slot(name, body.module, name, child), _Head(child)))
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -95,30 +91,25 @@ class Target:
             hidden (B, M, hidden_size), what the head reads (None where `missing` says why),
             and logits (B, M, vocab_size).
         """
-        with Slipped(self._stand_ins), positions_per_row(positions):
+        with standing_in(self._stand_ins), positions_per_row(positions):
             logits = self.model(tokens, cache=cache)
-        seen = [recorder.seen for recorder in self._recorders]
-        for recorder in self._recorders:
+        hidden = None
+        for _, recorder in reversed(self._stand_ins):  # the first that has seen a hidden state counts
+            if recorder.seen is not None and recorder.seen.shape[-1] == self.hidden_size:
+                hidden = recorder.seen
             recorder.seen = None
-        # A body with the head inside returns logits; then its head has seen the hidden state.
-        fitting = [x for x in seen if x is not None and x.shape[-1] == self.hidden_size]
-        return (fitting[0] if fitting else None), logits
+        return hidden, logits
 
 
-class _Recorder:
-    """Stands in for a body: calls it, keeps what it returned, passes everything else through."""
+class _Recorder(StandIn):
+    """Stands in for a body and keeps what it returned."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.seen: mx.array | None = None
+    seen: mx.array | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.module(*args, **kwargs)
         self.seen = output[0] if isinstance(output, (tuple, list)) else output
         return output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
 
 
 class _Head(_Recorder):
@@ -140,9 +131,9 @@ class _TiedHead(_Recorder):
         return self.module.as_linear(x)  # type: ignore[operator]
 
 
-def _find_body(found: list[Slot], shape: tuple[int | None, int | None]) -> tuple[Slot, Slot] | None:
+def _find_body(model: nn.Module, shape: tuple[int | None, int | None]) -> tuple[Slot, Slot] | None:
     """Where the module hangs that has the layers and is called for the hidden state, and its token embedding."""
-    for slot in found:
+    for slot in slots(model):
         children = list(slot.module.children().values())
         direct = any(_is_stack(child) for child in children)
         embedding = _find_embedding(slot.module, shape)
@@ -160,27 +151,12 @@ def _is_stack(child: Any) -> bool:
 
 def _find_embedding(body: nn.Module, shape: tuple[int | None, int | None]) -> Slot | None:
     """Where the token embedding of a body hangs, outside its layers: the one of this (vocabulary, width), if any."""
-    found = [
-        slot
-        for slot in slots(body)
-        if isinstance(slot.module, _EMBEDDINGS) and not any(part.isdigit() for part in slot.path.split("."))
-    ]
-
-    def fit(slot: Slot) -> tuple[int, int]:
-        rows, width = _embedding_shape(slot.module)
-        return (rows == shape[0]) + (width == shape[1]), rows
-
-    return max(found, key=fit, default=None)
-
-
-def _heads_inside(body: nn.Module, vocab_size: int) -> list[Slot]:
-    """Where output layers hang directly in a body, which then returns logits."""
-    kinds = (nn.Linear, nn.QuantizedLinear)
-    return [
-        Slot(name, body, name, child)
-        for name, child in body.children().items()
-        if isinstance(child, kinds) and child.weight.shape[0] == vocab_size
-    ]
+    found = []
+    for slot in slots(body):
+        if isinstance(slot.module, _EMBEDDINGS) and not any(part.isdigit() for part in slot.path.split(".")):
+            rows, width = _embedding_shape(slot.module)
+            found.append(((rows == shape[0]) + (width == shape[1]), rows, slot))
+    return max(found, key=operator.itemgetter(0, 1), default=(0, 0, None))[2]
 
 
 def _embedding_shape(module: Any) -> tuple[int, int]:

@@ -17,7 +17,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache, make_prompt_cache
 
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves, refused
-from mlx_redrafter.target.cache.recurrent import LENGTHS, ROWS, find_mixers
+from mlx_redrafter.target.cache.recurrent import AT_ONCE, ROW_BY_ROW
+from mlx_redrafter.target.cache.replay import find_mixers
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.tree import CandidateTree
 from mlx_redrafter.target.verification import CHAIN, NONE, TREE, Capability, Verifier
@@ -57,7 +58,7 @@ def probe(target: Target) -> Capability:
     except Exception as error:  # whatever a model's own code does with what it was handed
         return Capability(NONE, f"mlx-lm cannot decode with it: {_words(error)}")
     if recurrent:
-        tries = [Capability(CHAIN, replay=replay, mixers=mixers) for replay in (LENGTHS, ROWS)]
+        tries = [Capability(CHAIN, replay=replay, mixers=mixers) for replay in (AT_ONCE, ROW_BY_ROW)]
     else:
         tries = [Capability(TREE), Capability(TREE, SPLIT, split_rows=True), Capability(CHAIN)]
     problems: list[str] = []
@@ -70,7 +71,7 @@ def probe(target: Target) -> Capability:
                 return found
             reason = "layers with a recurrent state verify one continuation at a time" if recurrent else ""
             return dataclasses.replace(found, reason=reason or "; ".join(problems))
-        how = f" by {found.replay}" if recurrent else ", rows split" if found.split_rows else ""
+        how = f", replayed {found.replay}" if recurrent else ", rows split" if found.split_rows else ""
         problems.append(f"{found.kind} verification{how}: {problem}")
     return Capability(NONE, "; ".join(problems))
 

@@ -1,4 +1,7 @@
-"""What is slipped into a model while one call of it builds its graph, and taken out again."""
+"""Gives rope a position per row while one call of a model builds its graph.
+
+Knows nothing of trees: any positions will do.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
+
+from mlx_redrafter.system.device import on_cpu
 
 
 @contextlib.contextmanager
@@ -45,7 +50,7 @@ def _rope(a: mx.array, dims: int, *, offset: Any, **options: Any) -> mx.array:
         raise ValueError(f"rope over {a.shape[-2]} rows where a tree has {offset.shape[1]}")
     tables = getattr(_LOCAL, "tables", None)
     # MLX turns half precision in float32 and rounds once; tables in it would round more often.
-    if tables is None or mx.default_device() != mx.cpu or a.shape[-1] != dims or a.dtype != mx.float32:
+    if tables is None or not on_cpu() or a.shape[-1] != dims or a.dtype != mx.float32:
         return _rope_per_row(a, dims, offset, options)
     return _rope_from_tables(a, offset, options, tables)
 

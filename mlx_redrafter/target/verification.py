@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_redrafter.system.module_slots import Slipped, slots
+from mlx_redrafter.system.module_slots import slots, standing_in
 from mlx_redrafter.target.cache.kv_cache import KVCache
-from mlx_redrafter.target.cache.recurrent import LENGTHS, Mixer
+from mlx_redrafter.target.cache.recurrent import AT_ONCE
+from mlx_redrafter.target.cache.replay import MixerStandIn
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.tree import CandidateTree
 
@@ -30,14 +31,14 @@ class Capability:
         reason: why it is not TREE, or what a tree costs more than usual, for people; else empty.
         split_rows: the model gets each row of a tree as a batch entry of its own, so keys and
             values are read once per row.
-        replay: how layers with a recurrent state take rows back: LENGTHS or ROWS, see `cache.recurrent`.
+        replay: how layers with a recurrent state take rows back: AT_ONCE or ROW_BY_ROW, see `cache.recurrent`.
         mixers: paths of the modules that read and write such a state.
     """
 
     kind: str
     reason: str = ""
     split_rows: bool = False
-    replay: str = LENGTHS
+    replay: str = AT_ONCE
     mixers: tuple[str, ...] = ()
 
 
@@ -55,9 +56,8 @@ class Verifier:
     def __init__(self, target: Target, found: Capability):
         self.target, self.found = target, found
         self.capability, self.reason = found.kind, found.reason
-        self._mixers = (
-            [(s, Mixer(s.module)) for s in slots(target.model) if s.path in found.mixers] if found.mixers else []
-        )
+        there = slots(target.model) if found.mixers else ()
+        self._mixers = [(slot, MixerStandIn(slot.module)) for slot in there if slot.path in found.mixers]
 
     def make_cache(self) -> KVCache:
         """An empty cache that trees can be written to (not for capability "none")."""
@@ -81,7 +81,7 @@ class Verifier:
         """
         split = self.found.split_rows
         tokens = tree.tokens.reshape(-1, 1) if split else tree.tokens
-        with cache.reading(tree, self.found.kind == CHAIN, split) as positions, Slipped(self._mixers):
+        with cache.reading(tree, self.found.kind == CHAIN, split) as positions, standing_in(self._mixers):
             hidden, logits = self.target.forward(tokens, cache.layers, positions)
         assert hidden is not None  # the kind is NONE otherwise
         if split:

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlx_redrafter.drafting.drafter_files import save_head
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.system.files import remove_left_over, replace_file, require_free
 from mlx_redrafter.system.hub import fetch, require_login, upload
 from mlx_redrafter.target.fingerprint import fingerprint
@@ -49,8 +50,9 @@ def run(args: argparse.Namespace) -> None:
     if args.upload_repo is not None and first:
         require_login(args.upload_repo)
     folder = EMBEDDED / "target" if args.model is None else fetch(args.model, "--model")
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu  # half precision is slow and coarse there
-    model, tokenizer = load_target(folder, None, "float32" if on_cpu else None, None, args.trust_remote_code)
+    model, tokenizer = load_target(
+        folder, None, "float32" if on_cpu() else None, None, args.trust_remote_code
+    )  # half is slow and coarse there
     verifier = verifier_of(model)
     if verifier.capability == NONE:
         raise UserError(f"--model {args.model}: cannot verify drafts: {verifier.reason}")
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     check_for(args, target)
     if args.text is None:
         check_length(plan_of_data, target)
-    plan = training_plan(args, on_cpu)
+    plan = training_plan(args, on_cpu())
 
     def begin() -> None:
         for place in (out, notes):

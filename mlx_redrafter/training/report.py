@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.system.files import replace_file
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.acceptance_length import acceptance_length, held_out_prompts
@@ -42,7 +43,7 @@ def report(
     check_pair(target, finished)
     stored: dict[str, Any] = {"bytes": (out / "model.safetensors").stat().st_size, "dtype": args.dtype}
     stored["bytes_per_draft_step"] = finished.bytes_per_draft_step()
-    if mx.default_device().type == mx.DeviceType.cpu and finished.config.quantization is None:
+    if on_cpu() and finished.config.quantization is None:
         finished.set_dtype(mx.float32)
     (shape, drafted), prompts = method.shape(args), held_out_prompts(rows, args.prefix_length)
     tokens = max(EVALUATED_TOKENS, rows.length - len(prompts[0]))

@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.training.checkpoint import Progress, restore, save, save_weights
 from mlx_redrafter.training.drafters.base import Method
 from mlx_redrafter.training.fake_quant import as_seen
@@ -226,7 +227,7 @@ def _step(method: Method, drafter: Any, optimizer: optim.Optimizer, plan: Traini
         gradients, norm = optim.clip_grad_norm(gradients, plan.max_grad_norm)
         return optimizer.apply_gradients(gradients, weights), norm
 
-    worth_it = mx.default_device().type != mx.DeviceType.cpu or (plan.iters >= 500 and shutil.which("g++"))
+    worth_it = not on_cpu() or (plan.iters >= 500 and shutil.which("g++"))
     if plan.compile == ON or (plan.compile == AUTO and worth_it):
         return mx.compile(gradients_of), mx.compile(apply, inputs=optimizer.state, outputs=optimizer.state)
     return gradients_of, apply

@@ -1,6 +1,6 @@
-"""The cache of all layers: write a tree's rows behind the committed ones, commit one path, roll back.
+"""The cache of all layers: takes a tree's rows behind the committed ones, commits one path, rolls back.
 
-The committed length is a device array, so that a step can be built before the one before
+Knows nothing of how rows are read (see `attention`, `recurrent`). The committed length is a device array, so that a step can be built before the one before
 it has run; the host only knows bounds, which size the buffers and the part of them that
 attention reads.
 """
@@ -17,8 +17,9 @@ from mlx_lm.models.cache import ArraysCache, CacheList, QuantizedKVCache, Rotati
 from mlx_lm.models.cache import KVCache as PlainKVCache
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.target.cache.attention import LayerCache, QuantizedLayerCache, TreeFrame, WindowCache, like
-from mlx_redrafter.target.cache.recurrent import LENGTHS, StateCache, Step
+from mlx_redrafter.target.cache.attention import LayerCache, QuantizedLayerCache, WindowCache, with_contents
+from mlx_redrafter.target.cache.frame import TreeFrame
+from mlx_redrafter.target.cache.recurrent import AT_ONCE, RecurrentCache, RecurrentStep
 from mlx_redrafter.target.tree import CandidateTree
 
 
@@ -39,7 +40,7 @@ class KVCache:
         self._low = 0  # no length is below it, nor will it be after rows were taken back
         self._most = 0  # rows that one step commits at most
         # A loop is at most two steps ahead of the tokens that it has given out.
-        self._steps: collections.deque[tuple[mx.array, list[Step]]] = collections.deque(maxlen=3)
+        self._steps: collections.deque[tuple[mx.array, list[RecurrentStep]]] = collections.deque(maxlen=3)
 
     @staticmethod
     def takes(prompt_cache: list[Any]) -> bool:
@@ -47,11 +48,11 @@ class KVCache:
         return not refused(prompt_cache)
 
     @classmethod
-    def adopt(cls, prompt_cache: list[Any], replay: str = LENGTHS) -> KVCache:
+    def adopt(cls, prompt_cache: list[Any], replay: str = AT_ONCE) -> KVCache:
         """Goes on from what mlx-lm caches hold; their buffers are shared until `give_back`.
 
         Args:
-            replay: how layers with a state take rows back; see `recurrent`.
+            replay: how recurrent layers take rows back; see `recurrent`.
         """
         return cls([_adopted(cache, replay) for cache in prompt_cache])
 
@@ -61,10 +62,10 @@ class KVCache:
             if isinstance(layer, QuantizedLayerCache) and not hasattr(prompt_cache[i], "bits"):
                 prompt_cache[i] = QuantizedKVCache(layer.group_size, layer.bits)
             for theirs, ours in zip(leaves([prompt_cache[i]]), leaves([layer])):
-                if isinstance(ours, StateCache):
+                if isinstance(ours, RecurrentCache):
                     theirs.cache = list(ours.cache)
                 else:
-                    like(theirs, ours)
+                    with_contents(theirs, ours)
 
     def begin_trees(self, batch_size: int = 1, length: int | None = None) -> None:
         """Hands the prompt's length to the device; the prompt's rows must be there.
@@ -103,7 +104,7 @@ class KVCache:
         if length is None:
             return False
         for cache in leaves(self.layers):
-            cache.settle()
+            cache.flush()
             cache.offset = length
         self.length = mx.full((1,), length, mx.int32)
         self.bound, self._plain = length, True
@@ -147,7 +148,7 @@ class KVCache:
         assert self.length is not None
         steps = []
         for cache in leaves(self.layers):
-            if isinstance(cache, StateCache):
+            if isinstance(cache, RecurrentCache):
                 assert cache.step is not None
                 cache.step.keep(1 + count)
                 steps.append(cache.step)
@@ -174,7 +175,7 @@ class KVCache:
         self.length, self._plain = None, False
 
     def _take_back(self, length: int) -> None:
-        """Brings layers with a state to where they were after `length` tokens."""
+        """Brings recurrent layers to where they were after `length` tokens."""
         for before, steps in reversed(self._steps):
             if not steps:
                 return
@@ -210,14 +211,14 @@ def _adopted(cache: Any, replay: str) -> Any:
     if isinstance(cache, CacheList):
         return CacheList(*(_adopted(inner, replay) for inner in cache.caches))
     if isinstance(cache, ArraysCache):
-        state = StateCache(len(cache.cache), replay)
+        state = RecurrentCache(len(cache.cache), replay)
         state.cache = list(cache.cache)
         return state
     if isinstance(cache, RotatingKVCache):
-        return like(WindowCache(cache.max_size), cache)
+        return with_contents(WindowCache(cache.max_size), cache)
     if isinstance(cache, QuantizedKVCache):
-        return like(QuantizedLayerCache(cache.group_size, cache.bits), cache)
-    return like(LayerCache(), cache)
+        return with_contents(QuantizedLayerCache(cache.group_size, cache.bits), cache)
+    return with_contents(LayerCache(), cache)
 
 
 def quantize_layers(layers: list[Any], start: int, group_size: int, bits: int | None, length: int) -> None:

@@ -15,6 +15,7 @@ from mlx_redrafter.drafting.medusa_accuracy import rank_accuracies
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, expected_length, fit_choices
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.system.files import read_json, replace_file
 from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.target.probe import verifier_of
@@ -58,12 +59,11 @@ def fit_medusa_tree(
     heads = open_drafter(path)
     if not isinstance(heads, MedusaHeads):
         raise UserError(f"{path}: not Medusa heads, which alone have a static tree")
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu  # half precision is slow there
     folder = EMBEDDED / "target" if target is None else fetch(target, "--target")
-    model, tokenizer = load_target(folder, None, "float32" if on_cpu else None, None, trust_remote_code)
+    model, tokenizer = load_target(folder, None, "float32" if on_cpu() else None, None, trust_remote_code)
     reader = verifier_of(model).target
     check_pair(reader, heads, str(path))
-    if on_cpu and heads.config.quantization is None:
+    if on_cpu() and heads.config.quantization is None:
         heads.set_dtype(mx.float32)
     with tempfile.TemporaryDirectory() as scratch:
         if text is not None:

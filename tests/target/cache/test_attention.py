@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_redrafter.target.cache.attention import BLOCK, tree_mask
+from mlx_redrafter.target.cache.attention import BLOCK
+from mlx_redrafter.target.cache.frame import tree_mask
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.tree import CandidateTree
 

@@ -6,7 +6,8 @@ import pytest
 from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_redrafter.target.cache.attention import BLOCK, LayerCache, rows_along, tree_mask, write_rows
+from mlx_redrafter.target.cache.attention import BLOCK, LayerCache
+from mlx_redrafter.target.cache.frame import rows_along, tree_mask, write_rows
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.tree import CandidateTree
 
@@ -34,7 +35,7 @@ def write_tree(cache, start, rows, batch=1):
 
 
 def numbers(layer, length, b=0):
-    layer.settle()
+    layer.flush()
     return layer.keys[b, 1, :length, 2].tolist()
 
 
@@ -141,9 +142,9 @@ def test_an_accepted_path_is_moved_without_reading_the_buffers():
     before = cache.layers[0].keys
     cache.commit(mx.array([[2, 5]], mx.int32), mx.array([2], mx.int32), most=2)
     assert cache.layers[0].keys is before
-    rows, position = cache.layers[0].moving
+    rows, position = cache.layers[0].pending
     assert rows[0][0, 0, :, 0].tolist() == [52, 55] and position.tolist() == [6]
     assert {id(array) for array in rows} <= {id(array) for array in cache.arrays()}
     write_tree(cache, 60, 2)
-    assert cache.layers[0].moving is None
+    assert cache.layers[0].pending is None
     assert cache.layers[0].keys[0, 0, :10, 0].tolist() == [0, 1, 2, 3, 4, 50, 52, 55, 60, 61]

@@ -13,7 +13,7 @@ import mlx_redrafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.system.module_slots import slots
 from mlx_redrafter.target.cache.kv_cache import leaves
-from mlx_redrafter.target.cache.recurrent import LENGTHS, ROWS
+from mlx_redrafter.target.cache.recurrent import AT_ONCE, ROW_BY_ROW
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
 from mlx_redrafter.target.verification import CHAIN
@@ -61,7 +61,7 @@ def assert_close(found, expected):
 def test_each_way_is_taken_where_it_works(hybrid):
     verifier = verifier_of(hybrid)
     assert verifier.capability == CHAIN and verifier.reason
-    assert verifier.found.replay == (ROWS if hybrid.model_type == "jamba" else LENGTHS)
+    assert verifier.found.replay == (ROW_BY_ROW if hybrid.model_type == "jamba" else AT_ONCE)
     assert len(verifier.found.mixers) == 2
 
 

@@ -1,0 +1,141 @@
+"""What all layers share while a tree is read: where its rows go, what they see, where they stand.
+
+Knows nothing of caches, nor of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclasses.dataclass
+class TreeFrame:
+    """One verification, as every layer has to see it.
+
+    Attributes:
+        length: committed rows, (B,) int32, on the device.
+        depths: (B, M) int32 distance of each row from the root.
+        ancestors: (B, M, M) bool; [b, i, j] is True where row i may look at row j.
+        chain: rows stand in consecutive positions, and the model is told only the first.
+        bound: no length is above it.
+        low: no length is below it, nor will it be after rows were taken back.
+        split_rows: the model gets each row as a batch entry of its own, (B * M, 1), for it knows
+            positions per entry only.
+        replaying: recurrent layers are being brought to where the accepted rows end.
+        offset: what the model hands to its rope: (B, M) positions, (B,) the first ones, or (B * M,).
+        rows: M.
+        every_row: (B, M), all True: the mask that recurrent layers are given.
+    """
+
+    length: mx.array
+    depths: mx.array
+    ancestors: mx.array
+    chain: bool
+    bound: int
+    low: int
+    split_rows: bool = False
+    replaying: bool = False
+
+    def __post_init__(self) -> None:
+        self.offset = self.length if self.chain else self.length[:, None] + self.depths
+        if self.split_rows:
+            self.offset = self.offset.reshape(-1)
+        self.rows = self.depths.shape[1]
+        self.every_row = mx.ones(self.depths.shape, mx.bool_)
+        self._masks: dict[tuple[int, int, int | None], mx.array] = {}
+
+    def mask(self, start: int, visible: int, window: int | None) -> mx.array:
+        """(B, 1, M, visible) bool, or (B * M, 1, 1, visible); columns begin at position `start`; made only once."""
+        key = (start, visible, window)
+        if key not in self._masks:
+            mask = tree_mask(self.ancestors, self.length, visible, start, self.depths, window)
+            self._masks[key] = mask.reshape(-1, 1, 1, visible) if self.split_rows else mask
+        return self._masks[key]
+
+    def is_mask(self, value: Any) -> bool:
+        """Whether this is one of the masks that `mask` returned."""
+        return any(value is mask for mask in self._masks.values())
+
+    def joined(self, rows: mx.array) -> mx.array:
+        """(B, heads, M, width) of what the model made of split rows, (B * M, heads, 1, width)."""
+        batch, heads, width = self.length.shape[0], rows.shape[1], rows.shape[3]
+        return rows.reshape(batch, self.rows, heads, width).swapaxes(1, 2)
+
+    def for_split_rows(self, buffer: mx.array) -> mx.array:
+        """A buffer (B, ...) as each of the B * M split rows reads it."""
+        if buffer.shape[0] == 1:
+            return mx.broadcast_to(buffer, (self.rows, *buffer.shape[1:]))
+        return mx.repeat(buffer, self.rows, axis=0)
+
+
+def tree_mask(
+    ancestors: mx.array,
+    length: mx.array,
+    visible: int,
+    start: int = 0,
+    depths: mx.array | None = None,
+    window: int | None = None,
+) -> mx.array:
+    """What each row of a tree may look at: committed rows, its ancestors, itself, as far as a window reaches.
+
+    Args:
+        ancestors: (B, M, M) bool, the diagonal True.
+        length: (B,) committed rows; the tree's rows follow them.
+        visible: columns of the mask; start + visible is at least length + M.
+        start: position of the first column.
+        depths: (B, M) distance from the root; needed where there is a window.
+        window: a row at position p sees positions above p - window; None for all.
+
+    Returns:
+        (B, 1, M, visible) bool.
+    """
+    batch, rows, _ = ancestors.shape
+    columns = mx.arange(start, start + visible, dtype=mx.int32)
+    committed = (columns < length[:, None])[:, None, None, :]
+    if window is None:
+        mask = mx.broadcast_to(committed, (batch, 1, rows, visible))
+    else:
+        assert depths is not None
+        first = length[:, None] + depths - (window - 1)
+        mask = committed & (columns >= first[:, None, :, None])
+        ancestors = ancestors & (depths[:, :, None] - depths[:, None, :] < window)
+    return write_rows(mask, ancestors[:, None], length - start, axis=3)
+
+
+def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, axis: int = 2) -> mx.array:
+    """`buffer` with `rows` written along `axis`, for each b from index start[b] on.
+
+    Args:
+        buffer, rows: the batch first; equal shapes but for `axis`.
+        start: (B,) on the device.
+    """
+    if buffer.shape[0] == 1:
+        return mx.slice_update(buffer, rows, start, axes=(axis,))
+    for b in range(buffer.shape[0]):
+        at = mx.stack([mx.array(b, start.dtype), start[b]])
+        buffer = mx.slice_update(buffer, rows[b : b + 1], at, axes=(0, axis))
+    return buffer
+
+
+def rows_along(rows: mx.array, path: mx.array) -> mx.array:
+    """(B, heads, D, width) rows of one path, of (B, heads, M, width) of a tree; path (B, D) int32."""
+    if rows.shape[0] == 1:
+        return mx.take(rows, path[0], axis=2)
+    return mx.take_along_axis(rows, path[:, None, :, None], axis=2)
+
+
+def map_arrays(function: Callable[..., Any], *buffers: Any, **options: Any) -> Any:
+    """The function of every array in buffers of one structure: arrays, or tuples of what is one.
+
+    As mlx's tree_map, which takes a tenth of the time that building a step takes.
+
+    Args:
+        options: handed to every call as they are.
+    """
+    if isinstance(buffers[0], mx.array):
+        return function(*buffers, **options)
+    return tuple(map_arrays(function, *parts, **options) for parts in zip(*buffers))
