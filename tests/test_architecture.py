@@ -197,7 +197,7 @@ KNOWN: list[str] = [
     "mlx_redrafter.benchmarks.architectures -> mlx_redrafter",
 ]
 TOO_MANY: list[str] = ["benchmarks: 30 modules", "mlx_redrafter/training: 16 modules"]
-TOO_LONG: list[str] = ["mlx_redrafter/target/cache/attention.py"]
+TOO_LONG: list[str] = []
 NAMELESS: set[str] = {
     "benchmarks/test_compare_page.py",
     "cli/test_prompt_flag.py",

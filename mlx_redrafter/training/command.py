@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> None:
     if args.upload_repo is not None and first:
         require_login(args.upload_repo)
     folder = EMBEDDED / "target" if args.model is None else fetch(args.model, "--model")
-    model, tokenizer = load_target(
-        folder, None, "float32" if on_cpu() else None, None, args.trust_remote_code
-    )  # half is slow and coarse there
+    dtype = "float32" if on_cpu() else None  # half precision is slow and coarse there
+    model, tokenizer = load_target(folder, None, dtype, None, args.trust_remote_code)
     verifier = verifier_of(model)
     if verifier.capability == NONE:
         raise UserError(f"--model {args.model}: cannot verify drafts: {verifier.reason}")

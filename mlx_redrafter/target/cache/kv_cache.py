@@ -1,8 +1,8 @@
 """The cache of all layers: takes a tree's rows behind the committed ones, commits one path, rolls back.
 
-Knows nothing of how rows are read (see `attention`, `recurrent`). The committed length is a device array, so that a step can be built before the one before
-it has run; the host only knows bounds, which size the buffers and the part of them that
-attention reads.
+Knows nothing of how one layer keeps its rows (see `attention`, `recurrent`). The committed
+length is a device array, so that a step can be built before the one before it has run; the
+host only knows bounds, which size the buffers and the part of them that attention reads.
 """
 
 from __future__ import annotations
