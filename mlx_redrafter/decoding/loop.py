@@ -47,12 +47,16 @@ def speculative(
     hidden, logits = prefill(verifier.target, prompt, cache.layers, options)
     cache.begin_trees(length=length)
     assert cache.length is not None and hidden is not None
-    logits = process(processors, prompt[0], logits)
+    history = prompt[0]
+    logits = process(processors, history, logits)
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
-    step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, prompt[0] if processors else None)
-    mx.async_eval(root, hidden)
+    step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, history if processors else None)
+    mine: list[mx.array] = []
     if proposer is not None:
         proposer.begin(prompt, root)
+        mine = proposer.arrays()
+    # Whatever goes on to the next step is on its way: another thread, with other streams, may build that step.
+    mx.async_eval(root, hidden, history, *cache.arrays(), *mine)
     made, ahead = 1, None
 
     def submit(waiting: bool) -> Submitted | None:
@@ -86,6 +90,7 @@ def speculative(
         planner.learn(_read(current, tokens, length))
         if step.history is not None:
             step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
+            mx.async_eval(step.history)
         options.quantize(cache.layers, length)
         yield Produced(tokens, current.logits[0], [True] * count + [False], plan=current.plan)
         if 0 <= max_tokens <= made:
@@ -108,7 +113,7 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
 
     def choose() -> mx.array:
         token = options.choose(logits[:, None], mx.array([[position]]))
-        mx.async_eval(token)
+        mx.async_eval(token, history)
         return token
 
     logits = process(options.processors, history, logits)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
 from mlx_redrafter.decoding.sampling import Chooser, greedy
+from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.cache.kv_cache import quantize_layers
 
 Progress = Callable[[int, int], None]  # prompt tokens read so far, and in all
@@ -25,6 +26,9 @@ class DecodingOptions:
         progress: called with the prompt tokens read so far and in all.
         kv_bits, kv_group_size, quantized_kv_start: keep the KV cache in so many bits once
             it holds so many rows; None keeps it as it is.
+
+    Raises:
+        UserError: a value out of range.
     """
 
     choose: Chooser = greedy
@@ -35,6 +39,16 @@ class DecodingOptions:
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
+
+    def __post_init__(self) -> None:
+        if self.max_tokens == 0 or self.max_tokens < -1:
+            raise UserError(f"max_tokens is {self.max_tokens}, expected 1 or more, or -1 for no limit")
+        if self.prefill_step_size < 1:
+            raise UserError(f"prefill_step_size is {self.prefill_step_size}, expected 1 or more")
+        if self.quantized_kv_start < 0:
+            raise UserError(f"quantized_kv_start is {self.quantized_kv_start}, expected 0 or more")
+        if self.kv_bits not in (None, 2, 4, 8):
+            raise UserError(f"kv_bits is {self.kv_bits}, expected 2, 4 or 8")
 
     def quantize(self, layers: list[Any], length: int) -> None:
         """Quantises the caches where it is time for it."""

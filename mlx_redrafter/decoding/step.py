@@ -57,8 +57,9 @@ class Submitted:
     parents: mx.array | None
 
     def arrays(self) -> list[mx.array]:
-        """What the host will read."""
-        return [a for a in (self.count, self.tokens, self.path, self.parents) if a is not None]
+        """What the host will read; of logits, those that no choice was made of in this form."""
+        arrays = [self.count, self.tokens] if self.path is None else [self.count, self.tokens, self.path, self.logits]
+        return arrays if self.parents is None else [*arrays, self.parents]
 
 
 def prefill(

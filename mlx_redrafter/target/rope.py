@@ -96,7 +96,9 @@ def _pairs(dims: int, traditional: bool, dtype: mx.Dtype) -> tuple[mx.array, mx.
     """(dims,) 1 at the first of each pair that rope turns, 0 at the second; (dims, dims) what swaps the two."""
     half = dims // 2
     partner = [i ^ 1 for i in range(dims)] if traditional else [(i + half) % dims for i in range(dims)]
-    return mx.array([partner[i] > i for i in range(dims)], dtype), mx.eye(dims, dtype=dtype)[mx.array(partner)]
+    first, swap = mx.array([partner[i] > i for i in range(dims)], dtype), mx.eye(dims, dtype=dtype)[mx.array(partner)]
+    mx.eval(swap)  # another thread, with other streams, may be the next to use it
+    return first, swap
 
 
 _FAST_ROPE = mx.fast.rope

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Generator
@@ -16,8 +17,9 @@ from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.target.cache.kv_cache import cached
 from mlx_redrafter.text.generate import stream_generate
 from mlx_redrafter.text.prompt_cache import load_cache_file, save_cache_file
-from mlx_redrafter.text.prompts import encode, encode_messages
+from mlx_redrafter.text.prompts import encode, encode_messages, plain_messages
 from mlx_redrafter.text.responses import GenerationResponse
+from mlx_redrafter.text.turns import InUse
 
 
 class Conversation:
@@ -47,10 +49,17 @@ class Conversation:
         self._cache: list[Any] = []
         self._read: list[int] = []  # the tokens whose rows the cache holds
         self._unknown: list[int] = []  # placeholders for rows before them, from another program's file
+        self._use = InUse()
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything but the system prompt, and gives the memory of the cache back."""
+        """Forgets everything but the system prompt, and gives the memory of the cache back.
+
+        Raises:
+            UserError: an answer is still open.
+        """
+        with self._alone():
+            pass
         system = self.system_prompt
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self._forget()
@@ -63,8 +72,13 @@ class Conversation:
         conversation; if nothing could be answered, neither does.
 
         Raises:
-            UserError: an empty message, a template that fails, a conversation beyond the context.
+            UserError: an empty message, a message in the history that has no text, a template that
+                fails, a conversation beyond the context, an earlier answer that is still open.
         """
+        with self._alone():
+            yield from self._answer(text)
+
+    def _answer(self, text: str) -> Generator[GenerationResponse]:
         if not text.strip():
             raise UserError("the message is empty")
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -93,6 +107,10 @@ class Conversation:
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
             self._fit_cache()
 
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Raises UserError while an answer is open."""
+        return self._use.alone([self], "an earlier answer is still open: read it to its end or close() it first")
+
     @property
     def begun(self) -> bool:
         """Whether the model has read anything that a file could keep."""
@@ -103,7 +121,14 @@ class Conversation:
 
         Args:
             name: the model's directory or Hub id.
+
+        Raises:
+            UserError: a file that cannot be written, an answer that is still open.
         """
+        with self._alone():
+            self._save(path, name)
+
+    def _save(self, path: str | pathlib.Path, name: str) -> None:
         tokens = (self._unknown + self._read)[: cached(self._cache)]
         save_cache_file(path, self._cache, name, {}, messages=self.messages, tokens=tokens)
 
@@ -117,7 +142,8 @@ class Conversation:
             UserError: a file that is missing, damaged or of another model; the
                 conversation stays as it was.
         """
-        cache, metadata = load_cache_file(path, self.model, name)
+        with self._alone():
+            cache, metadata = load_cache_file(path, self.model, name)
         try:
             tokens = json.loads(metadata["tokens"]) if "tokens" in metadata else None
             messages = json.loads(metadata.get("messages", "[]"))
@@ -131,9 +157,9 @@ class Conversation:
         self._cache, self.messages = cache, messages or self.messages
         self._fit_cache()
 
-    def _tokens_of(self, messages: list[dict[str, str]]) -> list[int]:
+    def _tokens_of(self, messages: list[dict[str, Any]]) -> list[int]:
         if self.tokenizer.chat_template is None:
-            return encode(self.tokenizer, "\n".join(message["content"] for message in messages) + "\n")
+            return encode(self.tokenizer, "".join(f"{m['content']}\n" for m in plain_messages(messages)))
         return encode_messages(self.tokenizer, messages, self.template_options, after_cache=bool(self._unknown))
 
     def _keep_common_prefix(self, prompt: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""Text in, text out: streaming generation, as mlx-lm's own but for one argument."""
+"""Streams text, with mlx-lm's interface and one more argument, the drafter. Knows nothing of commands."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.ranks import number_of_ranks
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE, Verifier
-from mlx_redrafter.text.prompts import encode
+from mlx_redrafter.text.prompts import Prompt, encode
 from mlx_redrafter.text.responses import GenerationResponse, responses, summary
-from mlx_redrafter.tuning.session import drafting_for
+from mlx_redrafter.text.turns import TURNS, InUse, in_turns
+from mlx_redrafter.tuning.session import Session, drafting_for
+
+_CACHES = InUse()
 
 
 def stream_generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper | Any,
-    prompt: str | list[int] | mx.array,
+    prompt: Prompt,
     drafter: Drafter | None = None,
     *,
     max_tokens: int = 256,
@@ -58,7 +62,7 @@ def stream_generate(
     Args:
         model: an mlx-lm model.
         tokenizer: its tokenizer.
-        prompt: text, or token ids.
+        prompt: text, or token ids as a list or array of shape (n,) or (1, n).
         drafter: made for this model, recurrent or Medusa; None decodes plainly, or with lookup alone.
         max_tokens: stop after this many; -1 for no limit.
         sampler: an mlx-lm sampler; greedy if left out. Exact in distribution. Trees are better chosen
@@ -89,29 +93,16 @@ def stream_generate(
 
     Raises:
         UserError: a prompt that is empty or longer than the model can read, a drafter
-            that was made for another model, a value out of range.
+            that was made for another model, a value out of range, a prompt cache that another
+            generation still writes to.
+
+    Threads may generate with one model at once: their steps take turns. A generation may be
+    continued in another thread than it was begun in.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    if max_tokens == 0 or max_tokens < -1:
-        raise UserError(f"--max-tokens is {max_tokens}, expected 1 or more, or -1 for no limit")
-    if prefill_step_size < 1:
-        raise UserError(f"--prefill-step-size is {prefill_step_size}, expected 1 or more")
-    if quantized_kv_start < 0:
-        raise UserError(f"--quantized-kv-start is {quantized_kv_start}, expected 0 or more")
-    if kv_bits not in (None, 2, 4, 8):
-        raise UserError(f"--kv-bits is {kv_bits}, expected 2, 4 or 8")
     if sampler is not None and chooser is not None:
         raise UserError("sampler and chooser were both given, expected one")
-    if lookup is None:
-        lookup = AUTO if drafter is not None and shape == AUTO else OFF
-    if lookup not in LOOKUPS:
-        raise UserError(f"--lookup is {lookup!r}, expected one of {', '.join(LOOKUPS)}")
-    if not isinstance(shape, DraftShape) and shape != AUTO:
-        raise UserError(f"shape is {shape!r}, expected a DraftShape or {AUTO!r}")
-    ids = mx.array(encode(tokenizer, prompt), mx.int32)[None]
-    target = Target.of(model)
-    _check_prompt(target, ids.shape[1] + cached(prompt_cache or []))
     options = DecodingOptions(
         choose=chooser or (from_sampler(sampler) if sampler is not None else greedy),
         max_tokens=max_tokens,
@@ -122,30 +113,18 @@ def stream_generate(
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
     )
-    verifier, session, reason = None, None, ""
-    if drafter is None and shape == AUTO:
-        shape = DraftShape()
-    if drafter is not None or lookup != OFF:
-        verifier, reason = _verifier(model, drafter, shape, prompt_cache)
-    if verifier is None:
-        cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
-        source, method = autoregressive(target, ids, cache, options), "plain"
-    else:
-        fixed = shape if isinstance(shape, DraftShape) else None
-        read: Any = ids[0].tolist()
-        text = [*cached_tokens, *read]
-        proposer, planner, session = drafting_for(verifier, drafter, fixed, lookup, text, options.choose)
-        method = method_of(drafter)
-        source = _drafting(verifier, proposer, ids, prompt_cache, options, planner)
-    try:
-        with wired_limit(model):
-            yield from responses(source, tokenizer, ids.shape[1], max_tokens, stop, method, reason)
-    finally:
-        if session is not None:
-            session.save()
+    shape, lookup = _what_to_draft(drafter, shape, lookup)
+    ids = encode(tokenizer, prompt)
+    cache = [] if prompt_cache is None else [prompt_cache, *prompt_cache]
+    with _CACHES.alone(cache, "prompt_cache is in use by a generation that has not ended: close() that one first"):
+        with TURNS:
+            target = Target.of(model)
+            _check_prompt(target, ids, cached(prompt_cache or []))
+            source, method, reason = _steps(target, drafter, ids, options, shape, lookup, prompt_cache, cached_tokens)
+        yield from responses(in_turns(source), tokenizer, len(ids), max_tokens, stop, method, reason)
 
 
-def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], verbose: bool = False, **kwargs: Any) -> str:
+def generate(model: nn.Module, tokenizer: Any, prompt: Prompt, verbose: bool = False, **kwargs: Any) -> str:
     """The whole text at once; `verbose` prints it as it comes, and the figures after it.
 
     Args:
@@ -161,10 +140,67 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], verbose:
     return text
 
 
-def _check_prompt(target: Target, length: int) -> None:
-    limit = target.context_length
+def _what_to_draft(
+    drafter: Drafter | None, shape: DraftShape | str, lookup: str | None
+) -> tuple[DraftShape | str, str]:
+    """Shape and lookup with what was left out filled in. Raises UserError for what they cannot be."""
+    if not isinstance(shape, DraftShape) and shape != AUTO:
+        raise UserError(f"shape is {shape!r}, expected a DraftShape or {AUTO!r}")
+    if lookup is None:
+        lookup = AUTO if drafter is not None and shape == AUTO else OFF
+    if lookup not in LOOKUPS:
+        raise UserError(f"lookup is {lookup!r}, expected one of {', '.join(LOOKUPS)}")
+    if drafter is None and shape == AUTO:
+        shape = DraftShape()
+    if AUTO in (shape, lookup) and (ranks := number_of_ranks()) > 1:
+        raise UserError(
+            f"drafting goes by what each of the {ranks} ranks measures, and they would draft differently:"
+            " give a shape (--beam-width and the like), and lookup on or off (--lookup)"
+        )
+    return shape, lookup
+
+
+def _check_prompt(target: Target, ids: list[int], held: int) -> None:
+    length, limit = held + len(ids), target.context_length
     if limit is not None and length >= limit:
         raise UserError(f"the prompt has {length} tokens, expected fewer than the model's context of {limit}")
+    if wrong := [token for token in ids if not 0 <= token < (target.vocab_size or 2**31)]:
+        raise UserError(f"the prompt has the token id {wrong[0]}, expected 0 to {(target.vocab_size or 2**31) - 1}")
+
+
+def _steps(
+    target: Target,
+    drafter: Drafter | None,
+    ids: list[int],
+    options: DecodingOptions,
+    shape: DraftShape | str,
+    lookup: str,
+    prompt_cache: list[Any] | None,
+    cached_tokens: Sequence[int],
+) -> tuple[Generator[Produced], str, str]:
+    """The steps of a text, one token at a time; by which method, and why not by that which was asked for."""
+    prompt = mx.array([ids], mx.int32)
+    verifier, reason = None, ""
+    if drafter is not None or lookup != OFF:
+        verifier, reason = _verifier(target.model, drafter, shape, prompt_cache)
+    if verifier is None:
+        cache = make_prompt_cache(target.model) if prompt_cache is None else prompt_cache
+        return _wired(target.model, autoregressive(target, prompt, cache, options)), "plain", reason
+    fixed = shape if isinstance(shape, DraftShape) else None
+    proposer, planner, session = drafting_for(verifier, drafter, fixed, lookup, [*cached_tokens, *ids], options.choose)
+    source = _drafting(verifier, proposer, prompt, prompt_cache, options, planner)
+    return _wired(target.model, source, session), method_of(drafter), ""
+
+
+def _wired(model: nn.Module, source: Generator[Produced], session: Session | None = None) -> Generator[Produced]:
+    """The same steps, with memory wired as in mlx-lm; then keeps what they taught."""
+    with wired_limit(model):
+        try:
+            yield from source
+        finally:
+            source.close()
+            if session is not None:
+                session.save()
 
 
 def _verifier(

@@ -1,60 +1,18 @@
-"""From tokens to pieces of text with statistics."""
+"""Turns tokens into pieces of text with figures; knows nothing of models."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Generator, Sequence
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.decoding.step import Produced
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp, Plan
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.text.statistics import Statistics
 from mlx_redrafter.text.stop_strings import StopStrings
-
-
-@dataclasses.dataclass
-class Statistics:
-    """How the drafts fared.
-
-    Attributes:
-        steps: verifications that the text so far took.
-        accepted: accepted[d - 1] is the number of steps that got at least d draft tokens in.
-        plans: steps by what they drafted.
-    """
-
-    steps: int = 0
-    accepted: list[int] = dataclasses.field(default_factory=list)
-    plans: Counter[Plan] = dataclasses.field(default_factory=Counter)
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens per step, the target's own one included; 1.0 without drafts."""
-        return 1 + sum(self.accepted) / self.steps if self.steps else 1.0
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """Share of steps that got at least d draft tokens accepted, d = 1, 2, ..."""
-        return [n / self.steps for n in self.accepted]
-
-    @property
-    def shape(self) -> DraftShape | None:
-        """How much most of the steps of a drafter drafted; None where there were none."""
-        own = Counter(plan.shape for plan in self.plans.elements() if isinstance(plan, Drafted))
-        return max(own, key=lambda shape: own[shape], default=None)
-
-    @property
-    def plain_share(self) -> float:
-        """Share of steps that drafted nothing."""
-        return self.plans[PLAIN] / self.steps if self.steps else 0.0
-
-    @property
-    def lookup_share(self) -> float:
-        """Share of steps that drafted only what lookup found."""
-        found = sum(count for plan, count in self.plans.items() if isinstance(plan, LookedUp))
-        return found / self.steps if self.steps else 0.0
 
 
 @dataclasses.dataclass
@@ -64,7 +22,8 @@ class GenerationResponse:
     Attributes:
         text: the next segment; may be empty.
         token: the token it ends with.
-        logprobs: (vocab_size,) log-probabilities the token was chosen from; lazy.
+        logprobs: (vocab_size,) log-probabilities that the token was chosen from; lazy, for the
+            thread that took the response.
         from_draft: whether the token had been drafted.
         prompt_tokens, prompt_tps: length of the prompt, and tokens per second reading it.
         generation_tokens, generation_tps: tokens so far, and per second.
@@ -145,34 +104,9 @@ def responses(
         stop: texts that end the generation; neither they nor what follows is given out.
         method, reason: as in `GenerationResponse`.
     """
-    detokenizer, stops = tokenizer.detokenizer, StopStrings(stop)
-    statistics, in_step = Statistics(), 0
+    detokenizer, stops, statistics = tokenizer.detokenizer, StopStrings(stop), Statistics()
     tic = time.perf_counter()
     prompt_tps, made = 0.0, 0
-
-    def response(finish_reason: str | None) -> GenerationResponse:
-        row = produced.logits[0]
-        return GenerationResponse(
-            text=text,
-            token=token,
-            logprobs=row - mx.logsumexp(row),
-            from_draft=produced.drafted[0],
-            prompt_tokens=prompt_tokens,
-            prompt_tps=prompt_tps,
-            generation_tokens=made,
-            generation_tps=made / max(time.perf_counter() - tic, 1e-9),
-            peak_memory=mx.get_peak_memory() / 1e9,
-            finish_reason=finish_reason,
-            steps=statistics.steps,
-            mean_acceptance_length=statistics.mean_acceptance_length,
-            acceptance_by_position=statistics.acceptance_by_position,
-            method=method,
-            reason=reason,
-            shape=statistics.shape,
-            plain_share=statistics.plain_share,
-            lookup_share=statistics.lookup_share,
-        )
-
     try:
         for produced in source:
             [token] = produced.tokens
@@ -180,15 +114,7 @@ def responses(
             if produced.from_prompt:
                 prompt_tps = prompt_tokens / max(time.perf_counter() - tic, 1e-9)
                 tic = time.perf_counter()
-            else:
-                if in_step == 0:
-                    statistics.steps += 1
-                    statistics.plans[produced.plan] += 1
-                else:
-                    if in_step > len(statistics.accepted):
-                        statistics.accepted.append(0)
-                    statistics.accepted[in_step - 1] += 1
-                in_step = 0 if produced.last else in_step + 1
+            statistics.count(produced)
             ended = "stop" if token in tokenizer.eos_token_ids else "length" if made == max_tokens else None
             if ended != "stop":
                 detokenizer.add_token(token)
@@ -196,7 +122,22 @@ def responses(
                 detokenizer.finalize()
             text, stopped = stops.take(detokenizer.last_segment, last=ended is not None)
             ended = "stop" if stopped else ended
-            yield response(ended)
+            row = produced.logits[0]
+            yield GenerationResponse(
+                text=text,
+                token=token,
+                logprobs=row - mx.logsumexp(row),
+                from_draft=produced.drafted[0],
+                prompt_tokens=prompt_tokens,
+                prompt_tps=prompt_tps,
+                generation_tokens=made,
+                generation_tps=made / max(time.perf_counter() - tic, 1e-9),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=ended,
+                method=method,
+                reason=reason,
+                **statistics.figures(),
+            )
             if ended:
                 return
     finally:

@@ -200,5 +200,5 @@ def test_quantised_mistakes(pair, stories_pair):
     model, drafter, tokenizer = stories_pair
     with pytest.raises(UserError, match="--kv-group-size is 64, which does not divide the head width 8"):
         list(stream_generate(model, tokenizer, "a b", drafter, kv_bits=4, quantized_kv_start=0))
-    with pytest.raises(UserError, match="--kv-bits is 3, expected 2, 4 or 8"):
+    with pytest.raises(UserError, match="kv_bits is 3, expected 2, 4 or 8"):
         list(stream_generate(pair[0], pair[2], "a b", kv_bits=3))

@@ -146,6 +146,7 @@ class TreeRows:
             map_arrays(found.append, (self.keys, self.values))
         if self.pending is not None:
             map_arrays(found.append, self.pending[0])
+            found.append(self.pending[1])
         return found
 
 

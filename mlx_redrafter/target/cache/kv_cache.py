@@ -76,7 +76,7 @@ class KVCache:
         self.bound = self._low = max((int(c.offset) for c in leaves(self.layers) if hasattr(c, "offset")), default=0)
         if not self.bound and length:
             self.bound = self._low = length
-        self.length = mx.full((batch_size,), self.bound, mx.int32)
+        self.length = mx.array([self.bound] * batch_size, mx.int32)
         self._plain = False
         for cache in leaves(self.layers):
             cache.begin()
@@ -106,7 +106,7 @@ class KVCache:
         for cache in leaves(self.layers):
             cache.flush()
             cache.offset = length
-        self.length = mx.full((1,), length, mx.int32)
+        self.length = mx.array([length], mx.int32)
         self.bound, self._plain = length, True
         return True
 
@@ -190,8 +190,9 @@ class KVCache:
                 return
 
     def arrays(self) -> list[mx.array]:
-        """Every buffer, to submit or to wait for."""
-        return [array for cache in leaves(self.layers) for array in cache.arrays()]
+        """Every buffer and the length, to submit or to wait for: a loop may go on in another thread."""
+        lengths = [] if self.length is None else [self.length]
+        return [array for cache in leaves(self.layers) for array in cache.arrays()] + lengths
 
 
 def leaves(layers: list[Any]) -> list[Any]:
