@@ -1,9 +1,14 @@
-"""The flags of `mlx-redrafter train`, and the plans they come to."""
+"""Defines and checks the flags of `mlx-redrafter train`, and turns them into plans.
+
+Knows nothing of running a plan.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,31 +17,41 @@ from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.drafters.base import flag
+from mlx_redrafter.training.drafters.init_weights import OUTPUTS
 from mlx_redrafter.training.drafters.kinds import METHODS
-from mlx_redrafter.training.init_weights import FROM_TARGET, OUTPUTS
-from mlx_redrafter.training.teacher import KL, LABELS, Objective
+from mlx_redrafter.training.loss import KL, LABELS, Objective
 from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, DataPlan
-from mlx_redrafter.training.trainer import AUTO, OFF, ON, TrainingPlan
+from mlx_redrafter.training.trainer import TrainingPlan, parts_of
+from mlx_redrafter.training.update import AUTO, OFF, ON
 
 DECAY = 0.9  # weight of each draft step beside the one before it
 
 
+class _Given(argparse.Action):
+    """Stores a flag's value, and that it was given: a run that goes on has the other flags already."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, _flag: Any = None) -> None:
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
+        namespace.given = {*getattr(namespace, "given", ()), self.dest}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = functools.partial(parser.add_argument, action=_Given)
     add("--model", help="directory or Hub id of the target (default: the embedded one)")
     add("--out", required=True, help="directory for the drafter, its log and its checkpoints")
-    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--resume", nargs=0, default=False, help="go on with the run in --out; other flags are those it was begun with,"
+        " unless given: --iters, --eval-every and the like may change")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--upload-repo", metavar="OWNER/NAME", help="Hub repository to upload the finished drafter to")
     add("--trust-remote-code", action="store_true")
 
-    add = parser.add_argument_group("text").add_argument
+    add = functools.partial(parser.add_argument_group("text").add_argument, action=_Given)
     add("--data", nargs="+", default=[SELF], metavar="SOURCE", help=f"{SELF}: the target writes its own text (default);"
-        f" {REGENERATED}: it answers --prompts; or files, directories and Hub data sets: jsonl with messages,"
-        " conversations, prompt and completion, or text; plain text; source trees")  # fmt: skip
+        f" {REGENERATED}: it answers --prompts; or files, directories and Hub data sets: json lines with messages,"
+        " conversations, instruction and output, prompt and completion, or text; csv; text; source trees")  # fmt: skip
     add("--text", metavar="DIR", help="rows that an earlier run for this target wrote (its training/text), in place of"
         " new ones")  # fmt: skip
-    add("--prompts", metavar="FILE", help="prompts for the target to answer: jsonl or text")
+    add("--prompts", metavar="FILE", help="prompts for the target to answer: json lines, csv or text")
     add("--prefixes", nargs="+", default=[], metavar="PATH", help="files or directories to cut beginnings from, which"
         " the target continues (default: its chat template; the embedded target: the standard library)")  # fmt: skip
     add("--prefix-length", type=int, default=32, help="tokens of each beginning (default: %(default)s)")
@@ -46,26 +61,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temps", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="temperatures the target writes at, in turn")
     add("--write-batch-size", type=int, default=64, help="texts it writes at a time (default: %(default)s)")
 
-    add = parser.add_argument_group("drafter").add_argument
-    add("--method", choices=METHODS, default="redrafter", help="kind of drafter: a recurrent head (default), or Medusa"
-        " heads, one per draft step")  # fmt: skip
+    add = functools.partial(parser.add_argument_group("drafter").add_argument, action=_Given)
+    add("--method", choices=METHODS, default="redrafter", help="kind of drafter: a recurrent head (default), Medusa"
+        " heads, one per draft step, or a draft model for mlx_lm, an mlx-lm model given by --init")  # fmt: skip
     add("--init", metavar="DRAFTER", help="begin from a drafter's weights, when its target has changed or there is more"
         " text; its shape is kept")  # fmt: skip
     add("--exit-dim", type=int, help="width of the residual blocks (default: the target's hidden size)")
     add("--num-draft-layers", type=int, help="residual blocks (default: 2; of each Medusa head 1)")
-    add("--no-rnn", action="store_true", help="sum embeddings in place of the gated recurrence")
+    add("--no-rnn", nargs=0, default=False, help="sum embeddings in place of the gated recurrence")
     add("--draft-vocab-size", type=int, help="draft only so many tokens, the most frequent ones (default: all)")
-    add("--output-layer", choices=OUTPUTS, default=FROM_TARGET, help="begin from the target's output layer (default)"
+    add("--output-layer", choices=OUTPUTS, help="begin from the target's output layer (default)"
         " or at random, or stay tied to it: not trained, not stored")  # fmt: skip
     add("--tree-size", type=int, help="nodes of the static tree that is fitted to held-out text for Medusa heads"
         f" (default: {len(PUBLISHED)})")  # fmt: skip
     add("--q-bits", type=int, help="quantise the finished drafter to so many bits")
     add("--q-group-size", type=int, default=64, help="weights that share a scale (default: %(default)s)")
-    add("--q-aware", action="store_true", help="train with the weights rounded to --q-bits")
+    add("--q-aware", nargs=0, default=False, help="train with the weights rounded to --q-bits")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16",
         help="type of the finished drafter's weights (default: %(default)s)")  # fmt: skip
 
-    add = parser.add_argument_group("objective").add_argument
+    add = functools.partial(parser.add_argument_group("objective").add_argument, action=_Given)
     add("--loss", choices=LABELS, default=KL, help="learn the target's distribution (default), its most probable"
         " token (hard), or the token that follows in the text (Apple's training)")  # fmt: skip
     add("--teacher-top-k", type=int, default=16, help="tokens of the distribution that count, 0 for all (default: 16)")
@@ -76,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--step-shares", type=float, nargs="+", help="share of the positions at which each draft step is learned, a"
         " random choice per update (default: 1 0.5 0.3 0.2 ..)")  # fmt: skip
 
-    add = parser.add_argument_group("training").add_argument
+    add = functools.partial(parser.add_argument_group("training").add_argument, action=_Given)
     add("--iters", type=int, default=2000, help="updates (default: %(default)s)")
     add("--batch-size", type=int, default=6, help="texts per update, on all machines together (default: %(default)s)")
     add("--grad-accumulation", type=int, default=1, help="parts to compute a batch in (default: %(default)s)")
@@ -113,8 +128,8 @@ def data_plan(args: argparse.Namespace) -> DataPlan:
 
 
 def training_plan(args: argparse.Namespace, on_cpu: bool) -> TrainingPlan:
-    """What the flags say of the training; `check` comes before."""
-    steps = args.beam_length - 1
+    """The plan of the training; `check` comes before."""
+    steps = METHODS[args.method].steps(args)
     weights = args.step_weights or [DECAY**k for k in range(steps)]
     shares = args.step_shares or [1.0, *(max(0.15, 1 / (k + 1) - 0.02 * k) for k in range(1, steps))]
     half = args.train_dtype == "bfloat16" or (args.train_dtype == "auto" and not on_cpu)
@@ -138,7 +153,7 @@ def training_plan(args: argparse.Namespace, on_cpu: bool) -> TrainingPlan:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Everything that can be wrong with the flags alone. Raises UserError."""
+    """Raises UserError for what is wrong with the flags alone."""
     limits: dict[str, tuple[float, float]] = {
         "held_out": (1, math.inf),
         "iters": (1, math.inf),
@@ -169,6 +184,7 @@ def check(args: argparse.Namespace) -> None:
     if args.row_length < args.beam_length + 2:
         raise UserError(f"--row-length is {args.row_length}, expected {args.beam_length + 2} or more (--beam-length)")
     _check_steps(args)
+    parts_of(args.batch_size, args.grad_accumulation, mx.distributed.init())
     if args.patience and args.eval_every == 0:
         raise UserError(f"--patience {args.patience} needs evaluations, but --eval-every is 0")
     if args.q_bits is not None:
@@ -194,7 +210,7 @@ def _check_steps(args: argparse.Namespace) -> None:
 
 
 def check_for(args: argparse.Namespace, target: Target) -> None:
-    """What only the target can tell, before any work is done. Raises UserError."""
+    """Raises UserError for flags that do not fit the target."""
     if args.teacher_top_k > target.vocab_size:
         expected = f"expected at most {target.vocab_size}, the vocabulary"
         raise UserError(f"--teacher-top-k is {args.teacher_top_k}, {expected}")

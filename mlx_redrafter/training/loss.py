@@ -14,6 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
+KL, HARD, TEXT = "kl", "hard", "text"
+LABELS = (KL, HARD, TEXT)
+
 
 def soft_cross_entropy(logits: mx.array, ids: mx.array, shares: mx.array) -> mx.array:
     """-sum_j shares_j log softmax(logits)[ids_j], per row.
@@ -85,13 +88,35 @@ def _exp(x: mx.array) -> mx.array:
     return mx.power(2.0, x * (1 / math.log(2)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What the head learns to say.
+
+    Args:
+        labels: "kl", the target's distribution; "hard", its most probable token; "text",
+            the token that follows in the text, whoever wrote it (Apple's training).
+        top_k: with "kl", tokens of the distribution that count, renormalised; 0 for all.
+        temperature: of the target's distribution.
+        step_weights: weight of each draft step in the loss; their number is the number of
+            steps that are learned.
+        step_shares: share of the positions at which step k is learned (a recurrence is unrolled
+            as far as it), each at most the one before; a random choice in every update.
+    """
+
+    labels: str = KL
+    top_k: int = 16
+    temperature: float = 1.0
+    step_weights: tuple[float, ...] = (1.0, 0.9, 0.81, 0.729)
+    step_shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+
+
 @dataclasses.dataclass
 class Batch:
     """What one update reads. Position i of step k is the i-th of a random order, so the
     positions of a step are the first n_k of those of the step before.
 
     Attributes:
-        hidden: (n_1, hidden_size) the contexts h_t.
+        hidden: (n_1, hidden_size) the contexts h_t; empty for drafters that read whole rows.
         embeddings: for each step k, (n_k, hidden_size) of x_{t+k}; none at all for drafters
             that read no tokens.
         ids: for each step k, (n_k, j) int32 the teacher's tokens at position t + k, in the
@@ -100,6 +125,7 @@ class Batch:
         weights: for each step k, (n_k,) float32; 0 for what is not learned, the probability
             that the target gives to the draft vocabulary for what is.
         counts: (K,) how many positions the mean of step k is over, in all processes together.
+        tokens: (B, T) int32, alone in a list, for drafters that read whole rows; else none at all.
     """
 
     hidden: mx.array
@@ -108,6 +134,7 @@ class Batch:
     shares: list[mx.array]
     weights: list[mx.array]
     counts: mx.array
+    tokens: list[mx.array] = dataclasses.field(default_factory=list)
 
 
 def distillation_loss(

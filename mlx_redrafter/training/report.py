@@ -1,10 +1,14 @@
-"""What is said of a finished drafter: figures measured as it will be used, its card, its curves."""
+"""Reports on a finished drafter: figures measured as it will be used, its model card, its curves.
+
+Knows nothing of how it was trained but the log.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import pathlib
+import shlex
 import time
 from typing import Any
 
@@ -12,22 +16,20 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_redrafter.drafting.kinds import open_drafter
-from mlx_redrafter.drafting.pairing import check_pair
-from mlx_redrafter.system.device import on_cpu
-from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.files import replace_file, write_json
+from mlx_redrafter.system.hub import model_card
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.training.acceptance_length import acceptance_length, held_out_prompts
-from mlx_redrafter.training.card import command_line, model_card
-from mlx_redrafter.training.curves import draw_curves
+from mlx_redrafter.training.acceptance_length import held_out_prompts
+from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.kinds import METHODS
+from mlx_redrafter.training.drafters.vocabulary import coverage, vocab_map_of
+from mlx_redrafter.training.loss import KL, Objective
 from mlx_redrafter.training.resume import arguments_of, defaults
-from mlx_redrafter.training.teacher import KL, Objective
 from mlx_redrafter.training.text.shards import Rows
 from mlx_redrafter.training.trainer import TrainingPlan, TrainingResult
-from mlx_redrafter.training.vocabulary import coverage, vocab_map_of
 
 EVALUATED_TOKENS = 64  # per prompt, at least
+NOT_SHOWN = ("out", "upload_repo")  # in the command on the card
 
 
 def report(
@@ -38,21 +40,16 @@ def report(
     rows: Rows,
     out: pathlib.Path,
 ) -> None:
-    """Measures the finished drafter, as it will be read, on text that was kept out of training."""
-    method, finished = METHODS[args.method], open_drafter(out)
-    check_pair(target, finished)
-    stored: dict[str, Any] = {"bytes": (out / "model.safetensors").stat().st_size, "dtype": args.dtype}
-    stored["bytes_per_draft_step"] = finished.bytes_per_draft_step()
-    if on_cpu() and finished.config.quantization is None:
-        finished.set_dtype(mx.float32)
-    (shape, drafted), prompts = method.shape(args), held_out_prompts(rows, args.prefix_length)
+    """Measures the finished drafter on held-out text and writes result.json, README.md and curves.png."""
+    method, stored = METHODS[args.method], (out / "model.safetensors").stat().st_size
+    finished, read = method.open(out, target)
+    drafted, prompts = method.shape(args)[1], held_out_prompts(rows, args.prefix_length)
     tokens = max(EVALUATED_TOKENS, rows.length - len(prompts[0]))
-    length = acceptance_length(target, finished, prompts, shape, tokens)
-    measured = f"greedy, {drafted}"
+    length = method.acceptance(args, finished, target, prompts, tokens)
     prefill = prefill_speed(target, rows, args.batch_size)
     facts: dict[str, Any] = {
         "mean_acceptance_length": round(length, 3),
-        "measured": f"{measured}; {len(prompts)} held-out prompts, {tokens} tokens each",
+        "measured": f"greedy, {drafted}; {len(prompts)} held-out prompts, {tokens} tokens each",
         "objective": _in_words(plan.objective),
         "updates": result.updates,
         "batch_size": plan.batch_size,
@@ -62,17 +59,17 @@ def report(
         "prefill_ratio": round(result.positions_per_second / prefill, 3),
         "coverage": coverage(rows, vocab_map_of(finished)),
         "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        "bytes": stored,
+        "dtype": args.dtype,
+        "bytes_per_draft_step": read,
     }
-    with replace_file(out / "training" / "result.json") as file:
-        file.write_text(json.dumps(facts | stored | arguments_of(args), indent=1) + "\n")
-    command = command_line(arguments_of(args), defaults())
-    name = args.model or "the embedded target"
-    with replace_file(out / "README.md") as file:
-        file.write_text(model_card(name, method, finished, command, _text(rows), facts | stored))
     log, picture = out / "training" / "log.jsonl", out / "training" / "curves.png"
-    drawn = draw_curves(log, picture, f"{method.title} for {name}")
+    write_json(out / "training" / "result.json", facts | arguments_of(args), indent=1)
+    with replace_file(out / "README.md") as file:
+        file.write_text(_card(args, finished, _text(rows), facts))
+    drawn = draw_curves(log, picture, f"{method.title} for {args.model or 'the embedded target'}")
     print(
-        f"{out}: mean acceptance length {length:.2f} on {len(prompts)} held-out prompts ({measured})\n"
+        f"{out}: mean acceptance length {length:.2f} on {len(prompts)} held-out prompts (greedy, {drafted})\n"
         f"{result.positions_per_second:.0f} tokens/s of text learned, {facts['prefill_ratio']:.2f} of the target's own"
         f" reading speed of {prefill:.0f} tokens/s"
     )
@@ -115,3 +112,98 @@ def _text(rows: Rows) -> str:
         "regenerated": "answers of the target",
     }.get(data[0], ", ".join(data))
     return f"{source}; {len(rows) - rows.held_out:,} rows of {rows.length} tokens"
+
+
+def command_line(arguments: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """The command that trains the same drafter; flags at their defaults are left out."""
+    words = ["mlx-redrafter", "train"]
+    for name, value in arguments.items():
+        if name in NOT_SHOWN or value == defaults.get(name):
+            continue
+        words.append(flag(name))
+        if value is not True:
+            words += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return shlex.join([*words, "--out", "OUT"])
+
+
+def _card(args: argparse.Namespace, drafter: Any, text: str, facts: dict[str, Any]) -> str:
+    """README.md for the Hub and for people.
+
+    Args:
+        text: what the drafter learned from, in a few words.
+    """
+    method, name = METHODS[args.method], args.model or "the embedded target"
+    bits = f"{args.q_bits} bits" if args.q_bits else facts["dtype"]
+    rows = {
+        "target": name,
+        "architecture": method.architecture(drafter, facts["coverage"]),
+        "size": f"{facts['bytes'] / 1e6:.1f} MB, {bits}; {facts['bytes_per_draft_step'] / 1e6:.1f} MB read per"
+        " draft step",
+        "text": text,
+        "objective": facts["objective"],
+        "training": f"{facts['updates']:,} updates of {facts['batch_size']} texts,"
+        f" {facts['tokens_per_second']:.0f} tokens per second, {facts['prefill_ratio']:.2f} of the target's own"
+        " reading speed",
+        "mean acceptance length": f"{facts['mean_acceptance_length']:.2f} ({facts['measured']})",
+        "command": f"`{command_line(arguments_of(args), defaults())}`",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    words = (
+        f"# {method.title} for {name}\n\n"
+        "It drafts for this target alone, which then writes the same text in fewer passes; made by\n"
+        "[mlx-redrafter](https://arxiv.org/abs/2403.09919).\n\n"
+        f"| | |\n|---|---|\n{table}\n\n    {method.use.format(model=shlex.quote(name))}\n"
+    )
+    return str(model_card(words, ["mlx", method.name, "speculative-decoding"]))
+
+
+def draw_curves(log: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
+    """Draws log.jsonl as a PNG.
+
+    Returns:
+        False where matplotlib is not installed, and nothing is drawn.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    at = [line["iter"] for line in lines]
+    measured = [(line["iter"], line["acceptance"]) for line in lines if "acceptance" in line]
+    figure = Figure(figsize=(9, 3.2 if not measured else 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(2 if measured else 1, 2, squeeze=False)
+    axes[0, 0].plot(at, [line["loss"] for line in lines], color="0.75", linewidth=0.8, label="every 10th update")
+    axes[0, 0].plot(at, _smoothed([line["loss"] for line in lines]), color="#0072B2", label="smoothed")
+    axes[0, 0].set(ylabel="loss (nats)", title="Cross-entropy against the target")
+    axes[0, 0].legend(frameon=False)
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    for k in range(len(lines[0]["hits"]) if lines else 0):
+        hits = _smoothed([100 * line["hits"][k] for line in lines])
+        axes[0, 1].plot(at, hits, color=colours[k % len(colours)], label=f"step {k + 1}")
+    axes[0, 1].set(ylabel="first guess right (%)", title="Hits per draft step")
+    axes[0, 1].legend(frameon=False, ncols=2)
+    if measured:
+        axes[1, 0].plot(*zip(*measured, strict=True), marker="o", markersize=3, color="#0072B2")
+        axes[1, 0].set(ylabel="tokens per step", title="Mean acceptance length, held-out prompts")
+        axes[1, 1].plot(at, [line["positions_per_second"] for line in lines], color="#0072B2")
+        axes[1, 1].set(ylabel="tokens per second", title="Throughput, reading with the target included", ylim=(0, None))
+    for axis in axes.flat:
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    with replace_file(picture) as file:
+        figure.savefig(file, dpi=120)
+    return True
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """A running mean over about a twentieth of the run, corrected for its start."""
+    keep = 1 - 1 / max(2, len(values) / 20)
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(mean / weight)
+    return smooth

@@ -1,4 +1,7 @@
-"""What the frozen target makes of rows of text, and the batches that are cut from it."""
+"""Reads rows of text with the frozen target and keeps what it made of them on disk.
+
+Knows nothing of drafters, nor of which positions an update learns.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.training.loss import Batch
+from mlx_redrafter.training.loss import HARD, KL, TEXT, Objective
 from mlx_redrafter.training.row_cache import RowCache
 
-KL, HARD, TEXT = "kl", "hard", "text"
-LABELS = (KL, HARD, TEXT)
 _LOGIT_BYTES = 1 << 28  # logits of the target at a time
 
 
@@ -29,28 +30,6 @@ class Rows(Protocol):
     def __getitem__(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """tokens (B, length) int32 and whether each is to be learned (B, length) bool."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What the head learns to say.
-
-    Args:
-        labels: "kl", the target's distribution; "hard", its most probable token; "text",
-            the token that follows in the text, whoever wrote it (Apple's training).
-        top_k: with "kl", tokens of the distribution that count, renormalised; 0 for all.
-        temperature: of the target's distribution.
-        step_weights: weight of each draft step in the loss; their number is the number of
-            steps that are learned.
-        step_shares: share of the positions at which step k is learned (a recurrence is unrolled
-            as far as it), each at most the one before; a random choice in every update.
-    """
-
-    labels: str = KL
-    top_k: int = 16
-    temperature: float = 1.0
-    step_weights: tuple[float, ...] = (1.0, 0.9, 0.81, 0.729)
-    step_shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
 
 
 @dataclasses.dataclass
@@ -187,66 +166,3 @@ class Teacher:
         following = np.concatenate([self._draft_of[tokens[:, 1:]], np.full((len(tokens), 1), -1)], axis=1)
         ids = mx.array(np.maximum(following, 0))[..., None]
         return ids, mx.ones(ids.shape), mx.array((following >= 0).astype(np.float32))
-
-
-class BatchMaker:
-    """Cuts batches: which positions are unrolled how far, and what they read and learn.
-
-    Args:
-        teacher: reads the rows.
-        seed: of the choice of positions.
-        dtype: of hidden states and embeddings.
-        tokens: whether the drafter reads tokens, and needs their embeddings.
-    """
-
-    def __init__(self, teacher: Teacher, seed: int, dtype: mx.Dtype = mx.float32, tokens: bool = True):
-        self.teacher, self.seed, self.dtype, self.tokens = teacher, seed, dtype, tokens
-        objective = teacher.objective
-        self.steps = len(objective.step_weights)
-        self.positions = teacher.rows.length - self.steps - 1  # the last step's token has to be in the row
-        self.kept = [max(1, round(share * self.positions)) for share in objective.step_shares]
-
-    def __call__(self, picks: np.ndarray, update: int, part: slice = slice(None)) -> Batch:
-        """The batch of an update.
-
-        Args:
-            picks: (B,) the rows of the update in all processes together.
-            update: its number.
-            part: the rows of this process among them.
-        """
-        chosen, counted = zip(
-            *(self._choose(row, update, i) for i, row in enumerate(self.teacher.rows[picks][1])), strict=True
-        )
-        counts = np.maximum(1, np.sum([[c[k, :n].sum() for k, n in enumerate(self.kept)] for c in counted], axis=0))
-        tokens, reading = self.teacher.read(picks[part])
-        # Rank by rank over all rows, so that the first n_k of every row come first.
-        at = np.stack(chosen[part]).T.reshape(-1)
-        rows = np.tile(np.arange(len(tokens)), self.kept[0])
-        learned = np.stack(counted[part]).transpose(1, 2, 0).reshape(self.steps, -1)
-        embeddings, ids, shares, weights = [], [], [], []
-        for k in range(self.steps):
-            n = self.kept[k] * len(tokens)
-            where = (rows[:n], at[:n] + k + 1)
-            if self.tokens:
-                embeddings.append(self.teacher.target.embed(mx.array(tokens[where])).astype(self.dtype))
-            shares.append(mx.array(reading.shares[where]))
-            weights.append(mx.array(learned[k, :n] * reading.mass[where].astype(np.float32)))
-            if reading.ids is not None:
-                ids.append(mx.array(reading.ids[where].astype(np.int32)))
-        hidden = mx.array(reading.hidden[rows, at]).view(mx.bfloat16).astype(self.dtype)
-        return Batch(hidden, embeddings, ids, shares, weights, mx.array(counts, mx.float32))
-
-    def _choose(self, counted: np.ndarray, update: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of one row in random order, those with something to learn first.
-
-        Args:
-            counted: (T,) bool, the tokens that are to be learned.
-
-        Returns:
-            (n_1,) positions and (K, n_1) float32 whether step k learns there.
-        """
-        order = np.random.default_rng((self.seed, update, index)).permutation(self.positions)
-        order = order[np.argsort(~counted[order + 2], kind="stable")][: self.kept[0]]
-        steps = np.arange(self.steps)[:, None]
-        # Where a token of the way there does not count, another document or speaker has begun.
-        return order, np.cumprod(counted[order + steps + 2], axis=0, dtype=np.float32)

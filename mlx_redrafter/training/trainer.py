@@ -1,31 +1,31 @@
-"""The training loop: batches, optimiser, evaluation, early stop."""
+"""The training loop: batches, updates, log, checkpoints, evaluation, early stop.
+
+Knows nothing of flags, nor of how a kind of drafter computes its scores.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
 import time
-from collections.abc import Callable
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 from tqdm import tqdm
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.training.checkpoint import Progress, restore, save, save_weights
 from mlx_redrafter.training.drafters.base import Method
-from mlx_redrafter.training.fake_quant import as_seen
-from mlx_redrafter.training.loss import Batch, distillation_loss
-from mlx_redrafter.training.teacher import BatchMaker, Objective, Teacher
+from mlx_redrafter.training.loss import Batch, Objective, distillation_loss
+from mlx_redrafter.training.teacher import Teacher
+from mlx_redrafter.training.update import OFF, as_seen, compiled_steps, optimizer_for
 
-AUTO, ON, OFF = "auto", "on", "off"
 LOG_EVERY = 10
 
 
@@ -114,23 +114,28 @@ def train(
             is not a number (the last good checkpoint stays).
     """
     group = mx.distributed.init()
-    parts = _parts(plan, group)
-    make = BatchMaker(teacher, plan.seed, plan.dtype, method.reads_tokens)
-    optimizer = optimizer_for(plan)
+    first = group.rank() == 0
+    parts = parts_of(plan.batch_size, plan.accumulate, group)
+    make = method.batches(teacher, plan.seed, plan.dtype)
+    optimizer = optimizer_for(plan.iters, plan.learning_rate, plan.warm_up, plan.weight_decay)
     drafter.unfreeze()
+    drafter.train()
     weights = drafter.trainable_parameters()
     optimizer.init(weights)
     checkpoint = folder / "checkpoint.safetensors"
     progress = Progress()
     if resume and checkpoint.exists():
         weights, optimizer.state, progress = restore(checkpoint, weights)
-    gradients_of, apply = _step(method, drafter, optimizer, plan)
-    log = _Log(folder / "log.jsonl", progress.done, writes=group.rank() == 0)
+
+    def loss_of(weights: Any, parts: dict[str, Any]) -> tuple[mx.array, mx.array]:
+        drafter.update(as_seen(weights, plan.dtype, plan.quantization))
+        batch = Batch(**parts)
+        return distillation_loss(method.scores(drafter, batch), batch, plan.objective.step_weights)
+
+    gradients_of, apply = compiled_steps(loss_of, optimizer, plan.max_grad_norm, plan.compile, plan.iters)
+    log = _Log(folder / "log.jsonl", progress.done, first)
     average: float | None = None
-    with (
-        log,
-        tqdm(total=plan.iters, initial=progress.done, desc="training", unit="it", disable=group.rank() > 0) as bar,
-    ):
+    with tqdm(total=plan.iters, initial=progress.done, desc="training", unit="it", disable=not first) as bar:
         while progress.done < plan.iters and not progress.is_over(plan.patience):
             i = progress.done
             picks = row_picks(plan, i, len(teacher))
@@ -151,7 +156,7 @@ def train(
                 raise UserError(_not_finite(value, i + 1, checkpoint, plan))
             average = value if average is None else 0.95 * average + 0.05 * value
             progress.done = done = i + 1
-            log.count(plan.batch_size * make.kept[0])
+            log.count(plan.batch_size * make.positions_per_row)
             bar.set_postfix_str(
                 f"loss {average:.3f}, hits {' '.join(f'{h:.0%}' for h in hits.tolist())}, {log.rate:.0f} tokens/s"
                 + (f", acceptance {progress.best:.2f}" if progress.best is not None else ""),
@@ -163,18 +168,21 @@ def train(
             if evaluate is not None and plan.eval_every and (done % plan.eval_every == 0 or last):
                 with log.paused():
                     drafter.update(weights)
+                    drafter.eval()
                     facts["acceptance"] = evaluate(drafter)
-                if progress.note(facts["acceptance"]) and group.rank() == 0:
+                    drafter.train()
+                if progress.note(facts["acceptance"]) and first:
                     save_weights(folder / "best.safetensors", weights)
-            if done % LOG_EVERY == 0 or "acceptance" in facts or last:
+            if first and (done % LOG_EVERY == 0 or "acceptance" in facts or last):
                 log.write(facts)
-            if group.rank() == 0 and (done % plan.save_every == 0 or "acceptance" in facts or last):
+            if first and (done % plan.save_every == 0 or "acceptance" in facts or last):
                 save(checkpoint, weights, optimizer.state, progress)
     best = folder / "best.safetensors"
     if progress.best is not None and best.exists():
         weights = restore(best, weights)[0]
     drafter.update(weights)
     drafter.freeze()
+    drafter.eval()
     return TrainingResult(progress.done, progress.best, progress.best_at, log.rate)
 
 
@@ -186,51 +194,16 @@ def row_picks(plan: TrainingPlan, update: int, rows: int) -> np.ndarray:
     return np.array([picks[w // rows - first][w % rows] for w in wanted])
 
 
-def _parts(plan: TrainingPlan, group: Any) -> list[slice]:
-    """This process's rows of a batch, part by part."""
-    pieces = plan.accumulate * group.size()
-    if plan.batch_size % pieces:
+def parts_of(batch_size: int, accumulate: int, group: Any) -> list[slice]:
+    """This process's rows of a batch, part by part. Raises UserError for a batch that does not split evenly."""
+    pieces = accumulate * group.size()
+    if batch_size % pieces:
         processes = f" x {group.size()} processes" if group.size() > 1 else ""
-        raise UserError(
-            f"--batch-size is {plan.batch_size}, expected a multiple of {pieces}"
-            f" (--grad-accumulation {plan.accumulate}{processes})"
-        )
-    size = plan.batch_size // pieces
-    first = group.rank() * plan.accumulate
-    return [slice((first + i) * size, (first + i + 1) * size) for i in range(plan.accumulate)]
-
-
-def optimizer_for(plan: TrainingPlan) -> optim.Optimizer:
-    """AdamW with a warm-up, and a cosine from the peak down to a hundredth of it."""
-    rate, low = plan.learning_rate, plan.learning_rate / 100
-    schedule = optim.cosine_decay(rate, max(1, plan.iters - plan.warm_up), low)
-    if plan.warm_up:
-        schedule = optim.join_schedules([optim.linear_schedule(low, rate, plan.warm_up), schedule], [plan.warm_up])
-    return optim.AdamW(learning_rate=schedule, betas=[0.9, 0.95], weight_decay=plan.weight_decay)
-
-
-def _step(method: Method, drafter: Any, optimizer: optim.Optimizer, plan: TrainingPlan) -> tuple[Callable, Callable]:
-    """The two halves of an update, compiled where that is wanted: gradients, and what becomes of the weights."""
-
-    def loss_of(weights: Any, parts: dict[str, Any]) -> tuple[mx.array, mx.array]:
-        drafter.update(as_seen(weights, plan.dtype, plan.quantization))
-        batch = Batch(**parts)
-        return distillation_loss(method.scores(drafter, batch), batch, plan.objective.step_weights)
-
-    value_and_grad = mx.value_and_grad(loss_of)
-
-    def gradients_of(weights: Any, parts: dict[str, Any]) -> tuple[mx.array, mx.array, Any]:
-        (loss, hits), gradients = value_and_grad(weights, parts)
-        return loss, hits, gradients
-
-    def apply(weights: Any, gradients: Any) -> tuple[Any, mx.array]:
-        gradients, norm = optim.clip_grad_norm(gradients, plan.max_grad_norm)
-        return optimizer.apply_gradients(gradients, weights), norm
-
-    worth_it = not on_cpu() or (plan.iters >= 500 and shutil.which("g++"))
-    if plan.compile == ON or (plan.compile == AUTO and worth_it):
-        return mx.compile(gradients_of), mx.compile(apply, inputs=optimizer.state, outputs=optimizer.state)
-    return gradients_of, apply
+        expected = f"expected a multiple of {pieces} (--grad-accumulation {accumulate}{processes})"
+        raise UserError(f"--batch-size is {batch_size}, {expected}")
+    size = batch_size // pieces
+    first = group.rank() * accumulate
+    return [slice((first + i) * size, (first + i + 1) * size) for i in range(accumulate)]
 
 
 def _not_finite(loss: float, update: int, checkpoint: pathlib.Path, plan: TrainingPlan) -> str:
@@ -242,33 +215,22 @@ def _not_finite(loss: float, update: int, checkpoint: pathlib.Path, plan: Traini
     )
 
 
-def begin_log(path: pathlib.Path, done: int) -> TextIO:
-    """A log to go on writing to; lines after the checkpoint, the last one maybe cut short, will be written again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = ""
-    if done and path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= done)
-    path.write_text(kept)
-    return path.open("a")
-
-
 class _Log:
-    """log.jsonl, and the clock: positions of text per second, evaluations not counted."""
+    """log.jsonl, and the clock: positions of text per second, evaluations not counted.
+
+    Lines after the checkpoint, the last one maybe cut short, are dropped: they will be written again.
+    """
 
     def __init__(self, path: pathlib.Path, done: int, writes: bool):
-        self._writes = writes
-        self._positions, self._start = 0, time.perf_counter()
+        self._path, self._positions, self._start = path, 0, time.perf_counter()
         if not writes:
             return
-        self._file = begin_log(path, done)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writes:
-            self._file.close()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text("utf-8").splitlines(keepends=True) if done and path.exists() else []
+            path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["iter"] <= done), "utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
     @property
     def rate(self) -> float:
@@ -277,24 +239,17 @@ class _Log:
     def count(self, positions: int) -> None:
         self._positions += positions
 
-    def paused(self) -> _Pause:
-        return _Pause(self)
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block does not count."""
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began
 
     def write(self, facts: dict[str, Any]) -> None:
-        if self._writes:
-            facts |= {"positions_per_second": self.rate, "peak_memory_gb": mx.get_peak_memory() / 1e9}
-            self._file.write(json.dumps(facts) + "\n")
-            self._file.flush()
-
-
-class _Pause:
-    """Time inside the block does not count."""
-
-    def __init__(self, log: _Log):
-        self._log = log
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._log._start += time.perf_counter() - self._began
+        facts |= {"positions_per_second": self.rate, "peak_memory_gb": mx.get_peak_memory() / 1e9}
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(facts) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error

@@ -54,7 +54,10 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+FAST = ("tied", "4 bit, trained for it, reduced vocabulary")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in HEADS])
 def test_every_head_learns_and_decodes_exactly(name, stories, text, tmp_path, capsys):
     """If this fails, a light head cannot be trained, kept or decoded with, or changes the text."""
     out = tmp_path / "drafter"
@@ -90,9 +93,38 @@ def test_what_a_run_leaves(stories, tmp_path, capsys):
     assert (out / "training" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert load_drafter(out).lm_head.weight.dtype == mx.bfloat16
     assert train(stories, out) == 2
-    assert "already exists" in capsys.readouterr().err
-    assert train(stories, out, "--resume") == 2
-    assert "--draft-vocab-size is None, but the run to resume has 300" in capsys.readouterr().err
+    assert "already exists: a run was begun there; add --resume" in capsys.readouterr().err
+    assert train(stories, out, "--resume", "--draft-vocab-size", "200") == 2
+    assert "--draft-vocab-size is 200, but the run to resume has 300" in capsys.readouterr().err
+
+
+def test_a_run_knows_its_own_flags(stories, text, tmp_path, capsys):
+    """If this fails, going on asks for every flag again, or a finished run cannot be given more updates."""
+    out = tmp_path / "drafter"
+    flags = ["--text", str(text), "--eval-every", "0", "--seed", "3", "--exit-dim", "32"]
+    assert train(stories, out, *flags, "--iters", "2") == 0
+    first = weights(out)
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--iters", "3", "--eval-every", "3", "--patience", "9"]) == 0
+    result = json.loads((out / "training" / "result.json").read_text())
+    begun = json.loads((out / "training" / "arguments.json").read_text())
+    assert (result["updates"], result["seed"], result["exit_dim"]) == (3, 3, 32) and weights(out) != first
+    assert (begun["iters"], begun["seed"], begun["text"]) == (3, 3, str(text)) and "given" not in begun
+    assert [json.loads(x)["iter"] for x in (out / "training" / "log.jsonl").open()] == [2, 3]
+    assert main(["train", "--out", str(out), "--resume", "--seed", "4"]) == 2
+    assert "--seed is 4, but the run to resume has 3; such a change needs a new --out" in capsys.readouterr().err
+
+
+def test_a_data_error_blocks_nothing(stories, tmp_path, capsys):
+    """If this fails, the corrected command is told that --out already exists."""
+    out, data = tmp_path / "drafter", tmp_path / "a.jsonl"
+    flags = ["--data", str(data), "--held-out", "1", "--row-length", "16", "--rows", "9", "--iters", "1"]
+    data.write_text('{"text": "Once upon a time there was a cat. "}\n' * 40 + '{"words": "x"}\n')
+    assert train(stories, out, *flags) == 2
+    assert "a.jsonl line 41: found the fields words" in capsys.readouterr().err and not out.exists()
+    data.write_text('{"text": "Once upon a time there was a cat. "}\n' * 40)
+    out.mkdir()
+    assert train(stories, out, *flags, "--eval-every", "0") == 0
 
 
 def test_what_a_killed_run_left_is_removed(stories, text, tmp_path):
@@ -111,8 +143,8 @@ def test_what_a_killed_run_left_is_removed(stories, text, tmp_path):
 def test_going_on_from_a_drafter(stories, text, tmp_path, capsys):
     """If this fails, more text means training from nothing."""
     flags = ["--text", str(text), "--eval-every", "0", "--dtype", "float32", "--warm-up", "0"]
-    assert train(stories, tmp_path / "a", "--draft-vocab-size", "200", *flags) == 0
-    assert train(stories, tmp_path / "b", "--init", str(tmp_path / "a"), *flags, "--iters", "10") == 0
+    assert train(stories, tmp_path / "a", "--draft-vocab-size", "200", *flags, "--iters", "20") == 0
+    assert train(stories, tmp_path / "b", "--init", str(tmp_path / "a"), *flags, "--iters", "1") == 0
     logs = [[json.loads(x) for x in (tmp_path / n / "training" / "log.jsonl").open()] for n in ("a", "b")]
     assert logs[1][0]["loss"] < logs[0][1]["loss"]
     assert load_drafter(tmp_path / "b").config.draft_vocab_size == 200
@@ -155,7 +187,7 @@ def test_mistakes(name, stories, tmp_path, capsys):
     assert train(stories, tmp_path / "out", *flags) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out").exists()  # nor has the target written any text
 
 
 def weights(folder):

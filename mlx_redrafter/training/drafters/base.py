@@ -1,48 +1,66 @@
-"""What differs between the kinds of drafters that the same trainer trains."""
+"""The interface between the trainer and a kind of drafter.
+
+Knows nothing of a kind's layers.
+"""
 
 from __future__ import annotations
 
 import abc
 import argparse
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.drafter_files import save_head
+from mlx_redrafter.drafting.kinds import open_drafter
+from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.device import on_cpu
+from mlx_redrafter.target.fingerprint import fingerprint
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.training.acceptance_length import acceptance_length
+from mlx_redrafter.training.batches import BatchMaker, WholeRows
 from mlx_redrafter.training.loss import Batch
-from mlx_redrafter.training.teacher import Rows
+from mlx_redrafter.training.teacher import Rows, Teacher
 
 
 class Method(abc.ABC):
-    """A kind of drafters: how they begin, what they score, and what is said of them.
+    """A kind of drafters: how they begin, what they score, how they are kept and described.
+
+    Heads, which read the target's hidden states, need only the abstract methods.
 
     Attributes:
         name: the value of --method.
         title: for the card, with the target's name after it.
         kind: the drafters' class.
         reads_tokens: whether a draft step reads the token before the one it guesses.
-        foreign: flags, as argparse names them, that say nothing to drafters of this kind.
+        foreign: flags, as argparse names them, that do not apply to drafters of this kind.
+        use: how text is written with one, for the card.
     """
 
     name: str
     title: str
-    kind: type
+    kind: Any
     reads_tokens: bool
     foreign: tuple[str, ...]
+    use = 'mlx-redrafter generate --model {model} --draft THIS_DIRECTORY -p "..."'
 
     def check(self, args: argparse.Namespace) -> None:
-        """What is wrong with the flags alone. Raises UserError."""
+        """Raises UserError for what is wrong with the flags alone."""
         for name in self.foreign:
             if getattr(args, name) not in (None, False):
-                raise UserError(f"{flag(name)} says nothing to --method {self.name}")
+                raise UserError(f"{flag(name)} does not apply to --method {self.name}")
 
     @abc.abstractmethod
     def check_for(self, args: argparse.Namespace, target: Target) -> None:
-        """What is wrong with the flags for this target, before any work is done. Raises UserError."""
+        """Raises UserError for flags that do not fit this target, before any work is done."""
+
+    def steps(self, args: argparse.Namespace) -> int:
+        """Draft steps that are learned."""
+        return int(args.beam_length) - 1
 
     @abc.abstractmethod
     def shape_flags(self, drafter: Any) -> dict[str, Any]:
@@ -52,21 +70,66 @@ class Method(abc.ABC):
     def new(self, args: argparse.Namespace, target: Target, rows: Rows) -> Any:
         """A drafter to start from, of the shape that the flags say."""
 
+    def earlier(self, args: argparse.Namespace, target: Target, tokenizer: Any) -> Any:
+        """The drafter that --init names, in float32. Raises UserError unless training can go on from it."""
+        drafter: Any = open_drafter(args.init)
+        if not isinstance(drafter, self.kind):
+            raise UserError(f"--init {args.init}: is a drafter of another kind than --method {self.name}")
+        if drafter.config.quantization is not None:
+            raise UserError(f"--init {args.init}: is quantised; training goes on from unquantised weights only")
+        for name, has in self.shape_flags(drafter).items():
+            value = getattr(args, name)
+            if value is not None and value != has:
+                raise UserError(f"{flag(name)} is {value}, but --init {args.init} has {has}")
+        check_pair(target, drafter, f"--init {args.init}")
+        drafter.set_dtype(mx.float32)
+        return drafter
+
+    def batches(self, teacher: Teacher, seed: int, dtype: mx.Dtype) -> BatchMaker | WholeRows:
+        """What cuts the batches of this kind."""
+        return BatchMaker(teacher, seed, dtype, self.reads_tokens)
+
     @abc.abstractmethod
     def scores(self, drafter: Any, batch: Batch) -> Iterator[mx.array]:
-        """What a drafter says at each draft step, for the loss.
+        """The drafter's scores at each draft step, for the loss.
 
         Yields:
             for step k, (n_k, scored) scores at the first n_k positions of the batch.
         """
 
-    @abc.abstractmethod
-    def quantize(self, drafter: Any, group_size: int, bits: int) -> None:
-        """Quantises all matrices in place and notes it in the config."""
+    def settle(self, args: argparse.Namespace, drafter: Any, target: Target, rows: Rows) -> None:  # noqa: B027
+        """Chooses what is not learned by gradients, once the weights are there."""
 
     @abc.abstractmethod
     def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
         """What is drafted where drafters are measured, 12 tokens at most, and the same in words."""
+
+    def acceptance(
+        self, args: argparse.Namespace, drafter: Any, target: Target, prompts: list[list[int]], tokens: int
+    ) -> float:
+        """Mean acceptance length of greedy decoding, `tokens` for each prompt."""
+        return acceptance_length(target, drafter, prompts, self.shape(args)[0], tokens)
+
+    @abc.abstractmethod
+    def quantize(self, drafter: Any, group_size: int, bits: int) -> None:
+        """Quantises all matrices in place and notes it in the config."""
+
+    def save(self, args: argparse.Namespace, drafter: Any, target: Target, tokenizer: Any, out: pathlib.Path) -> None:
+        """Writes a finished drafter, in the type and the bits that the flags say."""
+        drafter.config.target_fingerprint = fingerprint(target, tokenizer, args.model or "the embedded target")
+        drafter.set_dtype(getattr(mx, args.dtype))
+        if args.q_bits is not None:
+            self.quantize(drafter, args.q_group_size, args.q_bits)
+        save_head(drafter, out)
+
+    def open(self, out: pathlib.Path, target: Target) -> tuple[Any, int]:
+        """The finished drafter as it will be used, and the bytes that a draft step reads of it as stored."""
+        drafter: Any = open_drafter(out)
+        check_pair(target, drafter)
+        read = drafter.bytes_per_draft_step()
+        if on_cpu() and drafter.config.quantization is None:
+            drafter.set_dtype(mx.float32)
+        return drafter, read
 
     @abc.abstractmethod
     def architecture(self, drafter: Any, coverage: float) -> str:
@@ -75,18 +138,6 @@ class Method(abc.ABC):
         Args:
             coverage: the share of held-out text that it can draft.
         """
-
-    def settle(self, args: argparse.Namespace, drafter: Any, target: Target, rows: Rows) -> None:  # noqa: B027
-        """Chooses what is not learned by gradients, once the weights are there."""
-
-    def check_init(self, args: argparse.Namespace, drafter: Drafter) -> None:
-        """Raises UserError unless a drafter can be gone on with as the flags say."""
-        if drafter.config.quantization is not None:
-            raise UserError(f"--init {args.init}: is quantised; training goes on from unquantised weights only")
-        for name, has in self.shape_flags(drafter).items():
-            value = getattr(args, name)
-            if value is not None and value != has:
-                raise UserError(f"{flag(name)} is {value}, but --init {args.init} has {has}")
 
 
 def flag(name: str) -> str:

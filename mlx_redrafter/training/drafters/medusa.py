@@ -1,5 +1,6 @@
-"""Training Medusa heads: at position t head k guesses what the target says after x_{t+k+1}
-from the hidden state h_t alone, which is where the recurrent head's step k guesses, too.
+"""Trains Medusa heads: at position t head k guesses the target's token after x_{t+k+1} from the hidden state h_t.
+
+The recurrent head's step k guesses the same token. Knows nothing of the loss.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.output_layer import output_matrix
 from mlx_redrafter.training.drafters.base import Method
-from mlx_redrafter.training.init_weights import FROM_TARGET, TIED
+from mlx_redrafter.training.drafters.init_weights import FROM_TARGET, TIED
 from mlx_redrafter.training.loss import Batch
 from mlx_redrafter.training.teacher import Rows
 
@@ -46,15 +47,15 @@ class Medusa(Method):
         return {"num_draft_layers": config.medusa_num_layers, "beam_length": config.medusa_num_heads + 1}
 
     def new(self, args: argparse.Namespace, target: Target, rows: Rows) -> MedusaHeads:
-        """Heads that say what the target's own output layer says, or that say anything.
+        """Heads to start from.
 
-        With "target", output layers are the target's and blocks add nothing yet (Medusa,
-        arXiv 2401.10774, section 2.1.1).
+        By default each output layer starts as the target's and the blocks add nothing yet
+        (Medusa, arXiv 2401.10774, section 2.1.1); with --output-layer random all of it is random.
         """
         mx.random.seed(args.seed)
         layers = 1 if args.num_draft_layers is None else args.num_draft_layers
         heads = MedusaHeads(MedusaConfig(target.vocab_size, target.hidden_size, args.beam_length - 1, layers))
-        if args.output_layer == FROM_TARGET:
+        if args.output_layer in (None, FROM_TARGET):
             matrix = mx.array(output_matrix(target))
             for head in heads.heads:
                 head.lm_head.weight = mx.array(matrix)

@@ -1,8 +1,10 @@
-"""The static tree of Medusa heads, fitted to text: what their target writes, or files."""
+"""Fits the static tree of converted Medusa heads to text that their target writes, or to files.
+
+Knows nothing of training.
+"""
 
 from __future__ import annotations
 
-import json
 import pathlib
 import tempfile
 
@@ -16,7 +18,7 @@ from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, expected_lengt
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import on_cpu
-from mlx_redrafter.system.files import read_json, replace_file
+from mlx_redrafter.system.files import read_json, write_json
 from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.loading import EMBEDDED, load_target
@@ -67,7 +69,7 @@ def fit_medusa_tree(
         heads.set_dtype(mx.float32)
     with tempfile.TemporaryDirectory() as scratch:
         if text is not None:
-            found = earlier_rows(text, reader, tokenizer, heads.config.medusa_num_heads + 1)
+            found = earlier_rows(text, reader, tokenizer, heads.config.medusa_num_heads)
         else:
             plan = DataPlan(data, length=row_length, rows=rows, held_out=0)
             found = prepare(scratch, reader, tokenizer, plan, embedded=target is None)
@@ -76,6 +78,5 @@ def fit_medusa_tree(
     choices = fit_choices(accuracies, tree_size)
     file = pathlib.Path(path) / "config.json"
     fields = read_json(file) | {"medusa_choices": choices}
-    with replace_file(file) as temporary:
-        temporary.write_text(json.dumps(fields, indent=2) + "\n")
+    write_json(file, fields)
     return choices, expected_length(accuracies, choices)

@@ -1,5 +1,6 @@
-"""Training recurrent drafters: at position t the head reads the target's hidden state h_t and
-the tokens x_{t+1} .. x_{t+k} (paper, section 3.4).
+"""Trains recurrent drafters: at position t the head reads the hidden state h_t and the tokens x_{t+1} .. x_{t+k}.
+
+(Paper, section 3.4.) Knows nothing of the loss.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.drafters.base import Method, flag
-from mlx_redrafter.training.init_weights import TIED, new_drafter
+from mlx_redrafter.training.drafters.init_weights import FROM_TARGET, TIED, new_drafter
+from mlx_redrafter.training.drafters.vocabulary import frequent_tokens
 from mlx_redrafter.training.loss import Batch
 from mlx_redrafter.training.teacher import Rows
-from mlx_redrafter.training.vocabulary import frequent_tokens
 
 
 class ReDrafter(Method):
@@ -55,7 +56,7 @@ class ReDrafter(Method):
         vocab_map = None
         if args.draft_vocab_size is not None:
             vocab_map = frequent_tokens(rows, args.draft_vocab_size, target.vocab_size)
-        return new_drafter(target, config, args.seed, args.output_layer, vocab_map)
+        return new_drafter(target, config, args.seed, args.output_layer or FROM_TARGET, vocab_map)
 
     def scores(self, drafter: RecurrentDrafter, batch: Batch) -> Iterator[mx.array]:
         context = drafter.project_context(batch.hidden)

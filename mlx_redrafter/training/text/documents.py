@@ -16,7 +16,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -73,7 +73,11 @@ class Documents:
         # Of each document: file, first byte, the byte after its last, number, and whether roles are known.
         places = array.array("q")
         for name in names:
-            for path, label in _find(name, flag):
+            try:
+                found = _find(name, flag)
+            except OSError as error:
+                raise UserError(f"{flag} {name}: cannot be read ({error.strerror})") from error
+            for path, label in found:
                 self._index(path, label, path == pathlib.Path(name).expanduser(), places)
         self._places = np.array(places, np.int64).reshape(-1, 5)
         if not len(self._places):
@@ -213,10 +217,14 @@ def _is_data(path: pathlib.Path) -> bool:
         return False
 
 
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
 def text_files(root: pathlib.Path) -> list[pathlib.Path]:
     """The text and source files below a folder; caches, packages and hidden folders are left out."""
     found = []
-    for folder, below, files in os.walk(root):
+    for folder, below, files in os.walk(root, onerror=_raise):
         below[:] = [b for b in below if b not in SKIPPED_FOLDERS and not b.startswith(".")]
         found += [pathlib.Path(folder, f) for f in files if pathlib.Path(f).suffix.lower() in SOURCE_SUFFIXES]
     return found

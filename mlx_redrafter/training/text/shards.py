@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import read_json, remove_left_over, replace_file
+from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.files import read_json, remove_left_over, replace_file, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -98,7 +98,13 @@ class Rows:
         for shard in self.manifest["shards"]:
             if not _whole(self.folder, shard):
                 raise UserError(f"{self.folder / shard['file']}: missing or truncated; run the same command again")
-        self._open = functools.lru_cache(OPEN_SHARDS)(lambda i: np.load(self._files[i], mmap_mode="r"))
+        self._open = functools.lru_cache(OPEN_SHARDS)(self._map)
+
+    def _map(self, shard: int) -> Any:
+        try:
+            return np.load(self._files[shard], mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._files[shard]}: cannot be read ({one_line(error)})") from error
 
     def __len__(self) -> int:
         """All rows, the held-out ones included."""
@@ -204,8 +210,7 @@ def _save(
     rest = [{"file": f"shard-{n:05d}.npy" if n < recipe.shards else "held-out.npy", "complete": False} for n in numbers]
     held_out = sum(entry["rows"] for entry in entries if entry["file"] == "held-out.npy")
     facts = {"complete": complete, "rows": sum(entry["rows"] for entry in entries), "held_out": held_out}
-    with replace_file(file) as temporary:
-        temporary.write_text(json.dumps(manifest | facts | {"shards": entries + rest}, indent=1) + "\n")
+    write_json(file, manifest | facts | {"shards": entries + rest}, indent=1)
 
 
 def _begun(file: pathlib.Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:

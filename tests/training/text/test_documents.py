@@ -1,7 +1,10 @@
 """Data files: every form that is read, and one line for what is wrong with them."""
 
+import errno
 import gzip
 import json
+import os
+import pathlib
 
 import pytest
 
@@ -217,6 +220,42 @@ def test_what_is_wrong_with_a_file(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         Documents([str(tmp_path / name)], "--data")
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def no_permission(monkeypatch):
+    """While it lasts, names that begin with "secret" may not be read, as for a user who is not root."""
+
+    def denied(real):
+        def guarded(path, *args, **kwargs):
+            if pathlib.Path(path).name.startswith("secret"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **kwargs)
+
+        return guarded
+
+    for owner, name in ((pathlib.Path, "open"), (pathlib.Path, "iterdir"), (os, "scandir")):
+        monkeypatch.setattr(owner, name, denied(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("name", ["secret.jsonl", "secret.txt", "secret.csv", "secret.json.gz", "secret"])
+def test_what_may_not_be_read(tmp_path, no_permission, name):
+    """If this fails, a file of somebody else's ends in a traceback."""
+    path = tmp_path / name
+    path.mkdir() if name == "secret" else path.touch()
+    with pytest.raises(UserError, match=f"{name}: cannot be read .Permission denied."):
+        Documents([str(path)], "--data")
+    if name != "secret":
+        with pytest.raises(UserError, match=f"{name}: cannot be read .Permission denied."):
+            read_questions(str(path), "--prompts")
+
+
+def test_a_folder_below_that_may_not_be_read(tmp_path, no_permission):
+    """If this fails, a part of a source tree is left out without a word."""
+    (tmp_path / "a.py").write_text("x = 1")
+    (tmp_path / "secret").mkdir()
+    with pytest.raises(UserError, match=r"--data .*: cannot be read .Permission denied."):
+        Documents([str(tmp_path)], "--data")
 
 
 def test_what_is_not_there(tmp_path):

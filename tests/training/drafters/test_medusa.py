@@ -19,9 +19,10 @@ from mlx_redrafter.drafting.medusa_tree import PUBLISHED, expected_length, fit_c
 from mlx_redrafter.drafting.proposers import MedusaProposer
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.acceptance_length import acceptance_length
+from mlx_redrafter.training.batches import BatchMaker
 from mlx_redrafter.training.drafters.medusa import Medusa
-from mlx_redrafter.training.loss import distillation_loss
-from mlx_redrafter.training.teacher import BatchMaker, Objective, Teacher
+from mlx_redrafter.training.loss import Objective, distillation_loss
+from mlx_redrafter.training.teacher import Teacher
 from mlx_redrafter.training.trainer import TrainingPlan, train
 
 VOCAB = 97
@@ -196,11 +197,14 @@ def test_fitting_a_tree_to_converted_heads(trained, stories, tmp_path, capsys, s
 
 
 MISTAKES = {
-    "a width": (["--method", "medusa", "--exit-dim", "32"], "--exit-dim says nothing to --method medusa"),
-    "a recurrence": (["--method", "medusa", "--no-rnn"], "--no-rnn says nothing to --method medusa"),
-    "a vocabulary": (["--method", "medusa", "--draft-vocab-size", "9"], "--draft-vocab-size says nothing to --method"),
+    "a width": (["--method", "medusa", "--exit-dim", "32"], "--exit-dim does not apply to --method medusa"),
+    "a recurrence": (["--method", "medusa", "--no-rnn"], "--no-rnn does not apply to --method medusa"),
+    "a vocabulary": (
+        ["--method", "medusa", "--draft-vocab-size", "9"],
+        "--draft-vocab-size does not apply to --method",
+    ),
     "a tied layer": (["--method", "medusa", "--output-layer", "tied"], "--output-layer is tied, which --method medusa"),
-    "a tree": (["--tree-size", "9"], "--tree-size says nothing to --method redrafter"),
+    "a tree": (["--tree-size", "9"], "--tree-size does not apply to --method redrafter"),
     "no tree": (["--method", "medusa", "--tree-size", "0"], "--tree-size is 0, expected 1 to 1024"),
     "groups": (
         ["--method", "medusa", "--q-bits", "4", "--q-group-size", "128"],

@@ -1,0 +1,100 @@
+"""Cuts the batch of an update from what the target made of rows of text.
+
+Knows nothing of drafters.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_redrafter.training.loss import Batch
+from mlx_redrafter.training.teacher import Teacher
+
+
+class BatchMaker:
+    """Cuts batches: which positions are unrolled how far, and what they read and learn.
+
+    Args:
+        teacher: reads the rows.
+        seed: of the choice of positions.
+        dtype: of hidden states and embeddings.
+        tokens: whether the drafter reads tokens, and needs their embeddings.
+    """
+
+    def __init__(self, teacher: Teacher, seed: int, dtype: mx.Dtype = mx.float32, tokens: bool = True):
+        self.teacher, self.seed, self.dtype, self.tokens = teacher, seed, dtype, tokens
+        objective = teacher.objective
+        self.steps = len(objective.step_weights)
+        self.positions = teacher.rows.length - self.steps - 1  # the last step's token has to be in the row
+        self.kept = [max(1, round(share * self.positions)) for share in objective.step_shares]
+
+        self.positions_per_row = self.kept[0]
+
+    def __call__(self, picks: np.ndarray, update: int, part: slice = slice(None)) -> Batch:
+        """The batch of an update.
+
+        Args:
+            picks: (B,) the rows of the update in all processes together.
+            update: its number.
+            part: the rows of this process among them.
+        """
+        chosen, counted = zip(
+            *(self._choose(row, update, i) for i, row in enumerate(self.teacher.rows[picks][1])), strict=True
+        )
+        counts = np.maximum(1, np.sum([[c[k, :n].sum() for k, n in enumerate(self.kept)] for c in counted], axis=0))
+        tokens, reading = self.teacher.read(picks[part])
+        # Rank by rank over all rows, so that the first n_k of every row come first.
+        at = np.stack(chosen[part]).T.reshape(-1)
+        rows = np.tile(np.arange(len(tokens)), self.kept[0])
+        learned = np.stack(counted[part]).transpose(1, 2, 0).reshape(self.steps, -1)
+        embeddings, ids, shares, weights = [], [], [], []
+        for k in range(self.steps):
+            n = self.kept[k] * len(tokens)
+            where = (rows[:n], at[:n] + k + 1)
+            if self.tokens:
+                embeddings.append(self.teacher.target.embed(mx.array(tokens[where])).astype(self.dtype))
+            shares.append(mx.array(reading.shares[where]))
+            weights.append(mx.array(learned[k, :n] * reading.mass[where].astype(np.float32)))
+            if reading.ids is not None:
+                ids.append(mx.array(reading.ids[where].astype(np.int32)))
+        hidden = mx.array(reading.hidden[rows, at]).view(mx.bfloat16).astype(self.dtype)
+        return Batch(hidden, embeddings, ids, shares, weights, mx.array(counts, mx.float32))
+
+    def _choose(self, counted: np.ndarray, update: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of one row in random order, those with something to learn first.
+
+        Args:
+            counted: (T,) bool, the tokens that are to be learned.
+
+        Returns:
+            (n_1,) positions and (K, n_1) float32 whether step k learns there.
+        """
+        order = np.random.default_rng((self.seed, update, index)).permutation(self.positions)
+        order = order[np.argsort(~counted[order + 2], kind="stable")][: self.kept[0]]
+        steps = np.arange(self.steps)[:, None]
+        # Where a token of the way there does not count, another document or speaker has begun.
+        return order, np.cumprod(counted[order + steps + 2], axis=0, dtype=np.float32)
+
+
+class WholeRows:
+    """Batches of whole rows, for models that read a text from its beginning: one step, every position.
+
+    A position counts where the token after it is to be learned: what the target says there is
+    about the same document.
+    """
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+        self.positions_per_row = teacher.rows.length
+
+    def __call__(self, picks: np.ndarray, update: int, part: slice = slice(None)) -> Batch:
+        """As `BatchMaker`; every update takes all positions."""
+        counts = self.teacher.rows[picks][1]
+        learned = np.concatenate([counts[:, 1:], np.zeros((len(counts), 1), bool)], axis=1)
+        tokens, reading = self.teacher.read(picks[part])
+        shares = reading.shares.reshape(-1, reading.shares.shape[-1])
+        ids = [] if reading.ids is None else [mx.array(reading.ids.reshape(shares.shape).astype(np.int32))]
+        weights = (learned[part] * reading.mass.astype(np.float32)).reshape(-1)
+        total = mx.array([max(1, int(learned.sum()))], mx.float32)
+        return Batch(mx.zeros((0,)), [], ids, [mx.array(shares)], [mx.array(weights)], total, [mx.array(tokens)])
