@@ -48,7 +48,8 @@ def speculative(
     cache.begin_trees(length=length)
     assert cache.length is not None and hidden is not None
     history = prompt[0]
-    logits = process(processors, history, logits)
+    if processors:
+        logits = process(processors, history, logits)
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
     step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, history if processors else None)
     mine: list[mx.array] = []
@@ -91,7 +92,8 @@ def speculative(
         if step.history is not None:
             step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
             mx.async_eval(step.history)
-        options.quantize(cache.layers, length)
+        if options.kv_bits is not None:
+            options.quantize(cache.layers, length)
         yield Produced(tokens, current.logits[0], [True] * count + [False], plan=current.plan)
         if 0 <= max_tokens <= made:
             break
@@ -116,14 +118,16 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
         mx.async_eval(token, history)
         return token
 
-    logits = process(options.processors, history, logits)
+    if options.processors:
+        logits = process(options.processors, history, logits)
     token = choose()
     while made != options.max_tokens:
         current, current_logits = token, logits
         made += 1
         position += 1
         _, logits = target.forward(current, cache)
-        options.quantize(cache, position)
+        if options.kv_bits is not None:
+            options.quantize(cache, position)
         logits = logits[:, -1]
         if options.processors:
             history = mx.concatenate([history, current[0]])

@@ -84,11 +84,13 @@ def prefill(
         chunk = prompt[:, read : min(read + options.prefill_step_size, total - 1)]
         target.forward(chunk, cache)  # no logits are computed: nothing reads them
         read += chunk.shape[1]
-        options.quantize(cache, held + read)
+        if options.kv_bits is not None:
+            options.quantize(cache, held + read)
         mx.eval([c.state for c in cache])
         mx.clear_cache()
     hidden, logits = target.forward(prompt[:, read:], cache)
-    options.quantize(cache, held + total)
+    if options.kv_bits is not None:
+        options.quantize(cache, held + total)
     if options.progress is not None:
         mx.eval(logits)
         options.progress(total, total)

@@ -19,19 +19,17 @@ from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import Chooser, from_sampler, greedy
 from mlx_redrafter.decoding.step import Produced
 from mlx_redrafter.drafting.kinds import Drafter, method_of
-from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.ranks import number_of_ranks
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE, Verifier
 from mlx_redrafter.text.prompts import Prompt, encode
 from mlx_redrafter.text.responses import GenerationResponse, responses, summary
 from mlx_redrafter.text.turns import TURNS, InUse, in_turns
-from mlx_redrafter.tuning.session import Session, drafting_for
+from mlx_redrafter.tuning.session import Session, drafting_for, verifier_for
 
 _CACHES = InUse()
 
@@ -207,11 +205,9 @@ def _verifier(
     model: nn.Module, drafter: Drafter | None, shape: DraftShape | str, prompt_cache: list[Any] | None
 ) -> tuple[Verifier | None, str]:
     """The model's verifier, or None and why drafts cannot be used."""
-    verifier = verifier_of(model)
+    verifier = verifier_for(model, drafter)
     if verifier.capability == NONE:
         return None, verifier.reason
-    if drafter is not None:
-        check_pair(verifier.target, drafter)
     if isinstance(shape, DraftShape):
         shape.check(verifier.target.vocab_size if drafter is None else drafter.config.scored)
     if prompt_cache is not None and not KVCache.takes(prompt_cache):

@@ -22,11 +22,14 @@ from mlx_redrafter.decoding.sampling import Chooser, draft_temperature
 from mlx_redrafter.drafting.kinds import Drafter, deepest, proposer_for
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, Plan
 from mlx_redrafter.system.device import blas_threads, device_name, on_cpu
 from mlx_redrafter.system.openblas import IDLE_VARIABLE, prefer_openblas
-from mlx_redrafter.target.verification import CHAIN, Verifier
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import CHAIN, NONE, Verifier
 from mlx_redrafter.tuning import store
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import DEEPEST, LookupController
@@ -53,6 +56,7 @@ class Session:
     """A pair on this device.
 
     Args:
+        verifier: the pair's; None without a drafter.
         key: what costs depend on.
         drafter: digest of the drafter's weights; empty without one.
         costs: of a step.
@@ -66,6 +70,7 @@ class Session:
 
     def __init__(
         self,
+        verifier: Verifier | None,
         key: dict[str, Any],
         drafter: str,
         costs: Costs,
@@ -73,7 +78,7 @@ class Session:
         acceptance: AcceptanceModel,
         shapes: list[DraftShape],
     ):
-        self.key, self.drafter, self.costs, self.fresh = key, drafter, costs, fresh
+        self.verifier, self.key, self.drafter, self.costs, self.fresh = verifier, key, drafter, costs, fresh
         self.memory = PairMemory(costs, acceptance, [PLAIN, *map(Drafted, shapes)])
         self._fixed: dict[DraftShape, PairMemory] = {}
         self._saved = acceptance.steps
@@ -108,6 +113,21 @@ class Session:
         learnt = {name: one for name, one in fields.get("drafters", {}).items() if name != self.drafter}
         learnt = dict(list(learnt.items())[1 - MOST_DRAFTERS :]) | {self.drafter: self.memory.acceptance.to_dict()}
         store.write(self.key, {"costs": self.costs.to_dict(), "drafters": learnt})
+
+
+def verifier_for(model: nn.Module, drafter: Drafter | None) -> Verifier:
+    """The model's verifier, checked to go with the drafter; once per pair.
+
+    Raises:
+        UserError: the drafter was made for another model.
+    """
+    known: Session | None = getattr(drafter, "_redrafter_session", None)
+    if known is not None and known.verifier is not None and known.verifier.target is Target.of(model):
+        return known.verifier
+    verifier = verifier_of(model)
+    if drafter is not None and verifier.capability != NONE:
+        check_pair(verifier.target, drafter)
+    return verifier
 
 
 def drafting_for(
@@ -145,9 +165,10 @@ def session_for(verifier: Verifier, drafter: Drafter | None, fresh: bool = False
         drafter: the target's; None where lookup alone drafts.
         fresh: measure anew whatever is kept, and assume nothing of the drafter.
     """
+    # An attribute that is neither array nor module is no parameter of an nn.Module.
     owner: Any = verifier.target.model if drafter is None else drafter
     known: Session | None = getattr(owner, "_redrafter_session", None)
-    if known is not None and known.key["target"] == _target_key(verifier) and not fresh:
+    if known is not None and (known.verifier is None or known.verifier.target is verifier.target) and not fresh:
         return known
     key = key_of(verifier, drafter)
     fields, name = {} if fresh else store.read(key), json.dumps(key, sort_keys=True)
@@ -163,8 +184,8 @@ def session_for(verifier: Verifier, drafter: Drafter | None, fresh: bool = False
         store.write(key, {"costs": costs.to_dict(), "drafters": {}})
     _measured[name] = costs
     shapes = [] if drafter is None else [shape for shape in SHAPES if _fits(shape, verifier, drafter)]
-    session = Session(key, weights, costs, measured, acceptance, shapes)
-    # An attribute that is neither array nor module is no parameter of an nn.Module.
+    # A model that had its own verifier would own itself in a circle, and its memory would stay.
+    session = Session(None if drafter is None else verifier, key, weights, costs, measured, acceptance, shapes)
     owner._redrafter_session = session
     return session
 

@@ -158,7 +158,6 @@ class Controller(Planner):
         lookup: LookupController | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        super().__init__(memory.current.plan)
         self.memory, self.lookup, self.clock = memory, lookup, clock
         self._trial: Arm | None = None
         self._left = self._tokens = self._steps = 0  # of the trial

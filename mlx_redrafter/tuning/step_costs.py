@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_redrafter.drafting.shape import Drafted, Plain, Plan
 
-Table = dict[int, dict[int, float]]
+Times = dict[int, dict[int, float]]
 
 
 @dataclasses.dataclass
@@ -26,9 +26,9 @@ class Costs:
             rows together), by beam width, then by beam length; empty without a drafter.
     """
 
-    verify: Table
+    verify: Times
     plain: dict[int, float]
-    draft: Table
+    draft: Times
 
     def verify_seconds(self, rows: int, context: int) -> float:
         """Of one verification of so many rows."""
