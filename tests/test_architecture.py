@@ -8,6 +8,7 @@ commands in cli/, what commands print beside their commands.
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import pathlib
 
@@ -87,6 +88,7 @@ def upward(name: str, found: set[str]) -> list[str]:
     )
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     return {name: imports(name, file.read_text(), file.name == "__init__.py") for name, file in MODULES.items()}
 
