@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_redrafter.convert.medusa import convert_medusa
-from support import SHARED, make_model
+from support import make_model
 
 import mlx_redrafter
 from mlx_redrafter import DraftShape, UserError
@@ -369,7 +369,7 @@ def test_from_the_shell(tmp_path, capsys, pair):
 def test_the_target_is_noted(tmp_path, stories):
     """If this fails, heads made for one model are used with another and nobody is told."""
     source = published(tmp_path / "hf", make_heads(vocab=512, hidden=64))
-    found = open_drafter(convert_medusa(source, str(tmp_path / "mlx"), target=str(SHARED / "models" / "stories260K")))
+    found = open_drafter(convert_medusa(source, str(tmp_path / "mlx"), target=str(stories)))
     assert found.config.target_fingerprint
     _, drafter, _ = mlx_redrafter.load(str(stories), str(tmp_path / "mlx"))
     assert isinstance(drafter, MedusaHeads)

@@ -98,7 +98,7 @@ def exact_marginals(pair, ids, temp):
     def following(tokens):
         logits = []
         for first in range(0, len(tokens), 512):
-            _, out = target.forward(mx.array(tokens[first : first + 512], mx.int32), [None] * 5)
+            _, out = target.forward(mx.array(tokens[first : first + 512], mx.int32), [None] * len(pair[0].layers))
             logits.append(np.array(mx.softmax(out[:, -1] / temp, axis=-1), np.float64))
         return np.concatenate(logits)
 

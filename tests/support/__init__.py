@@ -11,6 +11,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 
+DATA = pathlib.Path(__file__).parents[1] / "data"
 SHARED = pathlib.Path(__file__).parents[3] / "shared"
 
 

@@ -118,7 +118,7 @@ def test_noted_by_conversion_and_checked_at_load(stories, tmp_path, caplog, caps
     save_drafter(drafter, tmp_path / "plain")
     convert_drafter(str(tmp_path / "plain"), str(tmp_path / "noted"), target=str(stories))
     found = load_drafter(tmp_path / "noted").config.target_fingerprint
-    assert found == fingerprint(target, tokenizer, "stories260K")
+    assert found == fingerprint(target, tokenizer, "tiny")
     convert_drafter(str(tmp_path / "noted"), str(tmp_path / "kept"), dtype="float16")
     assert load_drafter(tmp_path / "kept").config.target_fingerprint == found
     mlx_redrafter.load(str(stories), str(tmp_path / "noted"))
@@ -131,7 +131,7 @@ def test_noted_by_conversion_and_checked_at_load(stories, tmp_path, caplog, caps
     assert mlx_redrafter.load(str(other), str(tmp_path / "noted"))[1] is not None
     (record,) = caplog.records
     line = record.getMessage()
-    assert f"{tmp_path / 'noted'}: made for another target than this one, stories260K" in line and "\n" not in line
+    assert f"{tmp_path / 'noted'}: made for another target than this one, tiny" in line and "\n" not in line
     flags = [
         "--hf-path",
         str(tmp_path / "plain"),
@@ -154,4 +154,4 @@ def test_the_embedded_pair_knows_itself(caplog):
 def test_noted_by_training(stories_pair):
     """If this fails, drafters that are trained here do not know their target."""
     model, drafter, tokenizer = stories_pair
-    assert drafter.config.target_fingerprint == fingerprint(Target(model), tokenizer, "stories260K")
+    assert drafter.config.target_fingerprint == fingerprint(Target(model), tokenizer, "tiny")

@@ -206,4 +206,4 @@ def test_another_model(stories, capsys):
     assert main(["generate", "--model", str(stories), "-p", "Once upon a time", "-m", "20", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["method"] == "plain" and report["generation_tokens"] == 20
-    assert "girl" in report["text"] or "boy" in report["text"] or "there" in report["text"]
+    assert "there was a" in report["text"]

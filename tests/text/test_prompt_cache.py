@@ -140,7 +140,7 @@ def test_mistakes(pair, by_mlx_lm, tmp_path, capsys, kind, stories):
         "missing": "x.safetensors: no such file",
         "truncated": "x.safetensors: truncated, ",
         "other name": "was written for model somebody/else, expected ",
-        "other shape": "is of another model: has 5 layers of 4x8x8, expected 7 layers of 2x64x64",
+        "other shape": "is of another model: has 3 layers of 4x8x8, expected 7 layers of 2x64x64",
         "other file": "not a prompt cache",
         "no cache": "not a safetensors file",
     }[kind]

@@ -91,7 +91,7 @@ def test_steps_of_a_batch(targets):
 def test_generation_of_stories(stories):
     """If this fails, a trained target with grouped heads of 8 dimensions is not decoded as PyTorch does."""
     model, verifier = torch_target(stories), mlx_target(stories)
-    prompt, count = [1, 403, 407, 261, 378], 48  # "Once upon a time"
+    prompt, count = [1, 466, 465, 239, 467], 48  # "Once upon a time"
     expected = reference.plain(model, prompt, count)
     pair = memorised(model, prompt, expected[0], 96, True, updates=25)
     mean = assert_same_generation(model, verifier, *pair, prompt, count, DraftShape(3, 5, 7), expected)

@@ -18,7 +18,7 @@ FLAGS = ["--iters", "30", "--batch-size", "8", "--warm-up", "5", "--save-every",
 
 @pytest.fixture(scope="module")
 def text(stories, tmp_path_factory):
-    """Rows that stories260K wrote, two of them held out."""
+    """Rows that the target wrote, two of them held out."""
     out = tmp_path_factory.mktemp("text") / "drafter"
     flags = ["--rows", "26", "--held-out", "2", "--row-length", "40", "--prefix-length", "8", "--iters", "1"]
     assert main(["train", "--model", str(stories), "--out", str(out), *flags, "--eval-every", "0"]) == 0
@@ -27,7 +27,7 @@ def text(stories, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(stories, tmp_path_factory):
-    """A random model of one narrow layer with the tokenizer of stories260K."""
+    """A random model of one narrow layer with the tokenizer of the target."""
     folder = tmp_path_factory.mktemp("init") / "model"
     shutil.copytree(stories, folder)
     fields = read_json(stories / "config.json")
