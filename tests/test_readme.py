@@ -1,4 +1,4 @@
-"""The README and the pages beside it: commands exist with their flags, what runs in seconds runs, links lead somewhere."""
+"""The README and the pages beside it: commands and flags exist, what runs in seconds runs, links lead somewhere."""
 
 from __future__ import annotations
 
