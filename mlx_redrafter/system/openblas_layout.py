@@ -1,9 +1,10 @@
-"""Weights laid out for OpenBLAS, so that a few rows cost little more than one.
+"""Lays weights out for OpenBLAS, so that a few rows cost little more than one.
 
-OpenBLAS copies ("packs") a whole weight matrix before it multiplies it with several rows;
-with few rows that copy takes longer than the product. Below 10^6 multiplications it
-multiplies in place instead. So a matrix is kept as panels of 64 or 32 columns and limited
-depth, each a product of its own below that limit: packed once, when the model is loaded.
+Knows nothing of what a model does with its layers. OpenBLAS copies ("packs") a whole weight
+matrix before it multiplies it with several rows; with few rows that copy takes longer than
+the product. Below 10^6 multiplications it multiplies in place instead. So a matrix is kept
+as panels of 64 or 32 columns and limited depth, each a product of its own below that limit:
+packed once, when the model is loaded.
 
 Metal, CUDA and Accelerate need none of this, and half-precision or quantised products on
 the CPU do not use OpenBLAS: nothing is changed there.
@@ -30,41 +31,70 @@ _SAMPLE = (1024, 384)  # the matrix on which both layouts are timed
 _WORTH_IT = 0.8  # share of the usual layout's time from which on panels are used
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer of the same numbers, its weight kept as panels.
+class _Packed(nn.Module):
+    """A layer of the same numbers as a plain one, which keeps its weight as panels.
+
+    To everybody else it has a `weight` like any layer of mlx: it is saved, counted, frozen,
+    quantised and adapted by it. The weight is put together anew at each use, so nobody who
+    does not ask for it pays for it. Whoever gives it another weight, as loading and training
+    do, makes it the plain layer again.
 
     Attributes:
         panels: (N / b, K, b) for a weight of shape (N, K), or (c, N / b, K / c, b) where it is
             cut into c pieces along K as well; column j of panel i is row i b + j.
     """
 
+    plain: type[nn.Module]
+    panels: mx.array
+
     def __init__(self, layer: nn.Module, panels: mx.array):
         nn.Module.__init__(self)
-        self.panels = panels
+        self._no_grad, self._training = set(layer._no_grad), layer.training
+        object.__setattr__(self, "panels", panels)
         if "bias" in layer:
             self.bias = layer.bias
 
     @property
-    def weight(self) -> mx.array:  # type: ignore[override]
+    def weight(self) -> mx.array:
         """The weight (N, K), put together anew at each use."""
         return from_panels(self.panels)
+
+    def items(self) -> Any:
+        return {"weight": self.weight, **dict(super().items())}.items()
+
+    def __contains__(self, key: object) -> bool:
+        return key == "weight" or super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.weight if key == "weight" else super().__getitem__(key)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "weight":
+            self[key] = value
+        else:
+            super().__setattr__(key, value)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "weight":
+            self.__class__ = self.plain  # type: ignore[assignment]
+            object.__delattr__(self, "panels")
+        nn.Module.__setitem__(self, key, value)
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A linear layer."""
+
+    plain = nn.Linear
 
     def __call__(self, x: mx.array) -> mx.array:
         product = multiply(x, self.panels)
         return product + self.bias if "bias" in self else product
 
 
-class PackedEmbedding(nn.Embedding):
-    """An embedding whose matrix, an output layer too, is kept as panels; see `PackedLinear`."""
+class PackedEmbedding(_Packed, nn.Embedding):
+    """An embedding whose matrix is an output layer too."""
 
-    def __init__(self, layer: nn.Embedding, panels: mx.array):
-        nn.Module.__init__(self)
-        self.panels = panels
-
-    @property
-    def weight(self) -> mx.array:  # type: ignore[override]
-        """The matrix (vocabulary, width), put together anew at each use."""
-        return from_panels(self.panels)
+    plain = nn.Embedding
 
     def __call__(self, x: mx.array) -> mx.array:
         width = self.panels.shape[-1]

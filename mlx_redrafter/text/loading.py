@@ -69,12 +69,13 @@ def load(
         dtype = dtype or "float32"
     else:
         folder = fetch(path_or_repo, "--model")
-    model, tokenizer = load_target(folder, adapter_path, dtype, tokenizer_config, trust_remote_code)
-    if pack_weights:
-        pack(model)
     drafter = None
     if draft is not None and draft != NO_DRAFTER:
         drafter = open_drafter(fetch(draft, "--draft"))
+    model, tokenizer = load_target(folder, adapter_path, dtype, tokenizer_config, trust_remote_code)
+    if pack_weights:
+        pack(model)
+    if drafter is not None and draft is not None:
         target = Target.of(model)
         if not target.missing:
             check_pair(target, drafter, draft)
@@ -98,10 +99,11 @@ def load_target(
     """A target and its tokenizer from a local directory; lazy leaves weights on disk until used. Raises UserError."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    model, config = open_model(folder, trust_remote_code)
+    adapter = None
     if adapter_path is not None:
-        adapter = snapshot_of(pathlib.Path(adapter_path).expanduser())
-        check_adapter(adapter)
+        check_adapter(adapter := snapshot_of(pathlib.Path(adapter_path).expanduser()))
+    model, config = open_model(folder, trust_remote_code)
+    if adapter is not None:
         try:
             model = load_adapters(model, str(adapter))
         except Exception as error:  # whatever mlx-lm makes of the files

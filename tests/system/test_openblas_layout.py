@@ -1,9 +1,15 @@
 """Weights laid out as panels: the same numbers, the same texts, and a layout that is used only where it pays."""
 
+import copy
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import get_total_parameters, quantize_model, save_model
 
 from mlx_redrafter import DraftShape, generate, load
 from mlx_redrafter.system import openblas_layout
@@ -17,6 +23,7 @@ from mlx_redrafter.system.openblas_layout import (
 )
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.output_layer import output_layer
+from mlx_redrafter.text.loading import EMBEDDED
 
 
 @pytest.fixture
@@ -117,3 +124,75 @@ def test_the_output_layer_of_a_packed_target(some, faster):
         assert mx.array_equal(from_panels(table), packed.weight) and packed.panels is table
     x = mx.random.normal((1, 2, 384), key=mx.random.key(1))
     np.testing.assert_allclose(np.array(packed(x)), np.array(usual(x)), rtol=1e-4, atol=1e-4)
+
+
+def _step(model):
+    """One step of training on a made-up text; the loss."""
+    ids = mx.array([[5, 3, 400, 7]])
+
+    def loss(model):
+        return mx.mean(nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:]))
+
+    value, gradients = nn.value_and_grad(model, loss)(model)
+    optim.SGD(0.001).update(model, gradients)
+    mx.eval(model.parameters(), value)
+    return value.item()
+
+
+def _loaded(packed, monkeypatch):
+    monkeypatch.setattr(openblas_layout, "_faster", packed)
+    model, _, _ = load(draft="none")
+    assert isinstance(model.model.layers[0].mlp.gate_proj, PackedLinear) is packed
+    return model
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_load_returns_is_saved_as_mlx_lm_saves(packed, monkeypatch, tmp_path):
+    """If this fails, a model that was loaded here and saved by mlx-lm cannot be loaded by anything."""
+    model = _loaded(packed, monkeypatch)
+    save_model(tmp_path, model)
+    weights, expected = (
+        mx.load(str(tmp_path / "model.safetensors")),
+        mx.load(str(EMBEDDED / "target/model.safetensors")),
+    )
+    assert weights.keys() == expected.keys()
+    assert all(mx.array_equal(weights[name], value.astype(mx.float32)) for name, value in expected.items())
+    assert get_total_parameters(model) == sum(value.size for value in expected.values())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_load_returns_takes_weights(packed, monkeypatch):
+    """If this fails, weights that are loaded or assigned are refused, or the old ones go on answering."""
+    model, ids = _loaded(packed, monkeypatch), mx.array([[5, 3, 400]])
+    zero = [(name, mx.zeros_like(value)) for name, value in tree_flatten(model.parameters())]
+    model.load_weights(zero)
+    assert not mx.any(model(ids)).item() and dict(tree_flatten(model.parameters())).keys() == dict(zero).keys()
+    layer = _loaded(packed, monkeypatch).model.layers[0].mlp.gate_proj
+    layer.weight = mx.ones_like(layer.weight)
+    assert mx.allclose(layer(mx.ones((1, 1, 384))), mx.full((1, 1, 1024), 384.0)).item()
+    half = _loaded(packed, monkeypatch)
+    half.set_dtype(mx.bfloat16)
+    assert half(ids).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_load_returns_is_adapted_trained_and_quantised(packed, monkeypatch):
+    """If this fails, a loaded model is not mlx-lm's any more: LoRA, full training or quantisation fail on it."""
+    first = _step(_loaded(packed, monkeypatch))
+    full = _loaded(packed, monkeypatch)
+    losses = [_step(full) for _ in range(3)]
+    assert losses[0] == pytest.approx(first) and losses[2] < losses[0]
+    lora = _loaded(packed, monkeypatch)
+    lora.freeze()
+    linear_to_lora_layers(lora, 2, {"rank": 4, "scale": 10.0, "dropout": 0.0})
+    names = {name.rpartition(".")[2] for name, _ in tree_flatten(lora.trainable_parameters())}
+    assert names == {"lora_a", "lora_b"}
+    losses = [_step(lora) for _ in range(3)]
+    assert losses[0] == pytest.approx(first, rel=1e-4) and losses[2] < losses[0]
+    nn.quantize(full, group_size=32, bits=8)
+    assert isinstance(full.model.embed_tokens, nn.QuantizedEmbedding)
+    assert {"weight", "scales"} <= full.model.layers[0].mlp.gate_proj.parameters().keys()
+    _, config = quantize_model(_loaded(packed, monkeypatch), {}, 32, 4)
+    assert config["quantization"]["bits"] == 4
+    other = copy.deepcopy(_loaded(packed, monkeypatch))
+    assert _step(other) == pytest.approx(first, rel=1e-4)
