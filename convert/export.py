@@ -12,10 +12,10 @@ from mlx_redrafter.convert.medusa import WEIGHT_FILES, published_form, read_head
 from mlx_redrafter.convert.tokenizer import copy_small_files
 
 from mlx_redrafter.errors import UserError, one_line
-from mlx_redrafter.system.files import read_json, require_free, write_directory, write_json
+from mlx_redrafter.system.files import require_free, write_directory, write_json
 from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.system.weights import save_weights, take_weights
-from mlx_redrafter.text.checks import is_drafter
+from mlx_redrafter.text.checks import is_drafter, read_config
 from mlx_redrafter.text.loading import open_model
 
 
@@ -37,7 +37,7 @@ def export(mlx_path: str, hf_path: str, dequantize: bool = False, trust_remote_c
     """
     require_free(hf_path)
     source = fetch(mlx_path, "--mlx-path")
-    fields = read_json(source / "config.json")
+    fields = read_config(source)
     if (fields.get("quantization") or fields.get("quantization_config")) and not dequantize:
         raise UserError(f"{source}: is quantised, for which this layout has no form; --dequantize writes it in full")
     with write_directory(hf_path) as folder:

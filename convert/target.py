@@ -20,11 +20,11 @@ from mlx_redrafter.convert.tokenizer import read_tokenizer
 from mlx_redrafter.convert.torch_files import as_safetensors
 
 from mlx_redrafter.drafting.drafter_files import check_quantization
-from mlx_redrafter.drafting.redrafter import MODEL_TYPE
 from mlx_redrafter.errors import UserError, one_line
-from mlx_redrafter.system.files import read_json, require_free, write_directory
+from mlx_redrafter.system.files import require_free, write_directory
 from mlx_redrafter.system.hub import MODEL_PATTERNS, fetch
 from mlx_redrafter.system.weights import save_weights, take_weights
+from mlx_redrafter.text.checks import is_drafter, read_config
 from mlx_redrafter.text.loading import DTYPES, open_model
 
 
@@ -106,8 +106,7 @@ def _load(
     source: pathlib.Path, scratch: pathlib.Path, trust_remote_code: bool
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Model of lazy weights, tokenizer and config. Raises UserError."""
-    fields = read_json(source / "config.json")
-    if fields.get("model_type") == MODEL_TYPE:
+    if is_drafter(read_config(source)):
         raise UserError(f"{source}: is a drafter; use `mlx-redrafter convert drafter`")
     readable = source
     if (files := weight_files(source))[0].suffix != ".safetensors":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import pathlib
+import sys
 
 from support import DATA, make_model
 
@@ -75,3 +78,20 @@ def small_model():
 def stories_pair(stories):
     """(model, drafter, tokenizer) of the target that writes stories, in float32."""
     return mlx_redrafter.load(str(stories), str(DATA / "tiny-drafter"), dtype="float32")
+
+
+@pytest.fixture
+def without_privileges():
+    """While it lasts, permissions of files hold even for root: the capabilities that override them are laid down."""
+    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    kept = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low words, then high words
+    assert libc.capget(header, kept) == 0
+    less = (ctypes.c_uint32 * 6)(*kept)
+    less[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, less) == 0
+    yield
+    assert libc.capset(header, kept) == 0

@@ -38,9 +38,7 @@ def check_model_directory(folder: pathlib.Path) -> dict[str, Any]:
         UserError: it, a weight file or a tokenizer's file is missing, damaged or not to be
             read; there are weight files that are no part of the model; or it is no target.
     """
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise UserError(f"{folder}: is an adapter; use it with --model TARGET --adapter-path {folder}")
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     if is_drafter(config):
         raise UserError(f"{folder}: is a drafter, not a target; use it with --model TARGET --draft {folder}")
     if "model_type" not in config:
@@ -57,6 +55,13 @@ def check_model_directory(folder: pathlib.Path) -> dict[str, Any]:
         for file in folder.glob(pattern):
             check_readable(file)
     return config
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The parsed config.json of a target or a drafter. Raises UserError where there is none, or an adapter."""
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"{folder}: is an adapter; use it with --model TARGET --adapter-path {folder}")
+    return read_json(folder / "config.json")
 
 
 def is_drafter(config: dict[str, Any]) -> bool:
