@@ -27,8 +27,10 @@ from mlx_redrafter.training.loss import KL, Objective
 from mlx_redrafter.training.resume import arguments_of, defaults
 from mlx_redrafter.training.text.shards import Rows
 from mlx_redrafter.training.trainer import TrainingPlan, TrainingResult
+from mlx_redrafter.tuning.running import RunningShare
 
 EVALUATED_TOKENS = 64  # per prompt, at least
+SECONDS = 1.0  # to measure the target's reading speed for
 NOT_SHOWN = ("out", "upload_repo")  # in the command on the card
 
 
@@ -76,11 +78,11 @@ def report(
     print(f"{picture}" if drawn else "No curves were drawn: that takes matplotlib (pip install 'mlx-redrafter[bench]')")
 
 
-def prefill_speed(target: Target, rows: Rows, batch_size: int, seconds: float = 1.0) -> float:
+def prefill_speed(target: Target, rows: Rows, batch_size: int) -> float:
     """Tokens per second that the target reads, no logits computed, as when it reads a prompt."""
     tokens = mx.array(rows[np.arange(min(batch_size, len(rows)))][0])
     start, read = 0.0, -1
-    while read < 1 or time.perf_counter() - start < seconds:
+    while read < 1 or time.perf_counter() - start < SECONDS:
         if read == 0:  # the first pass was the warm-up
             start = time.perf_counter()
         cache = make_prompt_cache(target.model)
@@ -201,9 +203,8 @@ def draw_curves(log: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
 
 def _smoothed(values: list[float]) -> list[float]:
     """A running mean over about a twentieth of the run, corrected for its start."""
-    keep = 1 - 1 / max(2, len(values) / 20)
-    mean, weight, smooth = 0.0, 0.0, []
+    mean, smooth = RunningShare(0, max(2, len(values) / 20)), []
     for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(mean / weight)
+        mean.learn(value)
+        smooth.append(mean.share(0))
     return smooth

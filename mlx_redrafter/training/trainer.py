@@ -25,6 +25,7 @@ from mlx_redrafter.training.drafters.base import Method
 from mlx_redrafter.training.loss import Batch, Objective, distillation_loss
 from mlx_redrafter.training.teacher import Teacher
 from mlx_redrafter.training.update import OFF, as_seen, compiled_steps, optimizer_for
+from mlx_redrafter.tuning.running import RunningShare
 
 LOG_EVERY = 10
 
@@ -134,7 +135,7 @@ def train(
 
     gradients_of, apply = compiled_steps(loss_of, optimizer, plan.max_grad_norm, plan.compile, plan.iters)
     log = _Log(folder / "log.jsonl", progress.done, first)
-    average: float | None = None
+    average = RunningShare(0, 20)
     with tqdm(total=plan.iters, initial=progress.done, desc="training", unit="it", disable=not first) as bar:
         while progress.done < plan.iters and not progress.is_over(plan.patience):
             i = progress.done
@@ -154,11 +155,12 @@ def train(
             value = loss.item()
             if not np.isfinite(value) or not np.isfinite(norm.item()):
                 raise UserError(_not_finite(value, i + 1, checkpoint, plan))
-            average = value if average is None else 0.95 * average + 0.05 * value
+            average.learn(value)
             progress.done = done = i + 1
             log.count(plan.batch_size * make.positions_per_row)
+            shown = " ".join(f"{h:.0%}" for h in hits.tolist())
             bar.set_postfix_str(
-                f"loss {average:.3f}, hits {' '.join(f'{h:.0%}' for h in hits.tolist())}, {log.rate:.0f} tokens/s"
+                f"loss {average.share(0):.3f}, hits {shown}, {log.rate:.0f} tokens/s"
                 + (f", acceptance {progress.best:.2f}" if progress.best is not None else ""),
                 refresh=False,
             )

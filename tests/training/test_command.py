@@ -99,13 +99,19 @@ def test_what_a_run_leaves(stories, tmp_path, capsys):
 
 
 def test_a_run_knows_its_own_flags(stories, text, tmp_path, capsys):
-    """If this fails, going on asks for every flag again, or a finished run cannot be given more updates."""
+    """If this fails, going on asks for every flag again, a finished run cannot be given more updates, or every kill
+    costs the size of a checkpoint on the disk."""
     out = tmp_path / "drafter"
     flags = ["--text", str(text), "--eval-every", "0", "--seed", "3", "--exit-dim", "32"]
     assert train(stories, out, *flags, "--iters", "2") == 0
     first = weights(out)
+    left = [out / "training" / ".4711.checkpoint.safetensors", out / ".4711.model.safetensors"]  # of killed processes
+    others = [out / ".gitattributes", out / "training" / ".DS_Store"]
+    for path in (*left, *others):
+        path.write_bytes(b"x")
     capsys.readouterr()
     assert main(["train", "--out", str(out), "--resume", "--iters", "3", "--eval-every", "3", "--patience", "9"]) == 0
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
     result = json.loads((out / "training" / "result.json").read_text())
     begun = json.loads((out / "training" / "arguments.json").read_text())
     assert (result["updates"], result["seed"], result["exit_dim"]) == (3, 3, 32) and weights(out) != first
@@ -125,19 +131,6 @@ def test_a_data_error_blocks_nothing(stories, tmp_path, capsys):
     data.write_text('{"text": "Once upon a time there was a cat. "}\n' * 40)
     out.mkdir()
     assert train(stories, out, *flags, "--eval-every", "0") == 0
-
-
-def test_what_a_killed_run_left_is_removed(stories, text, tmp_path):
-    """If this fails, every kill costs the size of a checkpoint on the disk."""
-    out = tmp_path / "drafter"
-    flags = ["--text", str(text), "--eval-every", "0", "--iters", "2"]
-    assert train(stories, out, *flags) == 0
-    left = [out / "training" / ".4711.checkpoint.safetensors", out / ".4711.model.safetensors"]
-    others = [out / ".gitattributes", out / "training" / ".DS_Store"]
-    for path in (*left, *others):
-        path.write_bytes(b"x")
-    assert train(stories, out, *flags, "--resume") == 0
-    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
 
 
 def test_going_on_from_a_drafter(stories, text, tmp_path, capsys):

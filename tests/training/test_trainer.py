@@ -1,224 +1,23 @@
-"""Training: the loss, what it learns, and going on after a stop."""
+"""Training: what it learns, going on after a stop, early stop, what stops it."""
 
 import json
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
-from support import make_drafter, make_model
+from support import make_model
+from support.rows import VOCAB, teacher_of
 
 from mlx_redrafter import UserError
 from mlx_redrafter.drafting.redrafter import DrafterConfig
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.acceptance_length import acceptance_length
-from mlx_redrafter.training.batches import BatchMaker
 from mlx_redrafter.training.drafters.init_weights import new_drafter
 from mlx_redrafter.training.drafters.redrafter import ReDrafter
-from mlx_redrafter.training.loss import Objective, dense_cross_entropy, distillation_loss, soft_cross_entropy
-from mlx_redrafter.training.row_cache import RowCache
-from mlx_redrafter.training.teacher import Teacher
 from mlx_redrafter.training.trainer import TrainingPlan, row_picks, train
-from mlx_redrafter.training.update import rounded
-
-VOCAB = 97
-
-
-class TextRows:
-    """Rows in memory, all of them to be learned unless told otherwise."""
-
-    held_out = 0
-
-    def __init__(self, tokens, counts=None):
-        self.tokens, self.length = np.asarray(tokens, np.int32), tokens.shape[1]
-        self.counts = np.ones(tokens.shape, bool) if counts is None else counts
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __getitem__(self, picks):
-        return self.tokens[picks], self.counts[picks]
-
-
-def random_rows(count=2, length=12, seed=0):
-    return np.random.default_rng(seed).integers(0, VOCAB, (count, length)).astype(np.int32)
-
-
-def teacher_of(target, rows, folder, objective=None, vocab_map=None, budget=0):
-    rows = rows if isinstance(rows, TextRows) else TextRows(rows)
-    return Teacher(target, rows, objective or Objective(), vocab_map, folder, budget)
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_cross_entropy_and_its_gradient(dense):
-    """If this fails, training walks in a wrong direction."""
-    mx.random.seed(0)
-    logits = mx.random.normal((5, 50)) * 4
-    ids = mx.array(np.stack([np.random.default_rng(i).permutation(50)[:3] for i in range(5)]))
-    shares = mx.softmax(mx.random.normal((5, 3)), axis=-1)
-    everywhere = mx.put_along_axis(mx.zeros((5, 50)), ids, shares, axis=-1)
-    weights = mx.arange(1.0, 6.0)
-
-    def ours(x):
-        found = dense_cross_entropy(x, everywhere) if dense else soft_cross_entropy(x, ids, shares)
-        return mx.sum(weights * found)
-
-    def written_out(x):
-        return -mx.sum(weights * mx.sum(everywhere * nn.log_softmax(x), axis=-1))
-
-    assert ours(logits).item() == pytest.approx(written_out(logits).item(), rel=1e-5)
-    assert mx.abs(mx.grad(ours)(logits) - mx.grad(written_out)(logits)).max().item() < 1e-5
-
-
-OBJECTIVES = {
-    "everything": (Objective(top_k=0), None),
-    "most probable": (Objective(top_k=5), None),
-    "draft vocabulary": (Objective(top_k=0), np.arange(10, 40)),
-    "most probable of a draft vocabulary, colder": (Objective(top_k=4, temperature=0.5), np.arange(10, 40)),
-    "hard": (Objective(labels="hard"), np.arange(10, 40)),
-    "text": (Objective(labels="text"), np.arange(10, 40)),
-}
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_reads_what_decoding_will_read(name, tmp_path):
-    """If this fails, the head is trained on a context, tokens or labels shifted by one, or on others than asked for."""
-    objective, vocab_map = OBJECTIVES[name]
-    weights, steps = (1.0, 0.5, 0.25), 3
-    objective = Objective(objective.labels, objective.top_k, objective.temperature, weights, (1.0, 1.0, 1.0))
-    target = Target(make_model())
-    drafter = make_drafter(draft_vocab_size=None if vocab_map is None else len(vocab_map))
-    allowed = np.arange(VOCAB) if vocab_map is None else vocab_map
-    rows = random_rows()
-    batch = BatchMaker(teacher_of(target, rows, tmp_path, objective, vocab_map), seed=0)(np.array([0, 1]), 0)
-    loss, hits = distillation_loss(ReDrafter().scores(drafter, batch), batch, weights)
-    expected, right = np.zeros(steps), np.zeros(steps)
-    for b in range(2):
-        tokens = mx.array(rows[b : b + 1])
-        for t in range(12 - steps - 1):
-            hidden, _ = target.forward(tokens[:, : t + 1], [None, None])
-            state = None
-            for k in range(1, steps + 1):
-                state = drafter.advance(target.embed(tokens[0, t + k]), state)
-                context = drafter.project_context(hidden[0, -1].astype(mx.bfloat16).astype(mx.float32))
-                guess = np.array(nn.log_softmax(drafter.logits(context, state)))
-                said = np.array(target.forward(tokens[:, : t + k + 1], [None, None])[1][0, -1])
-                label = np.zeros(VOCAB)
-                if objective.labels == "text":
-                    label[rows[b, t + k + 1]] = 1
-                elif objective.labels == "hard":
-                    label[said.argmax()] = 1
-                else:
-                    label = np.exp(said / objective.temperature)
-                    label /= label.sum()
-                inside = label[allowed]
-                mass = inside.sum()
-                if objective.labels == "kl" and objective.top_k:
-                    inside = np.where(inside >= np.sort(inside)[-objective.top_k], inside, 0)
-                if mass > 0:
-                    expected[k - 1] -= mass * (inside / inside.sum()) @ guess / 16
-                    right[k - 1] += mass * (guess.argmax() == inside.argmax()) / 16
-    assert loss.item() == pytest.approx(float(expected @ weights) / sum(weights), rel=3e-3)
-    assert np.allclose(hits, right, atol=2e-3)
-
-
-def test_only_what_counts_is_learned(tmp_path):
-    """If this fails, a drafter learns to guess what the user says, or across two documents."""
-    counts = np.ones((2, 12), bool)
-    counts[0, 5:] = False
-    counts[1, 6] = False
-    rows = TextRows(random_rows(), counts)
-    teacher = teacher_of(Target(make_model()), rows, tmp_path, Objective(step_weights=(1, 1, 1), step_shares=(1, 1, 1)))
-    make = BatchMaker(teacher, seed=0)
-    batch = make(np.array([0, 1]), 0)
-    learned = [set(), set(), set()]
-    for b in range(2):
-        order, weights = make._choose(counts[b], 0, b)
-        for i, t in enumerate(order):
-            for k in range(3):
-                if weights[k, i]:
-                    learned[k].add((b, int(t)))
-                    assert counts[b, t + 2 : t + k + 3].all()
-    assert [len(found) for found in learned] == [10, 8, 6] == batch.counts.tolist()
-    assert [int(w.sum().item()) for w in batch.weights] == [10, 8, 6]
-
-
-def test_shares_of_positions_nest(tmp_path):
-    """If this fails, a deeper step reads states of other positions."""
-    objective = Objective(step_weights=(1, 1, 1), step_shares=(1, 0.5, 0.25))
-    target, rows = Target(make_model()), random_rows(3, 20)
-    make = BatchMaker(teacher_of(target, rows, tmp_path, objective), seed=1)
-    batch = make(np.arange(3), 5)
-    assert [len(w) for w in batch.weights] == [48, 24, 12]
-    order = np.stack([make._choose(np.ones(20, bool), 5, b)[0] for b in range(3)]).T.reshape(-1)
-    for k, n in enumerate((48, 24, 12)):
-        expected = target.embed(mx.array(rows[np.tile(np.arange(3), 16)[:n], order[:n] + k + 1]))
-        assert mx.array_equal(batch.embeddings[k], expected)
-    parts = [make(np.arange(3), 5, slice(i, i + 1)) for i in range(3)]
-    assert sum(len(p.weights[2]) for p in parts) == 12
-    assert mx.array_equal(parts[0].counts, batch.counts)  # the mean is over the whole batch
-
-
-def test_teacher_reads_a_row_once(tmp_path, monkeypatch):
-    """If this fails, the byte budget buys nothing, is overrun, or a kept row differs from a read one."""
-    target, rows = Target(make_model()), random_rows(6)
-    read, real = [], target.forward
-    monkeypatch.setattr(target, "forward", lambda tokens, cache: read.append(tokens.shape[0]) or real(tokens, cache))
-    reader = teacher_of(target, rows, tmp_path / "a", budget=10**9)
-    first = reader.read(np.array([0, 1, 2]))[1]
-    again = reader.read(np.array([2, 1]))[1]
-    assert read == [3]
-    assert (first.hidden[1] == again.hidden[1]).all() and (first.ids[2] == again.ids[0]).all()
-    reader.close()
-    later = teacher_of(target, rows, tmp_path / "a", budget=10**9).read(np.array([2, 1]))[1]
-    assert read == [3] and (later.shares == again.shares).all()
-    read.clear()
-    scarce = teacher_of(target, rows, tmp_path / "b", budget=0)
-    for _ in range(2):
-        scarce.read(np.array([0, 1]))
-    assert read == [2, 2] and (tmp_path / "b" / "records.bin").stat().st_size == 0
-
-
-def test_row_cache_keeps_whole_records_only(tmp_path):
-    """If this fails, a killed run learns from half a record when it goes on."""
-    cache = RowCache(tmp_path, 4, budget=11)
-    for row in (7, 3, 5):
-        cache.put(row, bytes([row] * 4))
-    assert cache.get(7) == b"\7" * 4 and cache.get(5) is None  # 11 bytes have room for two
-    cache.close()
-    with (tmp_path / "records.bin").open("ab") as file:
-        file.write(b"\x09\x09")  # killed in the middle of a record
-    with (tmp_path / "index.bin").open("ab") as file:
-        file.write(b"\x09")
-    again = RowCache(tmp_path, 4, budget=100)
-    assert again.get(9) is None and again.get(3) == b"\3" * 4
-    again.put(9, b"\x09" * 4)
-    assert again.get(9) == b"\x09" * 4 and again.get(7) == b"\7" * 4
-
-
-def test_row_cache_on_a_full_disk(tmp_path):
-    """If this fails, a full disk ends a run that could go on without the cache."""
-    cache = RowCache(tmp_path, 4, budget=100)
-    cache.put(1, b"aaaa")
-    real = cache._records
-
-    class Full:
-        def write(self, data):
-            real.write(data[:2])
-            raise OSError(28, "No space left on device")
-
-        def __getattr__(self, name):
-            return getattr(real, name)
-
-    cache._records = Full()
-    cache.put(2, b"bbbb")
-    cache._records = real
-    assert cache.get(2) is None and cache.get(1) == b"aaaa"
-    cache.close()
-    assert RowCache(tmp_path, 4, 100).get(1) == b"aaaa" and (tmp_path / "records.bin").stat().st_size == 4
 
 
 def test_every_row_is_read_once_per_pass():
@@ -226,22 +25,6 @@ def test_every_row_is_read_once_per_pass():
     picks = np.concatenate([row_picks(plan, i, 10) for i in range(5)])
     assert sorted(picks[:10]) == sorted(picks[10:]) == list(range(10))
     assert list(picks[:10]) != list(picks[10:])
-
-
-def test_rounding_for_quantisation_passes_gradients():
-    """If this fails, training for 4 bits learns nothing, or trains for other weights than are stored."""
-    mx.random.seed(0)
-    weight, x = mx.random.normal((8, 64)), mx.random.normal((64,))
-    quantised = nn.QuantizedLinear.from_linear(_linear(weight), 32, 4)
-    assert mx.abs(rounded(weight, 32, 4) @ x - quantised(x)).max().item() < 1e-4
-    gradient = mx.grad(lambda w: mx.sum(rounded(w, 32, 4) @ x))(weight)
-    assert mx.allclose(gradient, mx.broadcast_to(x, (8, 64)))
-
-
-def _linear(weight):
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = weight
-    return layer
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from support import make_model
+from support.rows import VOCAB, TextRows
 
 from mlx_redrafter import DraftShape
 from mlx_redrafter.cli.main import main
@@ -17,6 +18,7 @@ from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.medusa_accuracy import rank_accuracies
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED, expected_length, fit_choices, select
 from mlx_redrafter.drafting.proposers import MedusaProposer
+from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.acceptance_length import acceptance_length
 from mlx_redrafter.training.batches import BatchMaker
@@ -25,23 +27,7 @@ from mlx_redrafter.training.loss import Objective, distillation_loss
 from mlx_redrafter.training.teacher import Teacher
 from mlx_redrafter.training.trainer import TrainingPlan, train
 
-VOCAB = 97
 SMALL = ["--rows", "50", "--held-out", "2", "--row-length", "40", "--prefix-length", "8", "--iters", "30"]
-
-
-class TextRows:
-    """Rows in memory, all of them to be learned."""
-
-    held_out = 0
-
-    def __init__(self, tokens):
-        self.tokens, self.length = np.asarray(tokens, np.int32), len(tokens[0])
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __getitem__(self, picks):
-        return self.tokens[picks], np.ones((len(picks), self.length), bool)
 
 
 def make_heads(layers=1):
@@ -60,12 +46,12 @@ def test_heads_learn_what_they_will_be_asked(tmp_path):
     assert batch.embeddings == []
     loss, _ = distillation_loss(Medusa().scores(heads, batch), batch, weights)
     expected = np.zeros(4)
-    proposer = MedusaProposer(heads, DraftShape(1, 5, 4))
+    proposer, plan = MedusaProposer(heads), Drafted(DraftShape(1, 5, 4))
     for row in rows:
         for t in range(12 - 4 - 1):
             hidden = target.forward(mx.array(row[None, : t + 1]), [None, None])[0][:, -1]
             hidden = hidden.astype(mx.bfloat16).astype(mx.float32)
-            guesses = proposer.propose(hidden, mx.array(row[t + 1 : t + 2])).tokens[0, 1:].tolist()
+            guesses = proposer.propose(hidden, mx.array(row[t + 1 : t + 2]), plan).tokens[0, 1:].tolist()
             for k in range(4):
                 said = np.array(nn.log_softmax(heads(hidden)[0, k]))
                 assert guesses[k] == said.argmax()  # what is drafted k places after the root

@@ -1,0 +1,27 @@
+"""Reading rows with the target: once, within a budget."""
+
+import numpy as np
+from support import make_model
+from support.rows import random_rows, teacher_of
+
+from mlx_redrafter.target.model import Target
+
+
+def test_teacher_reads_a_row_once(tmp_path, monkeypatch):
+    """If this fails, the byte budget buys nothing, is overrun, or a kept row differs from a read one."""
+    target, rows = Target(make_model()), random_rows(6)
+    read, real = [], target.forward
+    monkeypatch.setattr(target, "forward", lambda tokens, cache: read.append(tokens.shape[0]) or real(tokens, cache))
+    reader = teacher_of(target, rows, tmp_path / "a", budget=10**9)
+    first = reader.read(np.array([0, 1, 2]))[1]
+    again = reader.read(np.array([2, 1]))[1]
+    assert read == [3]
+    assert (first.hidden[1] == again.hidden[1]).all() and (first.ids[2] == again.ids[0]).all()
+    reader.close()
+    later = teacher_of(target, rows, tmp_path / "a", budget=10**9).read(np.array([2, 1]))[1]
+    assert read == [3] and (later.shares == again.shares).all()
+    read.clear()
+    scarce = teacher_of(target, rows, tmp_path / "b", budget=0)
+    for _ in range(2):
+        scarce.read(np.array([0, 1]))
+    assert read == [2, 2] and (tmp_path / "b" / "records.bin").stat().st_size == 0
