@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-cache-file",
         metavar="FILE",
-        help="go on from this file if it is there, and save the conversation in it",
+        help="go on from the conversation in this file, if there is one, and save it there at the end",
     )
 
 

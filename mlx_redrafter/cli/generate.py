@@ -1,4 +1,4 @@
-"""`mlx-redrafter generate`, and the flags that every generating command has."""
+"""`mlx-redrafter generate`: continues a prompt, or answers it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_generation_arguments(parser, max_tokens=100)
     add = parser.add_argument
-    add("--prompt", "-p", required=True, help="text to continue or to answer; - reads standard input")
-    add("--prompt-cache-file", metavar="FILE", help="a prompt cache to go on from; it is not changed")
+    add("--prompt", "-p", required=True, metavar="TEXT", help="continue or answer this text; - reads standard input")
+    add("--prompt-cache-file", metavar="FILE", help="go on from the prompt cache in this file; the file stays as it is")
     add("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
-    add("--json", action="store_true", help="print one JSON object when done, and nothing else")
+    add("--json", action="store_true", help="print one JSON object at the end, and nothing else")
 
 
 def prompt_tokens(args: argparse.Namespace, tokenizer: Any, after_cache: bool) -> list[int]:
@@ -86,23 +86,10 @@ def run(args: argparse.Namespace) -> None:
             print(f"No drafter was given (--draft PATH, or --draft {NO_DRAFTER} to say so): decoded plainly")
 
 
-def report(text: str, tokens: list[int], last: GenerationResponse) -> dict:
-    """What `--json` prints."""
-    return {
-        "text": text,
-        "tokens": tokens,
-        "prompt_tokens": last.prompt_tokens,
-        "prompt_tps": last.prompt_tps,
-        "generation_tokens": last.generation_tokens,
-        "generation_tps": last.generation_tps,
-        "steps": last.steps,
-        "mean_acceptance_length": last.mean_acceptance_length,
-        "acceptance_by_position": last.acceptance_by_position,
-        "peak_memory_gb": last.peak_memory,
-        "finish_reason": last.finish_reason,
-        "method": last.method,
-        "reason": last.reason,
-        "shape": None if last.shape is None else dataclasses.asdict(last.shape),
-        "plain_share": last.plain_share,
-        "lookup_share": last.lookup_share,
-    }
+def report(text: str, tokens: list[int], last: GenerationResponse) -> dict[str, Any]:
+    """What `--json` prints: the whole text and the figures of the last response."""
+    fields = {field.name: getattr(last, field.name) for field in dataclasses.fields(last)}
+    for name in ("token", "logprobs", "from_draft"):  # of one token
+        del fields[name]
+    shape = None if last.shape is None else dataclasses.asdict(last.shape)
+    return fields | {"text": text, "tokens": tokens, "shape": shape, "peak_memory_gb": fields.pop("peak_memory")}

@@ -21,18 +21,17 @@ _ARTICLES = {"adapter": "an adapter", "unknown": "nothing that is known here"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", metavar="PATH", help="local directory: a target, a drafter, adapters")
-    add("--bandwidth", type=float, metavar="GB/S", help="memory bandwidth to reckon with (default: measured here)")
+    add("path", metavar="PATH", help="look at this directory: a target, a drafter or adapters")
+    add("--bandwidth", type=float, metavar="GB/S", help="reckon with this memory bandwidth (default: measure"
+        " this machine's)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, and nothing else")
-    add("--trust-remote-code", action="store_true")
+    add("--trust-remote-code", action="store_true", help="run the Python code that the model's directory brings along")
 
 
 def run(args: argparse.Namespace) -> None:
     folder = pathlib.Path(args.path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{args.path}: {'is a file, expected a directory' if folder.exists() else 'no such directory'}")
-    if args.bandwidth is not None and not 0 < args.bandwidth < 1e6:
-        raise UserError(f"--bandwidth is {args.bandwidth:g}, expected GB per second, more than 0")
     found = inspect_directory(snapshot_of(folder), args.trust_remote_code)
     rate = None
     if found.bytes_per_step is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import re
 import sys
+from importlib.metadata import version
 from typing import NoReturn
 
 from mlx_redrafter.errors import UserError
@@ -28,31 +31,51 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a flag in one line, as for every other mistake, without the usage."""
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (-[^/:]+)[^:]*: is ", r"\1 is ", message)
         self.exit(2, f"mlx-redrafter: error: {message} (`{self.prog} -h` lists the flags)\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit code: its own, else 0; 2 for a user's mistake, 130 for Ctrl-C."""
+def parser_of_all() -> argparse.ArgumentParser:
+    """The parser of every command's flags."""
     parser = OneLineParser(
         prog="mlx-redrafter", description="The same text from a language model, in fewer steps of it."
     )
+    parser.add_argument("--version", action="version", version=f"mlx-redrafter {version('mlx-redrafter')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(module_name)
         child = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(child)
         child.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code: its own, else 0; 2 for a user's mistake, 130 for Ctrl-C."""
+    args = parser_of_all().parse_args(argv)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"mlx-redrafter: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return 141
+    except OSError as error:  # a full disk behind the output, a file that may not be read
+        print(f"mlx-redrafter: error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        if error.filename is None:
+            _give_up_output()
+        return 2
+
+
+def _give_up_output() -> None:
+    """Lets what is still to be printed go, or Python would try once more at its end."""
+    with contextlib.suppress(OSError, ValueError):  # it may be no file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from mlx_redrafter.text.flags import add_pair_arguments, load_from
 from mlx_redrafter.text.loading import load
 from mlx_redrafter.tuning.session import session_for
 
-HELP = "check this program on this device, and print a report that can be pasted"
+HELP = "check this program on this device; exits with 1 and lists the failed checks"
 EMBEDDED_PAIR, YOUR_PAIR, NO_PAIR = "Embedded pair", "Your pair", "Without a model"
 PATIENCE = 60.0  # seconds that the stages of a pair may take on the CPU
 PLAIN_ADVICE = "mlx-lm's own pass differs between GPU and CPU, without anything of ours: please report it to MLX"

@@ -15,73 +15,77 @@ from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, BEST_FIRST, LOOKUPS, POLICIES, DraftShape
 from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.flag_types import real, whole
 from mlx_redrafter.text.loading import DTYPES, EMBEDDED, NO_DRAFTER, load
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser, drafter: bool = True) -> None:
     """Which target, and which drafter where there is to be one."""
     add = parser.add_argument
-    add("--model", help="directory or Hub id of the target (default: the embedded pair)")
+    add("--model", metavar="PATH", help="load the target from this directory or Hub id (default: the embedded pair)")
     if drafter:
-        add("--draft", metavar="PATH|none", help="directory or Hub id of the drafter, or none to decode without one"
-            " (default: the embedded drafter for the embedded target, else none)")  # fmt: skip
+        add("--draft", metavar="PATH|none", help="load the drafter from this directory or Hub id; none decodes without"
+            " one (default: the embedded drafter for the embedded target, else none)")  # fmt: skip
     else:
         parser.set_defaults(draft=NO_DRAFTER)
-    add("--adapter-path", help="LoRA adapters, as in mlx-lm")
-    add("--dtype", choices=DTYPES, help="type of the target's unquantised weights (default: as they are;"
+    add("--adapter-path", metavar="PATH", help="add the LoRA adapters of this directory to the target, as in mlx-lm")
+    add("--dtype", choices=DTYPES, help="convert the target's unquantised weights to this type (default: keep theirs;"
         " float32 for the embedded pair)")  # fmt: skip
-    add("--trust-remote-code", action="store_true")
+    add("--trust-remote-code", action="store_true", help="run the Python code that the model's directory brings along")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which target, which drafter, how much to draft."""
     add_pair_arguments(parser)
     add = parser.add_argument
-    add("--beam-width", type=number_or_auto, default=AUTO, metavar="W", help="beams; 1 drafts a chain. auto measures"
-        " what steps cost here, chooses all three while it writes, and decodes plainly where drafting does not pay"
-        " (default: auto; 1 if one of the other two is given)")  # fmt: skip
-    add("--beam-length", type=number_or_auto, default=AUTO, metavar="L", help="tokens per beam, the root included"
-        " (default: auto; if one of the other two is given 4, or 5 with more than one beam)")  # fmt: skip
-    add("--num-draft-tokens", type=number_or_auto, default=AUTO, metavar="N", help="draft tokens that the"
-        " target checks per step (default: auto; if another is given all of a chain, or 7 of a tree)")  # fmt: skip
-    add("--lookup", choices=LOOKUPS, help="also draft what followed in the text so far where it went like now: on in"
-        " every step, auto in those where it pays, up to 15 tokens; with --draft none, lookup alone (default: auto"
-        " where the three above are, with a drafter, else off)")  # fmt: skip
-    add("--tree-policy", choices=POLICIES, help="which of the drafted tokens are checked (default: best-first;"
-        " beams is not for auto, and counts as a given number)")  # fmt: skip
+    add("--beam-width", type=number_or_auto, default=AUTO, metavar="W", help="draft this many beams; 1 drafts a chain,"
+        " auto measures steps and chooses all three (default: auto; 1 if one of the next two is given)")  # fmt: skip
+    add("--beam-length", type=number_or_auto, default=AUTO, metavar="L", help="make a beam this many tokens long, the"
+        " root included (default: auto; 4 for a chain, 5 for a tree, if another of the three is given)")  # fmt: skip
+    add("--num-draft-tokens", type=number_or_auto, default=AUTO, metavar="N", help="verify this many draft tokens per"
+        " step (default: auto; all of a chain, 7 of a tree, if another of the three is given)")  # fmt: skip
+    add("--lookup", choices=LOOKUPS, help="copy drafts from earlier text: in every step (on), where it pays (auto) or"
+        " never (off) (default: auto if there is a drafter whose shape is auto, else off)")  # fmt: skip
+    add("--tree-policy", choices=POLICIES, help="verify a tree's most probable tokens (best-first) or those of whole"
+        " beams (beams, 4 wide if no width is given) (default: best-first)")  # fmt: skip
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """How much text, and how the target chooses."""
-    add = parser.add_argument
-    add("--max-tokens", "-m", type=int, default=max_tokens, help="-1 for no limit (default: %(default)s)")
-    add("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="keep the most probable tokens up to this share (default: all)")
-    add(
-        "--min-p",
-        type=float,
-        default=0.0,
-        help="keep tokens of this share of the best's probability (default: all)",
-    )
-    add("--min-tokens-to-keep", type=int, default=1, help="that --min-p leaves at least (default: %(default)s)")
-    add("--top-k", type=int, default=0, help="keep this many tokens (default: all)")
-    add("--xtc-probability", type=float, default=0.0, help="how often XTC applies (default: never)")
-    add("--xtc-threshold", type=float, default=0.1, help="probability that XTC counts as high (default: %(default)s)")
-    add("--seed", type=int, default=0, help="the same seed gives the same text, drafted or not (default: 0)")
-    add("--system-prompt", help="for the chat template")
-    add("--chat-template-config", metavar="JSON", help="more arguments for the chat template")
-    add(
-        "--extra-eos-token",
-        nargs="+",
-        default=(),
-        metavar="TOKEN",
-        help="tokens that end the text besides the model's",
-    )
-    add("--stop", nargs="+", default=(), metavar="TEXT", help="texts that end the text; they are not printed")
-    add("--prefill-step-size", type=int, default=2048, help="prompt tokens read at a time (default: %(default)s)")
-    add("--kv-bits", type=int, choices=(2, 4, 8), help="bits of the KV cache (default: as the model makes it)")
-    add("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="(default: %(default)s)")
-    add("--quantized-kv-start", type=int, default=5000, help="rows from which --kv-bits applies (default: %(default)s)")
+
+    def add(*names: str, default: Any = None, **options: Any) -> None:
+        parser.add_argument(*names, default=default, **options)
+
+    tokens = whole(1, also=(-1,), words="1 or more, or -1 for no limit")
+    add("--max-tokens", "-m", type=tokens, default=max_tokens, metavar="N", help="end the text after this many tokens;"
+        " -1 sets no limit (default: %(default)s)")  # fmt: skip
+    add("--temp", type=real(0), default=0.0, metavar="T", help="sample at this temperature; 0 takes the most probable"
+        " token (default: %(default)s)")  # fmt: skip
+    add("--top-p", type=real(0, 1), default=1.0, metavar="P", help="sample from the most probable tokens that make up"
+        " this share (default: 1, all)")  # fmt: skip
+    add("--min-p", type=real(0, 1), default=0.0, metavar="P", help="drop tokens below this share of the best token's"
+        " probability (default: 0, none)")  # fmt: skip
+    add("--min-tokens-to-keep", type=whole(1), default=1, metavar="N", help="keep at least this many tokens whatever"
+        " --min-p says (default: %(default)s)")  # fmt: skip
+    add("--top-k", type=whole(0), default=0, metavar="K", help="sample from the K most probable tokens (default: 0,"
+        " all)")  # fmt: skip
+    add("--xtc-probability", type=real(0, 1), default=0.0, metavar="P", help="apply XTC to this share of the tokens"
+        " (default: 0, none)")  # fmt: skip
+    add("--xtc-threshold", type=real(0, 0.5), default=0.1, metavar="P", help="let XTC drop tokens above this"
+        " probability, but the last of them (default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="fix the sampling: a seed gives one text, drafted or not"
+        " (default: %(default)s)")  # fmt: skip
+    add("--system-prompt", metavar="TEXT", help="begin the conversation with this system message")
+    add("--chat-template-config", metavar="JSON", help="give the chat template the arguments of this JSON object")
+    add("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="end the text at these tokens, too")
+    add("--stop", nargs="+", default=(), metavar="TEXT", help="end the text before any of these texts")
+    add("--prefill-step-size", type=whole(1), default=2048, metavar="N", help="read the prompt in pieces of this many"
+        " tokens (default: %(default)s)")  # fmt: skip
+    add("--kv-bits", type=int, choices=(2, 4, 8), help="quantise the KV cache to this many bits (default: do not)")
+    add("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="quantise this many values with one scale"
+        " (default: %(default)s)")  # fmt: skip
+    add("--quantized-kv-start", type=whole(0), default=5000, metavar="N", help="quantise the KV cache once it holds"
+        " this many tokens (default: %(default)s)")  # fmt: skip
 
 
 def number_or_auto(text: str) -> int | str:
@@ -99,7 +103,9 @@ def draft_shape(args: argparse.Namespace) -> DraftShape | str:
     policy = args.tree_policy or BEST_FIRST
     if {args.beam_width, args.beam_length, args.num_draft_tokens} == {AUTO} and policy == BEST_FIRST:
         return AUTO
-    width = 1 if args.beam_width == AUTO else args.beam_width
+    # A policy chooses between the branches of a tree; a chain has none.
+    usual_width = 1 if policy == BEST_FIRST else 4
+    width = usual_width if args.beam_width == AUTO else args.beam_width
     length = (4 if width == 1 else 5) if args.beam_length == AUTO else args.beam_length
     most = width * (length - 1)
     usual = most if width == 1 else min(7, most)
@@ -142,6 +148,7 @@ def generation_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, An
 
 
 def template_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The object of --chat-template-config. Raises UserError."""
     if args.chat_template_config is None:
         return {}
     try:

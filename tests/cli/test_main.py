@@ -1,16 +1,21 @@
 """Every mistake is one line that names the thing, and exit code 2."""
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
+from unittest.mock import create_autospec
 
 import mlx.core as mx
 import pytest
 from support import make_drafter
 
-from mlx_redrafter.cli.main import main
+import mlx_redrafter
+from mlx_redrafter.cli import inspect
+from mlx_redrafter.cli.main import main, parser_of_all
 from mlx_redrafter.drafting.redrafter import save_drafter
+from mlx_redrafter.errors import UserError
 from mlx_redrafter.text.loading import EMBEDDED
 
 
@@ -38,7 +43,11 @@ def truncate(folder):
 
 def refused(capsys, *argv):
     """The one line of an error."""
-    assert main(list(argv)) == 2
+    try:
+        code = main(list(argv))
+    except SystemExit as stopped:  # of a flag that argparse refuses
+        code = stopped.code
+    assert code == 2
     err = capsys.readouterr().err
     assert err.startswith("mlx-redrafter: error: ") and err.count("\n") == 1, err
     return err
@@ -153,8 +162,15 @@ def test_mistakes(capsys, argv, message, tmp_path, monkeypatch):
         (["generate", "-p", "x", "--bogus"], "unrecognized arguments: --bogus"),
         (["generate"], "--prompt"),
         (["chat", "--kv-bits", "3"], "argument --kv-bits: invalid choice"),
-        (["generate", "-p", "x", "--temp", "warm"], "argument --temp: invalid float value: 'warm'"),
+        (["generate", "-p", "x", "--temp", "warm"], "--temp is 'warm', expected a number, 0 or more"),
         (["convert", "drafter", "--hf-path", "x"], "--mlx-path"),
+        (
+            ["generate", "-p", "x", "-m", "0"],
+            "--max-tokens is 0, expected 1 or more, or -1 for no limit (`mlx-redrafter",
+        ),
+        (["chat", "--top-p", "1.5"], "--top-p is 1.5, expected 0 to 1"),
+        (["chat", "--min-p", "nan"], "--min-p is nan, expected 0 to 1"),
+        (["chat", "--top-k", "2.5"], "--top-k is '2.5', expected a whole number, 0 or more"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "COMMAND"),
     ],
@@ -189,6 +205,53 @@ def test_the_program_as_installed():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert subprocess.run([sys.executable, "-m", "mlx_redrafter.cli.main", "-h"], capture_output=True).returncode == 0
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"mlx-redrafter {mlx_redrafter.__version__}\n"
+
+
+@pytest.mark.parametrize("flags", [["--json"], []], ids=["json", "text"])
+def test_a_full_disk_behind_the_output(flags):
+    """If this fails, a script whose disk is full reads a traceback, and an exit code that means something else."""
+    command = [sys.executable, "-m", "mlx_redrafter.cli.main", "generate", "-p", "x", "-m", "2", "--draft", "none"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, *flags], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "mlx-redrafter: error: output: No space left on device\n")
+
+
+@pytest.mark.parametrize("error, line", [
+    (PermissionError(13, "Permission denied", "/a/config.json"), "/a/config.json: Permission denied"),
+    (UserError("yours"), "yours"),
+])  # fmt: skip
+def test_errors_of_files_are_one_line(capsys, monkeypatch, error, line):
+    monkeypatch.setattr("mlx_redrafter.cli.inspect.run", create_autospec(inspect.run, side_effect=error))
+    assert main(["inspect", "x"]) == 2
+    assert capsys.readouterr().err == f"mlx-redrafter: error: {line}\n"
+
+
+def every_parser(parser, name=()):
+    """All commands, and the parsers of their flags."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield " ".join(name), parser
+    for action in below:
+        for word, child in action.choices.items():
+            yield from every_parser(child, (*name, word))
+
+
+GENERATING = ["generate", "chat", "demo", "tune", "doctor"]
+
+
+@pytest.mark.parametrize("command", GENERATING)
+def test_every_flag_is_explained(command):
+    """If this fails, -h shows a flag and says nothing of it; flags are told what to do: verb, object."""
+    parser = dict(every_parser(parser_of_all()))[command]
+    for action in parser._actions:
+        assert action.help, action.option_strings
+        assert action.help[0].islower() and not action.help.rstrip().endswith("."), action.help
 
 
 def test_demo(capsys):

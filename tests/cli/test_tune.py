@@ -1,6 +1,5 @@
 """`mlx-redrafter tune`, the files behind it, and the flags that leave the choice to the program."""
 
-import argparse
 import json
 
 import pytest
@@ -13,7 +12,6 @@ from mlx_redrafter import DraftShape, UserError, stream_generate
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.system import openblas
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.text.flags import add_model_arguments, draft_shape
 from mlx_redrafter.tuning import store
 from mlx_redrafter.tuning.session import tuning_for
 from mlx_redrafter.tuning.store import Kept
@@ -116,27 +114,6 @@ def test_the_command(folder, capsys):
     assert f"Measured before; kept in {facts['file']}" in out and "Choice to begin with: " in out
     seconds = facts["costs"]["verify"]["128"]["16"]
     assert any(line.split()[:2] == ["16", f"{1e3 * seconds:.2f}"] for line in out.splitlines())
-
-
-@pytest.mark.parametrize(
-    "flags, shape",
-    [
-        ([], "auto"),
-        (["--beam-width", "auto", "--num-draft-tokens", "auto"], "auto"),
-        (["--beam-width", "1"], DraftShape()),
-        (["--beam-width", "4"], DraftShape(4, 5, 7)),
-        (["--beam-length", "3"], DraftShape(1, 3, 2)),
-        (["--num-draft-tokens", "2"], DraftShape(1, 4, 2)),
-        (["--beam-width", "2", "--beam-length", "3", "--num-draft-tokens", "auto"], DraftShape(2, 3, 4)),
-        (["--tree-policy", "best-first"], "auto"),
-        (["--tree-policy", "beams"], DraftShape(1, 4, 3, "beams")),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_flags(flags, shape):
-    parser = argparse.ArgumentParser()
-    add_model_arguments(parser)
-    assert draft_shape(parser.parse_args(flags)) == shape
 
 
 def test_mistakes(capsys):

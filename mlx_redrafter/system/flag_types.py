@@ -1,0 +1,39 @@
+"""Types of flags: numbers in a range, as argparse takes them. Knows nothing of commands."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def whole(least: int, most: int | None = None, also: tuple[int, ...] = (), words: str = "") -> Callable[[str], int]:
+    """A type for whole numbers from `least` to `most`, and those in `also`; `words` say it for people."""
+    expected = words or (f"{least} or more" if most is None else f"{least} to {most}")
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text!r}, expected a whole number, {expected}") from None
+        if value not in also and (value < least or (most is not None and value > most)):
+            raise argparse.ArgumentTypeError(f"is {value}, expected {expected}")
+        return value
+
+    return read
+
+
+def real(least: float, most: float = math.inf, words: str = "") -> Callable[[str], float]:
+    """A type for finite numbers from `least` to `most`."""
+    expected = words or (f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}")
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text!r}, expected a number, {expected}") from None
+        if not (math.isfinite(value) and least <= value <= most):
+            raise argparse.ArgumentTypeError(f"is {value:g}, expected {expected}")
+        return value
+
+    return read
