@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import pathlib
 import time
@@ -171,30 +172,29 @@ def _cost_checks(model: nn.Module, drafter: Drafter, report: Report) -> Iterator
 
 
 def _text_checks(kinds: list[Variant], reduced: bool) -> Iterator[Check]:
-    """Texts of each type of weights; one pair at a time is loaded."""
+    """Texts of each type of weights; a pair's memory is free before the next one is loaded."""
     for variant in kinds:
-        name = f"texts, {variant.name}"
-        if variant.why_not:
-            yield Check(name, NOT_MADE, variant.why_not)
-            continue
-        model, drafter, tokenizer = variant.load()
-        verifier = verifier_of(model)
-        if verifier.capability == NONE:
-            yield Check(name, NOT_MADE, verifier.reason)
-            continue
-        prompts = [_encode(tokenizer, prompt) for prompt in PROMPTS]
-        write = greedy_texts(model, drafter, tokenizer)
-        exact = variant.exact
+        yield from _texts_of(variant, reduced)
+        gc.collect()
+        mx.clear_cache()
 
-        def greedy() -> Check:
-            return greedy_check(name, measure(write, model, prompts), exact, reduced)  # noqa: B023  # called at once
 
-        def sampled() -> Check:
-            return sampled_check(f"{name}, sampled", model, drafter, tokenizer, prompts[:2], reduced)  # noqa: B023
-
-        yield guarded(name, greedy)
-        if exact:
-            yield guarded(f"{name}, sampled", sampled)
+def _texts_of(variant: Variant, reduced: bool) -> Iterator[Check]:
+    name = f"texts, {variant.name}"
+    if variant.why_not:
+        yield Check(name, NOT_MADE, variant.why_not)
+        return
+    model, drafter, tokenizer = variant.load()
+    verifier = verifier_of(model)
+    if verifier.capability == NONE:
+        yield Check(name, NOT_MADE, verifier.reason)
+        return
+    prompts = [_encode(tokenizer, prompt) for prompt in PROMPTS]
+    write = greedy_texts(model, drafter, tokenizer)
+    yield guarded(name, lambda: greedy_check(name, measure(write, model, prompts), variant.exact, reduced))
+    if variant.exact:
+        sampled = f"{name}, sampled"
+        yield guarded(sampled, lambda: sampled_check(sampled, model, drafter, tokenizer, prompts[:2], reduced))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -21,6 +21,7 @@ from mlx_redrafter.decoding.sampling import Chooser, position_keyed
 from mlx_redrafter.doctor.checks import FAILED, NOTE, OK, REPORT, Check
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.text.equality import Equality
 from mlx_redrafter.text.generate import stream_generate
 
 SHAPES = (DraftShape(), DraftShape(4, 5, 7))
@@ -43,22 +44,16 @@ TF32_ADVICE = (
 
 
 @dataclasses.dataclass
-class Equality:
+class Closeness(Equality):
     """What was found with one type of weights.
 
     Attributes:
-        texts, equal: drafted texts, and those that are token for token the plain one.
-        tokens, before: tokens of all drafted texts, and those before each one's first difference.
         gap: how much less probable, in nats, a token was than the one in its place, at most.
         rounding: how far the log-probabilities of plain decoding are from those of the same
             tokens read together, at most.
         unexplained: texts whose gap rounding does not explain.
     """
 
-    texts: int = 0
-    equal: int = 0
-    tokens: int = 0
-    before: int = 0
     gap: float = 0.0
     rounding: float = 0.0
     unexplained: int = 0
@@ -88,7 +83,7 @@ def measure(
     prompts: Sequence[list[int]],
     shapes: Sequence[DraftShape] = SHAPES,
     seconds: float = SECONDS,
-) -> Equality:
+) -> Closeness:
     """Writes each prompt's text plainly and drafted.
 
     Args:
@@ -96,19 +91,14 @@ def measure(
         prompts: token ids.
         seconds: after which no further prompt is begun.
     """
-    found, begin = Equality(), time.perf_counter()
+    found, begin = Closeness(), time.perf_counter()
     for prompt in prompts:
         plain, log_probs = write(prompt, None)
         found.rounding = max(found.rounding, _rounding(model, prompt, plain, log_probs))
         gaps = []
         for shape in shapes:
             drafted, _ = write(prompt, shape)
-            at = first_difference(plain, drafted)
-            found.texts += 1
-            found.tokens += len(plain)
-            found.before += len(plain) if at is None else at
-            found.equal += at is None
-            if at is not None:
+            if (at := found.add(plain, drafted)) is not None:
                 gaps.append(_gap(plain, drafted, log_probs, at))
         found.gap = max([found.gap, *gaps])
         # Both of two tokens move by rounding; what another prompt shows may be a little more.
@@ -116,14 +106,6 @@ def measure(
         if time.perf_counter() - begin > seconds:
             break
     return found
-
-
-def first_difference(plain: list[int], drafted: list[int]) -> int | None:
-    """Index of the first token that differs, a missing one included; None for equal texts."""
-    if plain == drafted:
-        return None
-    pairs = enumerate(zip(plain, drafted, strict=False))
-    return next((i for i, (mine, other) in pairs if mine != other), min(len(plain), len(drafted)))
 
 
 def _gap(plain: list[int], drafted: list[int], log_probs: list[mx.array], at: int) -> float:
@@ -145,7 +127,7 @@ def _rounding(model: nn.Module, prompt: list[int], text: list[int], log_probs: l
     return float(value)
 
 
-def greedy_check(name: str, found: Equality, exact: bool, reduced: bool) -> Check:
+def greedy_check(name: str, found: Closeness, exact: bool, reduced: bool) -> Check:
     """The verdict on greedy texts.
 
     Args:
@@ -153,7 +135,7 @@ def greedy_check(name: str, found: Equality, exact: bool, reduced: bool) -> Chec
         reduced: the device rounds float32 products to fewer bits.
     """
     figures = dataclasses.asdict(found)
-    detail = f"{found.equal} of {found.texts} equal to mlx_lm's, {found.before} of {found.tokens} tokens before a"
+    detail = f"{found} equal to mlx_lm's, {found.before} of {found.tokens} tokens before a"
     detail += f" difference; rounding moves {found.rounding:.1e} nats"
     if found.equal < found.texts:
         detail += f", largest gap {found.gap:.1e}"
@@ -174,17 +156,15 @@ def sampled_check(
     choose: Chooser = SAMPLED,
 ) -> Check:
     """Sampled texts in float32: a seed gives one text, drafted or not."""
-    equal = texts = 0
+    found = Equality()
     for prompt in prompts:
         options: dict[str, Any] = {"max_tokens": TOKENS, "chooser": choose}
         plain = [r.token for r in stream_generate(model, tokenizer, prompt, None, **options)]
         for shape in SHAPES:
-            texts += 1
-            equal += plain == [
-                r.token for r in stream_generate(model, tokenizer, prompt, drafter, shape=shape, **options)
-            ]
-    figures = {"texts": texts, "equal": equal}
-    detail = f"{equal} of {texts} equal to plain ones with the same seed"
-    if equal < texts:
+            drafted = stream_generate(model, tokenizer, prompt, drafter, shape=shape, **options)
+            found.add(plain, [r.token for r in drafted])
+    figures = {"texts": found.texts, "equal": found.equal}
+    detail = f"{found} equal to plain ones with the same seed"
+    if found.equal < found.texts:
         return Check(name, FAILED, detail, TF32_ADVICE if reduced else REPORT, figures)
     return Check(name, OK, detail, "", figures)

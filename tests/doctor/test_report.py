@@ -1,6 +1,7 @@
 """The doctor's verdicts on texts, products and memory; its report, and what the command returns."""
 
 import json
+import weakref
 
 import mlx.core as mx
 import pytest
@@ -11,6 +12,7 @@ from mlx_redrafter.doctor import command, float32_precision, memory, texts
 from mlx_redrafter.doctor.checks import FAILED, NOT_MADE, NOTE, OK, Check, guarded
 from mlx_redrafter.doctor.comparison import Places
 from mlx_redrafter.doctor.report import Report
+from mlx_redrafter.doctor.weight_types import Variant
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target import acceptance
@@ -140,6 +142,22 @@ def test_texts_that_part(drafted, equal, unexplained):
 def test_products(error, status, reduced):
     check = float32_precision.verdict({1: 1e-7, 8: error})
     assert check.status == status and check.figures["reduced"] == reduced
+
+
+def test_one_pair_is_in_memory_at_a_time(quick, pair):
+    """If this fails, a target that just fits is loaded while the one before it is still there."""
+    loaded, alive = [], []
+
+    def load():
+        alive.append([thing() is not None for thing in loaded])
+        model, drafter = make_model(vocab=4096, hidden=64), make_drafter(vocab=4096, hidden=64)
+        loaded.extend([weakref.ref(model), weakref.ref(drafter)])
+        return model, drafter, pair[2]
+
+    kinds = [Variant("one", load, exact=True), Variant("two", load, exact=False), Variant("three", load, exact=False)]
+    checks = list(command._text_checks(kinds, reduced=False))
+    assert [check.status for check in checks] == [OK] * 4
+    assert alive == [[], [False] * 2, [False] * 4]
 
 
 def test_memory_that_was_not_predicted():
