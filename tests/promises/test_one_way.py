@@ -1,0 +1,44 @@
+"""A prompt becomes text on one short way: how many functions and files a reader has to know of."""
+
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+
+import mlx_redrafter
+
+ROOT = pathlib.Path(__file__).parents[2]
+FUNCTIONS, FILES = 260, 40  # at most; to be lowered with every indirection that goes
+
+
+def passed(call: Callable[[], object]) -> set[tuple[str, str]]:
+    """(file, function) of all code of this project that a call runs; a comprehension counts with its function."""
+    found = set()
+
+    def note(frame, event, _):
+        if event == "call":
+            found.add(frame.f_code)
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    ours = [(pathlib.Path(code.co_filename), code.co_qualname) for code in found]
+    return {
+        (str(file.relative_to(ROOT)), re.sub(r"(\.<locals>)?\.<(listcomp|genexpr|dictcomp|setcomp)>.*", "", name))
+        for file, name in ours
+        if file.is_relative_to(ROOT) and file.parts[len(ROOT.parts)] not in ("tests", ".venv")
+    }
+
+
+def test_generate_passes_few_functions(tmp_path, monkeypatch):
+    """If this fails, a reader has more to follow from a prompt to its text; everything is in: probe, costs, tuning."""
+    monkeypatch.setenv("MLX_REDRAFTER_TUNING", str(tmp_path))
+    model, drafter, tokenizer = mlx_redrafter.load()
+    way = passed(
+        lambda: mlx_redrafter.generate(model, tokenizer, "import os\n", drafter=drafter, max_tokens=24)
+    )
+    assert len(way) > 50  # else nothing was seen
+    files = {file for file, _ in way}
+    assert len(way) <= FUNCTIONS and len(files) <= FILES, "\n".join(sorted(map(str, way)))
