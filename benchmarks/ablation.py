@@ -27,7 +27,7 @@ from mlx_redrafter.benchmarks.setup import (
 from mlx_redrafter.benchmarks.side_by_side import Method, side_by_side, summarize
 
 from mlx_redrafter.drafting.pairing import check_pair
-from mlx_redrafter.drafting.redrafter import RecurrentDrafter, load_drafter, quantize_drafter
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter, load_drafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.embedded.corpus import stdlib_files
 from mlx_redrafter.errors import UserError
@@ -163,7 +163,7 @@ def _finished(work: pathlib.Path, variant: Variant, target: Target) -> Recurrent
     drafter = load_drafter(_folder(work, variant.of or variant.name))
     check_pair(target, drafter, variant.name)
     if variant.bits is not None:
-        quantize_drafter(drafter, bits=variant.bits)
+        drafter.quantize(bits=variant.bits)
     return drafter
 
 

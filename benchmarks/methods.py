@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx_redrafter.benchmarks.side_by_side import Method
 
-from mlx_redrafter.decoding.sampling import Chooser, position_keyed
+from mlx_redrafter.decoding.sampling import Chooser, keyed_sampler, position_keyed
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, BEAMS, BEST_FIRST, OFF, DraftShape
 from mlx_redrafter.errors import UserError
@@ -119,17 +117,3 @@ class Decoder:
 
     def chooser(self) -> Chooser:
         return position_keyed(self.temp, self.seed)
-
-
-def keyed_sampler(choose: Chooser, position: int) -> Callable[[mx.array], mx.array]:
-    """An mlx-lm sampler for one text that draws as a position-keyed chooser does.
-
-    Args:
-        position: of the first token it will choose.
-    """
-    positions = itertools.count(position)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        return choose(logprobs[:, None], mx.array([[next(positions)]]))[:, 0]
-
-    return sample

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_redrafter.convert.heads import Kind, convert_head
 from mlx_redrafter.convert.source import source_weights
 
-from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, build_drafter, quantize_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, build_drafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
 from mlx_redrafter.system.weights import tensors
@@ -49,7 +49,7 @@ def _untied(drafter: RecurrentDrafter) -> RecurrentDrafter:
 
 
 #: Converts a ReDrafter checkpoint, under Apple's names or our own; arguments as of `convert_head` after the kind.
-convert_drafter = functools.partial(convert_head, Kind(read, quantize_drafter, _untied))
+convert_drafter = functools.partial(convert_head, Kind(read, RecurrentDrafter.quantize, _untied))
 
 
 def rename(weights: dict[str, mx.array], config: DrafterConfig, source: pathlib.Path) -> dict[str, mx.array]:

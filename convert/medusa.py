@@ -13,7 +13,7 @@ from mlx_redrafter.convert.source import source_weights
 from mlx_redrafter.convert.torch_files import as_safetensors
 
 from mlx_redrafter.drafting.drafter_files import whole_number
-from mlx_redrafter.drafting.medusa import MODEL_TYPE, MedusaConfig, MedusaHeads, build_medusa, quantize_medusa
+from mlx_redrafter.drafting.medusa import MODEL_TYPE, MedusaConfig, MedusaHeads, build_medusa
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
 from mlx_redrafter.system.hub import fetch
@@ -96,4 +96,4 @@ def published_form(heads: MedusaHeads) -> tuple[dict[str, Any], dict[str, mx.arr
 
 
 #: Converts published Medusa heads, or our own; arguments as of `convert_head` after the kind.
-convert_medusa = functools.partial(convert_head, Kind(read_heads, quantize_medusa, lambda heads: heads, _PATTERNS))
+convert_medusa = functools.partial(convert_head, Kind(read_heads, MedusaHeads.quantize, lambda heads: heads, _PATTERNS))

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_redrafter.decoding.trace import WatchedStep
 
-GREEN, RED, BOLD, DIM, PLAIN = "\033[32m", "\033[31m", "\033[1m", "\033[2m", "\033[0m"
+GREEN, RED, BOLD, PLAIN = "\033[32m", "\033[31m", "\033[1m", "\033[0m"
 
 
 def colours() -> bool:

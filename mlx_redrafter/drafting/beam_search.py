@@ -38,16 +38,6 @@ class Beam:
     origins: mx.array
     log_probs: mx.array
 
-    def sequences(self) -> mx.array:
-        """The final beams' tokens, (B, W, L - 1), most probable beam first (the root left out)."""
-        steps = self.tokens.shape[1]
-        entry = mx.broadcast_to(mx.arange(self.tokens.shape[2], dtype=mx.int32), self.tokens[:, 0].shape)
-        columns: list[mx.array] = []
-        for step in reversed(range(steps)):
-            columns.insert(0, mx.take_along_axis(self.tokens[:, step], entry, axis=1))
-            entry = mx.take_along_axis(self.origins[:, step], entry, axis=1)
-        return mx.stack(columns, axis=-1)
-
 
 def beam_search(
     drafter: RecurrentDrafter,

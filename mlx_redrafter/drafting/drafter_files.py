@@ -1,4 +1,7 @@
-"""What the files of all kinds of heads have in common: checked config keys, checked tensors, quantisation."""
+"""What all kinds of drafters have in common: their two files, checked key by key, and quantisation.
+
+Knows nothing of how a drafter computes.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.weights import tensors
 
 
 def whole_number(fields: dict[str, Any], key: str, least: int, source: str) -> int:
@@ -48,6 +51,14 @@ def read_quantization(fields: dict[str, Any], widths: dict[str, int], source: st
     return quantization
 
 
+def read_fingerprint(fields: dict[str, Any], source: str) -> dict[str, Any] | None:
+    """The key "target_fingerprint" of a config.json, if it is there. Raises UserError unless it is an object."""
+    target = fields.get("target_fingerprint")
+    if target is not None and not isinstance(target, dict):
+        raise UserError(f"{source}: target_fingerprint is {target!r}, expected an object")
+    return target
+
+
 def check_quantization(bits: int, group_size: int) -> None:
     """Raises UserError unless mlx has an affine quantisation of this kind."""
     if bits not in (2, 3, 4, 5, 6, 8):
@@ -63,50 +74,57 @@ def check_widths(widths: dict[str, int], group_size: int) -> None:
             raise UserError(f"--q-group-size is {group_size}, which does not divide the drafter's {name} {width}")
 
 
-def quantize_head(head: Any, widths: dict[str, int], group_size: int, bits: int) -> None:
-    """Quantises all matrices in place with mlx's affine scheme and notes it in the head's config.
+class DrafterBase(nn.Module):
+    """A drafter of any kind.
 
-    Raises:
-        UserError: a width that the group size does not divide, or a scheme mlx does not have.
+    Attributes:
+        config: with `widths()`, `to_dict()` and `quantization`.
+        method: the name that statistics give to decoding with it.
+        deepest: draft tokens in a row that it can propose.
     """
-    check_quantization(bits, group_size)
-    check_widths(widths, group_size)
-    nn.quantize(head, group_size=group_size, bits=bits)
-    head.config.quantization = {"group_size": group_size, "bits": bits}
 
+    config: Any
+    method: str
+    deepest: int
 
-def fill(head: Any, weights: dict[str, mx.array], source: str) -> None:
-    """Gives a new head its weights, every name and shape checked, and freezes it.
+    def quantize(self, group_size: int = 64, bits: int = 4) -> None:
+        """Quantises all matrices in place with mlx's affine scheme and notes it in the config.
 
-    Args:
-        head: with a config that says how it is quantised.
+        Raises:
+            UserError: a width that the group size does not divide, or a scheme mlx does not have.
+        """
+        check_quantization(bits, group_size)
+        check_widths(self.config.widths(), group_size)
+        nn.quantize(self, group_size=group_size, bits=bits)
+        self.config.quantization = {"group_size": group_size, "bits": bits}
 
-    Raises:
-        UserError: naming the first tensor that is missing, unknown or of another shape.
-    """
-    if head.config.quantization is not None:
-        nn.quantize(head, head.config.quantization["group_size"], head.config.quantization["bits"])
-    expected = dict(tree_flatten(head.parameters()))
-    for name, value in expected.items():
-        if name not in weights:
-            raise UserError(f"{source}: tensor {name!r} is missing")
-        if weights[name].shape != value.shape:
-            raise UserError(f"{source}: tensor {name!r} has shape {weights[name].shape}, expected {value.shape}")
-    if unknown := sorted(set(weights) - set(expected)):
-        raise UserError(f"{source}: tensor {unknown[0]!r} does not belong to a drafter of this config")
-    head.load_weights(list(weights.items()))
-    head.freeze()
+    def fill(self, weights: dict[str, mx.array], source: str) -> None:
+        """Takes its weights, quantised as the config says, every name and shape checked, and freezes itself.
 
+        Raises:
+            UserError: naming the first tensor that is missing, unknown or of another shape.
+        """
+        if self.config.quantization is not None:
+            nn.quantize(self, self.config.quantization["group_size"], self.config.quantization["bits"])
+        expected = tensors(self)
+        for name, value in expected.items():
+            if name not in weights:
+                raise UserError(f"{source}: tensor {name!r} is missing")
+            if weights[name].shape != value.shape:
+                raise UserError(f"{source}: tensor {name!r} has shape {weights[name].shape}, expected {value.shape}")
+        if unknown := sorted(set(weights) - set(expected)):
+            raise UserError(f"{source}: tensor {unknown[0]!r} does not belong to a drafter of this config")
+        self.load_weights(list(weights.items()))
+        self.freeze()
 
-def save_head(head: Any, path: str | pathlib.Path) -> None:
-    """Writes config.json and model.safetensors into a directory, each whole or not at all.
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes config.json and model.safetensors into a directory, each whole or not at all.
 
-    Raises:
-        UserError: the place cannot be written.
-    """
-    folder = pathlib.Path(path)
-    weights = dict(tree_flatten(head.parameters()))
-    with replace_file(folder / "model.safetensors") as file:
-        mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
-    with replace_file(folder / "config.json") as file:
-        file.write_text(json.dumps(head.config.to_dict(), indent=2) + "\n")
+        Raises:
+            UserError: the place cannot be written.
+        """
+        folder = pathlib.Path(path)
+        with replace_file(folder / "model.safetensors") as file:
+            mx.save_safetensors(str(file), tensors(self), metadata={"format": "mlx"})
+        with replace_file(folder / "config.json") as file:
+            file.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")

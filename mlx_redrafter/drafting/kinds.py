@@ -6,11 +6,8 @@ import pathlib
 from typing import TypeAlias
 
 from mlx_redrafter.drafting import medusa, redrafter
-from mlx_redrafter.drafting.beam_search import Embedder
 from mlx_redrafter.drafting.medusa import MedusaHeads, load_medusa
-from mlx_redrafter.drafting.proposers import MedusaProposer, Proposer, RecurrentProposer
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter, load_drafter
-from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
 
@@ -37,25 +34,3 @@ def open_drafter(path: str | pathlib.Path) -> Drafter:
             f" (`mlx-redrafter train --model {path} --out NEW` makes a drafter for it)"
         )
     return load_drafter(path)
-
-
-def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0) -> Proposer:
-    """What proposes with a drafter.
-
-    Args:
-        embed: the target's embedding.
-        temperature: of the drafter's probabilities, by which a tree's nodes are chosen.
-    """
-    if isinstance(drafter, MedusaHeads):
-        return MedusaProposer(drafter)
-    return RecurrentProposer(drafter, embed, temperature)
-
-
-def deepest(drafter: Drafter) -> int:
-    """Draft tokens in a row that a drafter can propose."""
-    return drafter.config.medusa_num_heads if isinstance(drafter, MedusaHeads) else LONGEST_BEAM - 1
-
-
-def method_of(drafter: Drafter | None) -> str:
-    """The name that statistics give to decoding with this drafter; without one, it is lookup that drafts."""
-    return "lookup" if drafter is None else "medusa" if isinstance(drafter, MedusaHeads) else "redrafter"

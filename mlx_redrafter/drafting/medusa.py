@@ -14,13 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from mlx_redrafter.drafting.drafter_files import fill, quantize_head, read_quantization, whole_number
+from mlx_redrafter.drafting.drafter_files import DrafterBase, read_fingerprint, read_quantization, whole_number
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, check_choices
 from mlx_redrafter.drafting.redrafter import ResidualBlock
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json, read_safetensors
+from mlx_redrafter.system.weights import tensors
 
 MODEL_TYPE = "medusa"
 MOST_HEADS = 31  # as many tokens as a beam can have after its root
@@ -75,11 +75,13 @@ class MedusaConfig:
         choices: tuple[Choice, ...] = ()
         if fields.get("medusa_choices") is not None:
             choices = check_choices(fields["medusa_choices"], heads, source)
-        target = fields.get("target_fingerprint")
-        if target is not None and not isinstance(target, dict):
-            raise UserError(f"{source}: target_fingerprint is {target!r}, expected an object")
-        quantization = read_quantization(fields, {"hidden_size": hidden}, source)
-        return cls(vocab, hidden, heads, layers, choices, quantization, target)
+        config = cls(vocab, hidden, heads, layers, choices, target_fingerprint=read_fingerprint(fields, source))
+        config.quantization = read_quantization(fields, config.widths(), source)
+        return config
+
+    def widths(self) -> dict[str, int]:
+        """Of the matrices that quantisation splits into groups."""
+        return {"hidden_size": self.hidden_size}
 
     def to_dict(self) -> dict[str, Any]:
         fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
@@ -100,12 +102,14 @@ class MedusaHead(nn.Module):
         return self.lm_head(context)
 
 
-class MedusaHeads(nn.Module):
+class MedusaHeads(DrafterBase):
     """All heads over one context."""
+
+    method = "medusa"
 
     def __init__(self, config: MedusaConfig):
         super().__init__()
-        self.config = config
+        self.config, self.deepest = config, config.medusa_num_heads
         self.heads = [MedusaHead(config) for _ in range(config.medusa_num_heads)]
 
     def __call__(self, context: mx.array, count: int | None = None) -> mx.array:
@@ -122,17 +126,11 @@ class MedusaHeads(nn.Module):
 
     def bytes_per_draft_step(self) -> int:
         """Bytes of weights that drafting reads: all heads, once per step of decoding."""
-        parts: dict[str, Any] = dict(tree_flatten(self.parameters()))
-        return sum(value.nbytes for value in parts.values())
-
-
-def quantize_medusa(heads: MedusaHeads, group_size: int = 64, bits: int = 4) -> None:
-    """Quantises all matrices in place and notes it in the config. Raises UserError as `quantize_head` does."""
-    quantize_head(heads, {"hidden_size": heads.config.hidden_size}, group_size, bits)
+        return sum(value.nbytes for value in tensors(self).values())
 
 
 def load_medusa(path: str | pathlib.Path) -> MedusaHeads:
-    """Reads a directory written by `save_head`.
+    """Reads a directory written by `MedusaHeads.save`.
 
     Raises:
         UserError: naming the missing or damaged file, key or tensor.
@@ -146,5 +144,5 @@ def load_medusa(path: str | pathlib.Path) -> MedusaHeads:
 def build_medusa(config: MedusaConfig, weights: dict[str, mx.array], source: str) -> MedusaHeads:
     """Heads of this config with these weights. Raises UserError for tensors that do not fit."""
     heads = MedusaHeads(config)
-    fill(heads, weights, source)
+    heads.fill(weights, source)
     return heads

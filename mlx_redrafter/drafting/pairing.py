@@ -21,7 +21,7 @@ def check_pair(target: Target, drafter: Drafter, name: str = "drafter") -> None:
             raise UserError(
                 f"{name}: {field} is {found}, but the target's is {expected}; it was made for another model"
             )
-    if isinstance(drafter, RecurrentDrafter):
+    if isinstance(drafter, RecurrentDrafter) and not drafter.is_complete:
         tie(drafter, target)
 
 

@@ -24,11 +24,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from mlx_redrafter.drafting.drafter_files import fill, quantize_head, read_quantization, save_head, whole_number
+from mlx_redrafter.drafting.drafter_files import DrafterBase, read_fingerprint, read_quantization, whole_number
+from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json, read_safetensors
+from mlx_redrafter.system.weights import tensors
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 
@@ -103,12 +104,13 @@ class DrafterConfig:
             expected = f"a whole number from 1 to vocab_size, {values['vocab_size']}"
             raise UserError(f"{source}: draft_vocab_size is {reduced!r}, expected {expected}")
         values["draft_vocab_size"] = reduced
-        widths = {key: values[key] for key in ("hidden_size", "exit_dim")}
-        quantization = read_quantization(fields, widths, source)
-        target = fields.get("target_fingerprint")
-        if target is not None and not isinstance(target, dict):
-            raise UserError(f"{source}: target_fingerprint is {target!r}, expected an object")
-        return cls(**values, quantization=quantization, target_fingerprint=target)
+        config = cls(**values, target_fingerprint=read_fingerprint(fields, source))
+        config.quantization = read_quantization(fields, config.widths(), source)
+        return config
+
+    def widths(self) -> dict[str, int]:
+        """Of the matrices that quantisation splits into groups."""
+        return {"hidden_size": self.hidden_size, "exit_dim": self.exit_dim}
 
     def to_dict(self) -> dict[str, Any]:
         fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
@@ -131,8 +133,11 @@ class ResidualBlock(nn.Module):
         return z + nn.silu(self.linear(z))
 
 
-class RecurrentDrafter(nn.Module):
+class RecurrentDrafter(DrafterBase):
     """The drafter's weights and its three pieces: context half, recurrence, head."""
+
+    method = "redrafter"
+    deepest = LONGEST_BEAM - 1
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -173,11 +178,6 @@ class RecurrentDrafter(nn.Module):
         """Whether the drafter has its output layer; one with `tie_output` waits for `tie`."""
         return not self.config.tie_output or self._tied is not None
 
-    @property
-    def output(self) -> Any:
-        """O, the drafter's own or the target's."""
-        return self._tied if self.config.tie_output else self.lm_head
-
     def target_ids(self, drafted: mx.array) -> mx.array:
         """The target's ids of draft tokens, same shape, int32; the tokens themselves where all can be drafted."""
         return drafted if self.config.draft_vocab_size is None else self.vocab_map[drafted]
@@ -188,10 +188,9 @@ class RecurrentDrafter(nn.Module):
         The context's half of P is read once per step of decoding and not counted, nor is
         the one row of the embedding.
         """
-        parts: dict[str, Any] = dict(tree_flatten(self.parameters()))
-        tied: dict[str, Any] = {} if self._tied is None else dict(tree_flatten(self._tied.parameters()))
-        own = sum(v.nbytes for k, v in parts.items() if not k.startswith(("vocab_map", "input_proj_context")))
-        return own + sum(v.nbytes for v in tied.values())
+        unread = ("vocab_map", "input_proj_context")
+        own = sum(value.nbytes for name, value in tensors(self).items() if not name.startswith(unread))
+        return own + (0 if self._tied is None else sum(value.nbytes for value in tensors(self._tied).values()))
 
     def project_context(self, context: mx.array) -> mx.array:
         """The part of the head that reads only the context h; once per step.
@@ -202,7 +201,7 @@ class RecurrentDrafter(nn.Module):
         Returns:
             P_h h + p of shape (..., exit_dim), or h itself where there is no projection.
         """
-        return self.input_proj_context(context) if self.config.has_input_proj else context
+        return self.input_proj_context(context) if "input_proj_context" in self else context
 
     def advance(self, embedding: mx.array, state: mx.array | None) -> mx.array:
         """One step of the recurrence.
@@ -229,37 +228,18 @@ class RecurrentDrafter(nn.Module):
         Returns:
             (..., config.scored), unnormalised.
         """
-        if self.config.has_input_proj:
+        if "input_proj_state" in self:
             z = projected_context + self.input_proj_state(state)
         else:
             shape = (*state.shape[:-1], projected_context.shape[-1])
             z = mx.concatenate([mx.broadcast_to(projected_context, shape), state], axis=-1)
         for block in self.blocks:
             z = block(z)
-        return self.output(z)
-
-
-def quantize_drafter(drafter: RecurrentDrafter, group_size: int = 64, bits: int = 4) -> None:
-    """Quantises all matrices in place with mlx's affine scheme and notes it in the config.
-
-    Raises:
-        UserError: a width that the group size does not divide, or a scheme mlx does not have.
-    """
-    config = drafter.config
-    quantize_head(drafter, {"hidden_size": config.hidden_size, "exit_dim": config.exit_dim}, group_size, bits)
-
-
-def save_drafter(drafter: RecurrentDrafter, path: str | pathlib.Path) -> None:
-    """Writes config.json and model.safetensors into a directory, each whole or not at all.
-
-    Raises:
-        UserError: the place cannot be written.
-    """
-    save_head(drafter, path)
+        return (self._tied if self.config.tie_output else self.lm_head)(z)
 
 
 def load_drafter(path: str | pathlib.Path) -> RecurrentDrafter:
-    """Reads a directory written by `save_drafter`.
+    """Reads a directory written by `RecurrentDrafter.save`.
 
     Raises:
         UserError: naming the missing or damaged file, key or tensor.
@@ -281,7 +261,7 @@ def build_drafter(config: DrafterConfig, weights: dict[str, mx.array], source: s
         UserError: naming the first tensor that is missing, unknown or of another shape.
     """
     drafter = RecurrentDrafter(config)
-    fill(drafter, weights, source)
+    drafter.fill(weights, source)
     if (ids := weights.get("vocab_map")) is not None and not (
         ids.dtype == mx.int32 and mx.all((ids >= 0) & (ids < config.vocab_size)).item()
     ):

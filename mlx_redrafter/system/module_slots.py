@@ -27,11 +27,6 @@ class Slot:
     name: Any
     module: nn.Module
 
-    @property
-    def in_place(self) -> bool:
-        """Whether the module still hangs there."""
-        return self.owner[self.name] is self.module
-
 
 def slots(owner: Any, path: str = "") -> Iterator[Slot]:
     """Where every module below one hangs, parents first."""

@@ -40,7 +40,11 @@ class Target:
         # A weak reference: the model would own itself in a circle otherwise, and its memory would stay.
         known = getattr(model, "_redrafter_target", None)
         target = None if known is None else known()
-        fits = target is not None and target.model is model and all(s.in_place for s, _ in target._stand_ins)
+        fits = (
+            target is not None
+            and target.model is model
+            and all(s.owner[s.name] is s.module for s, _ in target._stand_ins)
+        )
         if target is None or not fits:
             target = cls(model)
             model._redrafter_target = weakref.ref(target)

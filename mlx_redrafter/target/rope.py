@@ -76,7 +76,8 @@ def _rope_from_tables(a: mx.array, offset: Any, options: dict[str, Any], tables:
     """
     dims = a.shape[-1]
     shape = (a.shape[0], *(1 for _ in a.shape[1:-2]), a.shape[-2], dims)
-    key = (shape, a.dtype, _identity(offset), *((name, _identity(options[name])) for name in sorted(options)))
+    given = [("offset", offset), *sorted(options.items())]
+    key = (shape, a.dtype, *((name, id(value) if isinstance(value, mx.array) else value) for name, value in given))
     if key not in tables:
         first, swap = _pairs(dims, bool(options.get("traditional")), a.dtype)
         turned = _rope_per_row(mx.broadcast_to(first, shape), dims, offset, options)
@@ -85,10 +86,6 @@ def _rope_from_tables(a: mx.array, offset: Any, options: dict[str, Any], tables:
         tables[key] = (cosines + cosines @ swap, sines - sines @ swap, swap, kept)
     cosines, sines, swap, _ = tables[key]
     return a * cosines + (a @ swap) * sines
-
-
-def _identity(value: Any) -> Any:
-    return id(value) if isinstance(value, mx.array) else value
 
 
 @functools.lru_cache(maxsize=16)

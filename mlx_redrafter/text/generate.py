@@ -18,7 +18,7 @@ from mlx_redrafter.decoding.options import DecodingOptions, Progress
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import Chooser, from_sampler, greedy
 from mlx_redrafter.decoding.step import Produced
-from mlx_redrafter.drafting.kinds import Drafter, method_of
+from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape
 from mlx_redrafter.errors import UserError
@@ -187,7 +187,7 @@ def _steps(
     fixed = shape if isinstance(shape, DraftShape) else None
     proposer, planner, session = drafting_for(verifier, drafter, fixed, lookup, [*cached_tokens, *ids], options.choose)
     source = _drafting(verifier, proposer, prompt, prompt_cache, options, planner)
-    return _wired(target.model, source, session), method_of(drafter), ""
+    return _wired(target.model, source, session), "lookup" if drafter is None else drafter.method, verifier.reason
 
 
 def _wired(model: nn.Module, source: Generator[Produced], session: Session | None = None) -> Generator[Produced]:

@@ -31,7 +31,7 @@ class GenerationResponse:
         finish_reason: "stop", "length" or None while it goes on.
         steps, mean_acceptance_length, acceptance_by_position: see `Statistics`.
         method: "redrafter", "medusa", "lookup" (alone), or "plain".
-        reason: why a given drafter was not used, for people; empty otherwise.
+        reason: why a given drafter was not used, or with limits, for people; empty otherwise.
         shape, plain_share, lookup_share: see `Statistics`.
     """
 
@@ -69,6 +69,8 @@ def summary(response: GenerationResponse) -> str:
             f" (by position: {rates})"
         )
         lines.append(f"Drafted: {drafted(response)}")
+        if response.reason:
+            lines.append(f"Drafting is limited: {response.reason}")
     elif response.reason:
         lines.append(f"Decoded without drafts: {response.reason}")
     return "\n".join(lines)

@@ -15,7 +15,8 @@ import mlx.core as mx
 
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
-from mlx_redrafter.drafting.kinds import Drafter, proposer_for
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.proposers import proposer_for
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Plan
 from mlx_redrafter.target.cache.attention import BLOCK
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves

@@ -19,11 +19,11 @@ from mlx.utils import tree_flatten
 
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import Chooser, draft_temperature
-from mlx_redrafter.drafting.kinds import Drafter, deepest, proposer_for
+from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.lookup_index import TextIndex
 from mlx_redrafter.drafting.pairing import check_pair
-from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.drafting.proposers import Proposer, proposer_for
 from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, Plan
 from mlx_redrafter.system.device import blas_threads, device_name, on_cpu
 from mlx_redrafter.system.openblas import IDLE_VARIABLE, prefer_openblas
@@ -192,7 +192,7 @@ def session_for(verifier: Verifier, drafter: Drafter | None, fresh: bool = False
 
 def _fits(shape: DraftShape, verifier: Verifier, drafter: Drafter) -> bool:
     width = 1 if verifier.capability == CHAIN else drafter.config.scored
-    return shape.beam_width <= width and shape.beam_length <= 1 + deepest(drafter)
+    return shape.beam_width <= width and shape.beam_length <= 1 + drafter.deepest
 
 
 def key_of(verifier: Verifier, drafter: Drafter | None) -> dict[str, Any]:

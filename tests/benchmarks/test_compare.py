@@ -9,7 +9,6 @@ from support import SHARED
 from support.pages import traced_figures
 
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.drafter_files import save_head
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.loading import EMBEDDED
@@ -26,7 +25,7 @@ def heads(pair, tmp_path_factory):
     """Four random Medusa heads without blocks."""
     target, folder = Target(pair[0]), tmp_path_factory.mktemp("medusa")
     mx.random.seed(0)
-    save_head(MedusaHeads(MedusaConfig(target.vocab_size, target.hidden_size, 4, 0)), folder)
+    MedusaHeads(MedusaConfig(target.vocab_size, target.hidden_size, 4, 0)).save(folder)
     return folder
 
 
@@ -84,7 +83,7 @@ def test_models_for_another_target(heads, stories, tmp_path, capsys):
     """If this fails, the mistake shows as a traceback from deep inside, or as a text that differs."""
     assert bench("--draft-model", stories) == 2
     assert f"--draft-model {stories}: vocabulary of 512, the target's is" in capsys.readouterr().err
-    save_head(MedusaHeads(MedusaConfig(97, 32, 4, 0)), tmp_path / "small")
+    MedusaHeads(MedusaConfig(97, 32, 4, 0)).save(tmp_path / "small")
     assert bench("--medusa", tmp_path / "small") == 2
     assert f"--medusa {tmp_path / 'small'}" in capsys.readouterr().err
     assert bench("--draft", heads) == 2

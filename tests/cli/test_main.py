@@ -14,7 +14,6 @@ from support import make_drafter
 import mlx_redrafter
 from mlx_redrafter.cli import inspect
 from mlx_redrafter.cli.main import main, parser_of_all
-from mlx_redrafter.drafting.redrafter import save_drafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.text.loading import EMBEDDED
 
@@ -85,12 +84,12 @@ def test_damaged_targets(target, capsys, damage, message):
     ],
 )
 def test_drafters_of_other_models(tmp_path, capsys, changes, message):
-    save_drafter(make_drafter(**changes), tmp_path / "d")
+    make_drafter(**changes).save(tmp_path / "d")
     assert message in refused(capsys, "generate", "--draft", str(tmp_path / "d"), "-p", "x")
 
 
 def test_damaged_drafters(tmp_path, capsys):
-    save_drafter(make_drafter(vocab=4096, hidden=384), tmp_path)
+    make_drafter(vocab=4096, hidden=384).save(tmp_path)
     truncate(tmp_path)
     assert "model.safetensors: truncated" in refused(capsys, "generate", "--draft", str(tmp_path), "-p", "x")
     edit(tmp_path, exit_dim=None)

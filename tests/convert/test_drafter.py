@@ -15,7 +15,7 @@ from support import make_drafter
 
 from mlx_redrafter import UserError, load
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, load_drafter, save_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, load_drafter
 from mlx_redrafter.text.checks import rope_fields
 from mlx_redrafter.text.loading import EMBEDDED
 
@@ -163,7 +163,7 @@ def test_light_heads_are_kept(tmp_path):
     """If this fails, converting a drafter of a reduced vocabulary or a tied output layer loses them."""
     for i, shape in enumerate(({"draft_vocab_size": 10}, {"tie_output": True})):
         drafter = make_drafter(**shape, seed=i) if "tie_output" not in shape else make_tied()
-        save_drafter(drafter, tmp_path / f"{i}")
+        drafter.save(tmp_path / f"{i}")
         convert_drafter(str(tmp_path / f"{i}"), str(tmp_path / f"{i}-copy"), dtype="float16")
         found = load_drafter(tmp_path / f"{i}-copy")
         drafter.set_dtype(mx.float16)

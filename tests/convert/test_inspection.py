@@ -15,10 +15,8 @@ from mlx_redrafter.convert.target import convert_target
 from support import make_drafter
 
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.drafter_files import save_head
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
-from mlx_redrafter.drafting.redrafter import quantize_drafter, save_drafter
 from mlx_redrafter.text.loading import EMBEDDED
 
 
@@ -110,7 +108,7 @@ def test_drafters(tmp_path, capsys):
     """If this fails, the cost of a drafter is wrong, or one to convert is called ready."""
     drafter = make_drafter(hidden=64, vocab=128, exit_dim=64)
     drafter.config.target_fingerprint = {"name": "owner/model"}
-    save_drafter(drafter, tmp_path / "d")
+    drafter.save(tmp_path / "d")
     found = inspected(capsys, tmp_path / "d")
     assert (found["kind"], found["runnable"]) == ("drafter", True)
     assert found["about"] == "for targets of hidden size 64 and vocabulary 128, made for owner/model"
@@ -125,9 +123,9 @@ def test_drafters(tmp_path, capsys):
     assert (unconverted["kind"], unconverted["runnable"]) == ("unconverted drafter", False)
     assert unconverted["lacks"][0].startswith("conversion: mlx-redrafter convert drafter")
     assert unconverted["parameters"] == found["parameters"]
-    quantize_drafter(drafter, 32, 4)
+    drafter.quantize(32, 4)
     drafter.config.target_fingerprint = None
-    save_drafter(drafter, tmp_path / "q")
+    drafter.save(tmp_path / "q")
     quantised = inspected(capsys, tmp_path / "q")
     assert quantised["bytes_per_step"] < found["bytes_per_step"] / 3 and "4-bit affine" in quantised["weight_types"]
     assert "does not say which target" in quantised["remarks"][0]
@@ -141,7 +139,7 @@ def test_torch_files(tmp_path, capsys):
     torch.save({"x": torch.zeros(3)}, target / "pytorch_model.bin")
     found = inspected(capsys, target)
     assert found["kind"] == "unconverted target" and "convert target" in found["lacks"][0] and not found["runnable"]
-    save_drafter(make_drafter(), drafter)
+    make_drafter().save(drafter)
     (drafter / "model.safetensors").unlink()
     (drafter / "model.pt").write_bytes(b"not looked into")
     found = inspected(capsys, drafter)
@@ -152,7 +150,7 @@ def test_medusa_heads(tmp_path, capsys):
     """If this fails, heads that `--draft` takes are reported as a target, or published ones as ready for use."""
     mx.random.seed(0)
     heads = MedusaHeads(MedusaConfig(97, 32, 4, 2))
-    save_head(heads, tmp_path / "heads")
+    heads.save(tmp_path / "heads")
     found = inspected(capsys, tmp_path / "heads")
     assert found["kind"] == "drafter" and found["runnable"], found["lacks"]
     assert found["about"] == "for targets of hidden size 32 and vocabulary 97"
@@ -166,7 +164,7 @@ def test_medusa_heads_there_and_back(tmp_path):
     """If this fails, heads cannot be exported, or not bit for bit."""
     mx.random.seed(0)
     heads = MedusaHeads(MedusaConfig(97, 32, 4, 2, medusa_choices=((0,), (0, 1))))
-    save_head(heads, tmp_path / "heads")
+    heads.save(tmp_path / "heads")
     export(str(tmp_path / "heads"), str(tmp_path / "published"))
     assert {path.name for path in (tmp_path / "published").iterdir()} == {"config.json", "medusa_lm_head.safetensors"}
     names = mx.load(str(tmp_path / "published" / "medusa_lm_head.safetensors")).keys()

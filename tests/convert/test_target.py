@@ -17,7 +17,6 @@ from support import make_drafter
 
 from mlx_redrafter import UserError, load
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.redrafter import save_drafter
 from mlx_redrafter.system.weights import read_weights
 from mlx_redrafter.text.loading import EMBEDDED
 
@@ -296,7 +295,7 @@ def test_export_checks_the_layout(change, message):
 
 
 def test_export_refuses_light_drafters(tmp_path, capsys):
-    save_drafter(make_drafter(draft_vocab_size=10), tmp_path / "light")
+    make_drafter(draft_vocab_size=10).save(tmp_path / "light")
     assert main(["convert", "export", "--mlx-path", str(tmp_path / "light"), "--hf-path", str(tmp_path / "hf")]) == 2
     assert "draft_vocab_size is 10, for which this layout has no form" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["light"]

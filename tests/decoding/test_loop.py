@@ -16,7 +16,6 @@ from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import RecurrentProposer
-from mlx_redrafter.drafting.redrafter import quantize_drafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
@@ -139,7 +138,7 @@ def test_other_types_run(pair, prefixes, kind):
     if kind == "4-bit":
         model, _ = quantize_model(model, {}, 32, 4)
     elif kind == "4-bit drafter":
-        quantize_drafter(drafter, 32, 4)
+        drafter.quantize(32, 4)
     else:
         model.set_dtype(getattr(mx, kind))
         drafter.set_dtype(getattr(mx, kind))

@@ -77,7 +77,6 @@ def small_directory(tmp_path, pair):
     from mlx.utils import tree_flatten
     from mlx_lm.utils import save_config
 
-    from mlx_redrafter.drafting.redrafter import save_drafter
     from mlx_redrafter.text.loading import EMBEDDED
 
     target, drafter = tmp_path / "target", tmp_path / "drafter"
@@ -87,7 +86,7 @@ def small_directory(tmp_path, pair):
     save_config({k: v for k, v in vars(model.args).items() if v is not None}, target / "config.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (target / name).write_bytes((EMBEDDED / "target" / name).read_bytes())
-    save_drafter(make_drafter(vocab=4096, hidden=64), drafter)
+    make_drafter(vocab=4096, hidden=64).save(drafter)
     return ["--model", str(target), "--draft", str(drafter)]
 
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support import make_drafter
+from support import final_beams, make_drafter
 
 from mlx_redrafter import DraftShape
 from mlx_redrafter.drafting.beam_search import beam_search, candidate_tree, top
@@ -50,7 +50,7 @@ def test_same_hypotheses(setting, width, length, temperature):
         expected = search_with_lists(drafter, embed, context[b], root[b], width, length, temperature)
         for step, hypotheses in enumerate(expected):
             np.testing.assert_allclose(beam.log_probs[b, step].tolist(), [lp for lp, _ in hypotheses], atol=1e-4)
-        assert [tuple(s) for s in beam.sequences()[b].tolist()] == [tokens for _, tokens in expected[-1]]
+        assert [tuple(s) for s in final_beams(beam)[b].tolist()] == [tokens for _, tokens in expected[-1]]
 
 
 @pytest.mark.parametrize("n, count", [(5, 5), (97, 4), (388, 4), (4096, 16), (4097, 3), (64, 8), (64, 1)])
@@ -106,7 +106,7 @@ def test_beams_keeps_the_final_beams(setting, width, length, budget):
     assert tree.rows == 1 + budget
     for b in range(2):
         wanted = []  # prefixes of better beams first, short ones before long ones
-        for sequence in beam.sequences()[b].tolist():
+        for sequence in final_beams(beam)[b].tolist():
             for depth in range(1, length):
                 if tuple(sequence[:depth]) not in wanted:
                     wanted.append(tuple(sequence[:depth]))

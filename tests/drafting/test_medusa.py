@@ -17,12 +17,17 @@ from mlx_redrafter.decoding.loop import autoregressive, speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
-from mlx_redrafter.drafting.drafter_files import save_head
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.lookup import LookupProposer
-from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads, quantize_medusa
-from mlx_redrafter.drafting.medusa_accuracy import rank_accuracies
-from mlx_redrafter.drafting.medusa_tree import PUBLISHED, check_choices, fit_choices, parents_of, select
+from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
+from mlx_redrafter.drafting.medusa_tree import (
+    PUBLISHED,
+    check_choices,
+    fit_choices,
+    parents_of,
+    rank_accuracies,
+    select,
+)
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import MedusaProposer
 from mlx_redrafter.target.model import Target
@@ -223,7 +228,7 @@ def test_a_step_is_one_lazy_graph(small_model, in_one_piece):
 
 def test_round_trip(tmp_path):
     heads = make_heads(layers=2, medusa_choices=((1,), (1, 0), (0,)))
-    save_head(heads, tmp_path)
+    heads.save(tmp_path)
     again = open_drafter(tmp_path)
     assert isinstance(again, MedusaHeads) and again.config == heads.config
     context = mx.random.normal((3, 32))
@@ -235,14 +240,14 @@ def test_quantised(tmp_path):
     heads = make_heads(hidden=64)
     context = mx.random.normal((3, 64))
     before = heads(context)
-    quantize_medusa(heads, 32, 8)
-    save_head(heads, tmp_path)
+    heads.quantize(32, 8)
+    heads.save(tmp_path)
     again = open_drafter(tmp_path)
     assert again.config.quantization == {"group_size": 32, "bits": 8}
     assert mx.array_equal(again(context), heads(context))
     assert 0 < mx.abs(again(context) - before).max().item() < 0.1
     with pytest.raises(UserError, match="--q-group-size is 64, which does not divide the drafter's hidden_size 32"):
-        quantize_medusa(make_heads(), 64, 4)
+        make_heads().quantize(64, 4)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +270,7 @@ def test_quantised(tmp_path):
     ],
 )
 def test_a_damaged_config_is_one_line(tmp_path, change, message):
-    save_head(make_heads(), tmp_path)
+    make_heads().save(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError) as error:

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 from support import make_drafter
 
-from mlx_redrafter.drafting.redrafter import DrafterConfig, load_drafter, quantize_drafter, save_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, load_drafter
 from mlx_redrafter.errors import UserError
 
 
@@ -55,7 +55,7 @@ def test_equations(rnn, exit_dim, blocks):
 def test_save_and_load(tmp_path):
     """If this fails, a trained drafter changes when it is saved."""
     drafter = make_drafter()
-    save_drafter(drafter, tmp_path / "d")
+    drafter.save(tmp_path / "d")
     again = load_drafter(tmp_path / "d")
     state, context = mx.random.normal((1, 32)), mx.random.normal((1, 32))
     assert again.config == drafter.config
@@ -70,8 +70,8 @@ def test_quantised_survives_saving(tmp_path, bits):
     drafter = make_drafter(hidden=64, vocab=128, exit_dim=64)
     state, context = mx.random.normal((1, 64)), mx.random.normal((1, 64))
     exact = drafter.logits(drafter.project_context(context), state)
-    quantize_drafter(drafter, group_size=32, bits=bits)
-    save_drafter(drafter, tmp_path / "q")
+    drafter.quantize(group_size=32, bits=bits)
+    drafter.save(tmp_path / "q")
     again = load_drafter(tmp_path / "q")
     assert again.config.quantization == {"group_size": 32, "bits": bits}
     found = again.logits(again.project_context(context), state)
@@ -82,7 +82,7 @@ def test_quantised_survives_saving(tmp_path, bits):
 
 def test_quantising_needs_fitting_widths():
     with pytest.raises(UserError, match="--q-group-size is 64"):
-        quantize_drafter(make_drafter(), group_size=64)
+        make_drafter().quantize(group_size=64)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_quantising_needs_fitting_widths():
 )
 def test_bad_configs(tmp_path, change, message):
     """If this fails, a wrong config.json ends in a traceback or, worse, in a drafter that loads."""
-    save_drafter(make_drafter(), tmp_path)
+    make_drafter().save(tmp_path)
     file = tmp_path / "config.json"
     fields = json.loads(file.read_text()) | change
     file.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
@@ -117,7 +117,7 @@ def test_bad_files(tmp_path):
     """If this fails, a damaged download is noticed late, or not at all."""
     with pytest.raises(UserError, match=r"config\.json: no such file"):
         load_drafter(tmp_path)
-    save_drafter(make_drafter(), tmp_path)
+    make_drafter().save(tmp_path)
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])

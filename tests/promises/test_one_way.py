@@ -36,9 +36,7 @@ def test_generate_passes_few_functions(tmp_path, monkeypatch):
     """If this fails, a reader has more to follow from a prompt to its text; everything is in: probe, costs, tuning."""
     monkeypatch.setenv("MLX_REDRAFTER_TUNING", str(tmp_path))
     model, drafter, tokenizer = mlx_redrafter.load()
-    way = passed(
-        lambda: mlx_redrafter.generate(model, tokenizer, "import os\n", drafter=drafter, max_tokens=24)
-    )
+    way = passed(lambda: mlx_redrafter.generate(model, tokenizer, "import os\n", drafter=drafter, max_tokens=24))
     assert len(way) > 50  # else nothing was seen
     files = {file for file, _ in way}
     assert len(way) <= FUNCTIONS and len(files) <= FILES, "\n".join(sorted(map(str, way)))

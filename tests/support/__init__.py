@@ -9,6 +9,7 @@ import mlx_redrafter  # isort: skip # noqa: F401 (before mlx: it puts OpenBLAS i
 import mlx.core as mx
 from mlx_lm.models.llama import Model, ModelArgs
 
+from mlx_redrafter.drafting.beam_search import Beam
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -48,3 +49,13 @@ def make_drafter(vocab: int = 97, hidden: int = 32, seed: int = 0, **changes) ->
         drafter.rnn_w.weight = 6 * drafter.rnn_w.weight
     mx.eval(drafter.parameters())
     return drafter
+
+
+def final_beams(beam: Beam) -> mx.array:
+    """The final beams' tokens, (B, W, L - 1), most probable beam first (the root left out)."""
+    entry = mx.broadcast_to(mx.arange(beam.tokens.shape[2], dtype=mx.int32), beam.tokens[:, 0].shape)
+    columns: list[mx.array] = []
+    for step in reversed(range(beam.tokens.shape[1])):
+        columns.insert(0, mx.take_along_axis(beam.tokens[:, step], entry, axis=1))
+        entry = mx.take_along_axis(beam.origins[:, step], entry, axis=1)
+    return mx.stack(columns, axis=-1)

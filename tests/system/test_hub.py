@@ -14,7 +14,7 @@ from support import make_drafter
 
 from mlx_redrafter import UserError
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.redrafter import load_drafter, save_drafter
+from mlx_redrafter.drafting.redrafter import load_drafter
 from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.text.loading import EMBEDDED
 
@@ -106,7 +106,7 @@ def hub(tmp_path, monkeypatch):
 
     source = tmp_path / "hub-files"
     drafter = make_drafter(hidden=64, vocab=8192, exit_dim=128)
-    save_drafter(drafter, source)
+    drafter.save(source)
     server = HubServer(("127.0.0.1", 0), Hub)
     server.files = {path.name: path.read_bytes() for path in source.iterdir()}
     server.asked, server.breaks = [], 0

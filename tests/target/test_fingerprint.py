@@ -11,7 +11,7 @@ from support import make_drafter, make_model
 
 import mlx_redrafter
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.redrafter import load_drafter, save_drafter
+from mlx_redrafter.drafting.redrafter import load_drafter
 from mlx_redrafter.target.fingerprint import difference, fingerprint
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.loading import EMBEDDED, load_target
@@ -115,7 +115,7 @@ def test_noted_by_conversion_and_checked_at_load(stories, tmp_path, caplog, caps
     model, tokenizer = load_target(stories)
     target = Target(model)
     drafter = make_drafter(vocab=target.vocab_size, hidden=target.hidden_size)
-    save_drafter(drafter, tmp_path / "plain")
+    drafter.save(tmp_path / "plain")
     convert_drafter(str(tmp_path / "plain"), str(tmp_path / "noted"), target=str(stories))
     found = load_drafter(tmp_path / "noted").config.target_fingerprint
     assert found == fingerprint(target, tokenizer, "tiny")

@@ -128,11 +128,8 @@ class TreeRows:
             room = mx.zeros((*buffer.shape[:2], more, buffer.shape[3]), buffer.dtype)
             return mx.concatenate([buffer[:, :, drop:], room], axis=2)
 
-        self.map(grow)
+        self.keys, self.values = map_arrays(grow, (self.keys, self.values))
         self.base += drop
-
-    def begin(self) -> None:
-        """The prompt has been read, trees follow."""
 
     def end(self, length: int) -> None:
         """Back to what mlx-lm's cache is after `length` tokens."""
@@ -176,7 +173,8 @@ class WindowCache(TreeRows, RotatingKVCache):  # type: ignore[misc]  # argument 
     def window(self) -> int:  # type: ignore[override]
         return self.max_size
 
-    def begin(self) -> None:
+    def in_order(self) -> None:
+        """Turns mlx-lm's ring into rows in order: the prompt has been read, trees follow."""
         if self.keys is None:
             return
         rows = min(self._offset, self.max_size)

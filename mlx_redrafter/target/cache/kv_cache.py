@@ -79,7 +79,8 @@ class KVCache:
         self.length = mx.array([self.bound] * batch_size, mx.int32)
         self._plain = False
         for cache in leaves(self.layers):
-            cache.begin()
+            if isinstance(cache, WindowCache):
+                cache.in_order()
 
     @property
     def can_rewind(self) -> bool:

@@ -54,9 +54,6 @@ class RecurrentCache(ArraysCache):
         self.frame = frame
         self.step = RecurrentStep(self, frame, list(self.cache))
 
-    def begin(self) -> None:
-        """Nothing changes: a state is where it is."""
-
     def end(self, length: int) -> None:
         self.step = None
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.drafting.drafter_files import save_head
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.shape import DraftShape
@@ -120,7 +119,7 @@ class Method(abc.ABC):
         drafter.set_dtype(getattr(mx, args.dtype))
         if args.q_bits is not None:
             self.quantize(drafter, args.q_group_size, args.q_bits)
-        save_head(drafter, out)
+        drafter.save(out)
 
     def open(self, out: pathlib.Path, target: Target) -> tuple[Any, int]:
         """The finished drafter as it will be used, and the bytes that a draft step reads of it as stored."""

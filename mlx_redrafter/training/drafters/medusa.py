@@ -13,9 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.drafting.drafter_files import check_widths
-from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads, quantize_medusa
-from mlx_redrafter.drafting.medusa_accuracy import RANKS, rank_accuracies
-from mlx_redrafter.drafting.medusa_tree import PUBLISHED, fit_choices
+from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
+from mlx_redrafter.drafting.medusa_tree import PUBLISHED, RANKS, fit_choices, rank_accuracies
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
@@ -76,7 +75,7 @@ class Medusa(Method):
         drafter.config.medusa_choices = fit_choices(accuracies, args.tree_size or len(PUBLISHED))
 
     def quantize(self, drafter: MedusaHeads, group_size: int, bits: int) -> None:
-        quantize_medusa(drafter, group_size, bits)
+        drafter.quantize(group_size, bits)
 
     def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
         nodes = min(12, args.tree_size or len(PUBLISHED))

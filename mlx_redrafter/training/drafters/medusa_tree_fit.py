@@ -13,8 +13,7 @@ import numpy as np
 
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa import MedusaHeads
-from mlx_redrafter.drafting.medusa_accuracy import rank_accuracies
-from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, expected_length, fit_choices
+from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, expected_length, fit_choices, rank_accuracies
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import on_cpu

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_redrafter.drafting.drafter_files import check_widths
-from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, quantize_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
@@ -67,7 +67,7 @@ class ReDrafter(Method):
             yield drafter.logits(context[:rows], state)
 
     def quantize(self, drafter: RecurrentDrafter, group_size: int, bits: int) -> None:
-        quantize_drafter(drafter, group_size, bits)
+        drafter.quantize(group_size, bits)
 
     def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
         shape = DraftShape(4, args.beam_length, min(12, 4 * (args.beam_length - 1)))

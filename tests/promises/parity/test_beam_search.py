@@ -7,6 +7,7 @@ import mlx_redrafter  # isort: skip # noqa: F401 (before torch and mlx: it puts 
 import mlx.core as mx
 import numpy as np
 import pytest
+from support import final_beams
 
 from mlx_redrafter.drafting.beam_search import Beam, beam_search, candidate_tree
 from mlx_redrafter.target.tree import CandidateTree
@@ -37,7 +38,7 @@ def assert_same_beams(beam: Beam, found: list[list[list[reference.Hypothesis]]])
         assert beam.tokens[b].tolist() == [[h.tokens[-1] for h in step] for step in steps]
         log_probs = np.array([[h.log_prob for h in step] for step in steps])
         assert np.abs(np.array(beam.log_probs[b]) - log_probs).max() < 1e-4
-        assert beam.sequences()[b].tolist() == [list(h.tokens) for h in steps[-1]]
+        assert final_beams(beam)[b].tolist() == [list(h.tokens) for h in steps[-1]]
 
 
 def path_to(row: int, parents: list[int], tokens: list[int]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx_redrafter.convert.drafter import convert_drafter
 
-from mlx_redrafter.drafting.redrafter import DrafterConfig, build_drafter, load_drafter, quantize_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, build_drafter, load_drafter
 
 torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
 
@@ -52,7 +52,7 @@ def test_input_projection_splits_into_context_then_state():
 def test_quantized_drafter():
     """If this fails, a quantised drafter is another function than its own weights, unpacked."""
     ours = to_mlx(torch_drafter(VOCAB, 64, 96, 2, True))
-    quantize_drafter(ours, group_size=32, bits=4)
+    ours.quantize(group_size=32, bits=4)
     theirs = to_torch(ours)
     h, s = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(8)).to(reference.DEVICE)
     state = ours.advance(mx.array(to_numpy(h)), mx.array(to_numpy(s)))

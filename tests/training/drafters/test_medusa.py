@@ -15,8 +15,7 @@ from mlx_redrafter import DraftShape
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
-from mlx_redrafter.drafting.medusa_accuracy import rank_accuracies
-from mlx_redrafter.drafting.medusa_tree import PUBLISHED, expected_length, fit_choices, select
+from mlx_redrafter.drafting.medusa_tree import PUBLISHED, expected_length, fit_choices, rank_accuracies, select
 from mlx_redrafter.drafting.proposers import MedusaProposer
 from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.target.model import Target
