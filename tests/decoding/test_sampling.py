@@ -6,7 +6,6 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 from support import make_drafter
 
-from mlx_redrafter import DraftShape
 from mlx_redrafter.decoding.sampling import draft_temperature, from_sampler, greedy, position_keyed
 from mlx_redrafter.drafting.proposers import RecurrentProposer, proposer_for
 from mlx_redrafter.errors import UserError
@@ -90,6 +89,6 @@ def test_the_proposer_goes_by_it(choose):
     """If this fails, the temperature is known and not used."""
     drafter = make_drafter()
     table = mx.random.normal((97, 32), key=mx.random.key(1))
-    proposer = proposer_for(drafter, lambda tokens: table[tokens], DraftShape(4, 5, 7), choose)
+    proposer = proposer_for(drafter, lambda tokens: table[tokens], draft_temperature(choose))
     assert isinstance(proposer, RecurrentProposer)
     assert proposer.temperature == draft_temperature(choose)

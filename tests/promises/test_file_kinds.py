@@ -25,7 +25,6 @@ import mlx.core as mx
 import pytest
 
 from mlx_redrafter.cli.main import COMMANDS, main
-from mlx_redrafter.drafting.drafter_files import save_head
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.text.loading import EMBEDDED
 
@@ -229,7 +228,7 @@ def call(argv: list[str], action: argparse.Action, folder: pathlib.Path, tmp_pat
         if other is action or other.dest == action.dest:
             value = str(folder)
         elif argv == ["convert", "medusa-tree"] and other.dest == "mlx_path":
-            save_head(MedusaHeads(MedusaConfig(97, 32, 2)), tmp_path.parent / "heads")
+            MedusaHeads(MedusaConfig(97, 32, 2)).save(tmp_path.parent / "heads")
             value = str(tmp_path.parent / "heads")
         elif other.required and (kind := reads(argv, other)) is not None:
             value = str(EMBEDDED / kind)
