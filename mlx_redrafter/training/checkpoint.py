@@ -1,4 +1,7 @@
-"""Checkpoints: weights, optimiser and counters in one file, whole or not at all."""
+"""Writes and reads checkpoints: weights, optimiser and counters in one file, whole or not at all.
+
+Knows nothing of drafters.
+"""
 
 from __future__ import annotations
 

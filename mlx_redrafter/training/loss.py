@@ -1,8 +1,8 @@
-"""Distillation: a drafter's distribution at each step against the target's own.
+"""Computes the distillation loss: a drafter's distribution at each step against the target's own.
 
-From position t a drafter's step k = 1, 2, ... has to guess what the target says after
-x_{t+k}, and the target's logits at position t + k are at hand from the same forward pass
-that gave the hidden state h_t (paper, section 3.4).
+From position t a drafter's step k = 1, 2, ... guesses the target's token after x_{t+k}. One
+forward pass of the target gives both the hidden state h_t and its logits at position t + k
+(paper, section 3.4). Knows nothing of a drafter's layers.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _exp(x: mx.array) -> mx.array:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the head learns to say.
+    """The labels of the loss and the weights of its steps.
 
     Args:
         labels: "kl", the target's distribution; "hard", its most probable token; "text",

@@ -1,4 +1,7 @@
-"""Records of equal size on disk, one per row of text, within a byte budget."""
+"""Keeps records of equal size on disk, one for each row of text, within a byte budget.
+
+Knows nothing of what a record holds.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Training a small mlx-lm model to be a target's draft model, so that heads have a peer with the same text and time.
+"""Trains a small mlx-lm model as a target's draft model, a peer of the heads with the same text and time.
 
-It learns the target's distribution at every position, and is used by mlx_lm itself.
+It learns the target's distribution at every position; mlx_lm itself drafts with it. Knows nothing of heads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Where a drafter starts from: near the target's own scores, or from nothing."""
+"""Makes the recurrent drafter that training starts from: near the target's own scores, or random.
+
+Knows nothing of text.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which tokens a drafter with a reduced vocabulary can draft."""
+"""Chooses the tokens of a reduced draft vocabulary, and measures how much of a text it covers.
+
+Knows nothing of weights.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Answers that the target writes: to prompts from a file, or to questions that it asks itself.
+"""Makes rows in which the target answers: prompts from a file, or questions that it asks itself.
 
-To ask itself, a chat model is given its chat template up to where the user begins to speak,
-and writes what it expects there (the idea of Magpie, arXiv 2406.08464); then it answers.
+To ask itself, a chat model reads its chat template up to the user's first word and writes
+the user's turn (the idea of Magpie, arXiv 2406.08464). Then it answers.
+Knows nothing of files that hold answers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def answers_recipe(writer: Writer, renderer: Renderer, questions: list[Question]
     limit = None if plan.rows is None and plan.data != (SELF,) else plan.training_rows
     picks = np.tile(training, passes)
     # A pass after the first asks the same prompt at the next temperature.
-    heat = [plan.temps[(n + n // len(training)) % len(plan.temps)] for n in range(len(picks))]
+    temperatures = [plan.temps[(n + n // len(training)) % len(plan.temps)] for n in range(len(picks))]
     parts = np.searchsorted(
         np.cumsum(np.tile(turns, passes)) - 1, np.arange(0, passes * turns.sum(), plan.rows_per_shard)
     )
@@ -63,9 +64,9 @@ def answers_recipe(writer: Writer, renderer: Renderer, questions: list[Question]
 
     def make(shard: int, progress: Progress) -> Shard:
         if shard == len(bounds) - 1:
-            some, at = held_out, plan.heat(range(len(held_out)))
+            some, at = held_out, plan.temperatures(range(len(held_out)))
         else:
-            some, at = picks[bounds[shard] : bounds[shard + 1]], heat[bounds[shard] : bounds[shard + 1]]
+            some, at = picks[bounds[shard] : bounds[shard + 1]], temperatures[bounds[shard] : bounds[shard + 1]]
         rows = answer(writer, renderer, [fitting[i] for i in some], at, (plan.seed, shard), progress)
         facts = {"prompts": len(some)}
         return shard_of(rows[: plan.held_out] if shard == len(bounds) - 1 else rows, plan.length, facts)
@@ -117,7 +118,7 @@ def invented_recipe(writer: Writer, renderer: Renderer, plan: DataPlan) -> Recip
             raise UserError("the target writes no questions after its chat template; expected --prompts FILE")
         # Where it asked nothing a few times over, another question gets a second answer.
         questions = [Question("the target", [turns[i % len(turns)]]) for i in range(len(numbers))]
-        rows = answer(writer, renderer, questions, plan.heat(numbers), (plan.seed, shard, TRIES), progress)
+        rows = answer(writer, renderer, questions, plan.temperatures(numbers), (plan.seed, shard, TRIES), progress)
         return shard_of(rows, plan.length, {"questions": min(len(turns), len(numbers))})
 
     settings = plan.settings(**writer.settings(), temps=list(plan.temps), tokenizer=renderer.fingerprint())
@@ -144,8 +145,8 @@ def answer(
     for turn in range(max(len(question.turns) for question in questions)):
         asked = {i: _asked(renderer, questions[i], said[i]) for i in going if turn < len(questions[i].turns)}
         going = [i for i, ids in asked.items() if len(ids) + LEAST_ANSWER <= writer.length]
-        heat = [temperatures[i] for i in going]
-        written = writer.write([asked[i] for i in going], heat, (*seed, turn), progress=progress)
+        at = [temperatures[i] for i in going]
+        written = writer.write([asked[i] for i in going], at, (*seed, turn), progress=progress)
         for i, tokens in zip(going, written, strict=True):
             row = [*asked[i], *tokens]
             rows[i].append((row, np.arange(len(row)) >= len(asked[i])))

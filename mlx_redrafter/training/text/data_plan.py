@@ -1,4 +1,7 @@
-"""What rows to write, and how many go into which shard."""
+"""Plans which rows are written, and how many go into which shard.
+
+Knows nothing of how a row is made.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,6 @@ class DataPlan:
         first = shard * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.training_rows))
 
-    def heat(self, numbers: range) -> list[float]:
+    def temperatures(self, numbers: range) -> list[float]:
         """The temperature of each row."""
         return [self.temps[number % len(self.temps)] for number in numbers]

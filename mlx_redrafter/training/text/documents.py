@@ -1,7 +1,8 @@
-"""The documents of files, folders and data sets of the Hub, indexed by byte.
+"""Finds the documents of files, folders and data sets of the Hub, and indexes them by byte.
 
-Files are looked through once: hashed, checked line by line, and indexed, so that a mistake
-in the last line is found before any work is done; later one document is read at a time.
+Each file is read once at the start: hashed, checked record by record, and indexed. So a mistake
+in the last line is found before any work is done. Later one document is read at a time.
+Knows nothing of tokens.
 """
 
 from __future__ import annotations

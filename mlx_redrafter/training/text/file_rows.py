@@ -1,4 +1,7 @@
-"""Rows of files: conversations one to a row, texts joined and cut."""
+"""Makes rows of files: one for each conversation; texts are joined and cut.
+
+Knows nothing of text that the target writes.
+"""
 
 from __future__ import annotations
 

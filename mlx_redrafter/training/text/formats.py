@@ -1,4 +1,7 @@
-"""What a line of a data file says: a text, a conversation, or questions to ask."""
+"""Reads a record of a data file as a text, a conversation, or questions to ask.
+
+Knows nothing of tokens.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Text that a base model writes: from the beginning-of-text token, or from short beginnings."""
+"""Makes rows that a base model writes: from the beginning-of-text token, or from short beginnings of texts.
+
+Knows nothing of chat templates.
+"""
 
 from __future__ import annotations
 
@@ -89,8 +92,8 @@ def _recipe(writer: Writer, renderer: Renderer, plan: DataPlan, make: Callable, 
 def _continued(
     writer: Writer, prompts: list[list[int]], plan: DataPlan, shard: int, warm_up: int, progress: Progress
 ) -> Shard:
-    heat = plan.heat(plan.numbers(shard))
-    written = writer.write(prompts, heat, (plan.seed, shard), warm_up=warm_up, progress=progress)
+    temperatures = plan.temperatures(plan.numbers(shard))
+    written = writer.write(prompts, temperatures, (plan.seed, shard), warm_up=warm_up, progress=progress)
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, written, strict=True)]
     return shard_of([(row, np.ones(len(row), bool)) for row in rows], plan.length)
 

@@ -1,6 +1,6 @@
 """Reads the records of a data file: JSON lines, a JSON array, a CSV table or plain text, gzipped or not.
 
-The file's name says which, or its content where the name does not. Knows nothing of what a record means.
+The file's name decides, or its content where the name does not. Knows nothing of what a record means.
 """
 
 from __future__ import annotations

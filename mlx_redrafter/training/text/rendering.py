@@ -1,4 +1,7 @@
-"""Documents as tokens, with the ones that are to be learned marked."""
+"""Turns documents into tokens and marks the ones that are to be learned.
+
+Knows nothing of files and rows.
+"""
 
 from __future__ import annotations
 

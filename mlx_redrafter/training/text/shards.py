@@ -1,9 +1,9 @@
-"""Rows of tokens on disk: memory-mapped shards, and the manifest that says what they are.
+"""Writes and reads rows of tokens: memory-mapped shards, and a manifest. Knows nothing of how rows are made.
 
 A folder holds `manifest.json`, training shards `shard-00000.npy`, ... and `held-out.npy`.
-A shard is one file, so it is there or it is not, and what is in it depends on the
-settings and its number alone: a run that was stopped goes on after its last whole shard
-and ends with the files of an undisturbed one, byte for byte.
+A shard is one file, written whole or not at all. Its content depends on the settings and its
+number alone. So a stopped run goes on after its last whole shard, and ends with the same
+files as an undisturbed one, byte for byte.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The text a drafter learns from: what `--data` stands for, written once into a folder of rows.
+"""Chooses the source of text that the flags name, and writes its rows once into a folder.
 
-A drafter has to guess what the target will say, so what the target says is the best text
-to learn from; no corpus of the target's is needed. The other sources are files, and answers
-that the target gives to a file of prompts.
+A drafter guesses the target's words, so text that the target writes is the best to learn from.
+The other sources are files, and the target's answers to a file of prompts.
+Knows nothing of drafters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The target writes: continuations of many prompts at a time, sampled at a temperature per row."""
+"""Lets the target write: continues many prompts at a time, sampled at a temperature per row.
+
+Knows nothing of where prompts come from, nor of what is kept of a text.
+"""
 
 from __future__ import annotations
 
@@ -96,8 +99,8 @@ def write(
     for number, batch in enumerate(batches):
         key = mx.random.key(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         rows = [prompts[row] for row in batch]
-        heat = np.array([temperatures[row] for row in batch], np.float32)
-        for row, tokens in zip(batch, _batch(model, rows, length, heat, ends, key, warm_up, progress), strict=True):
+        at = np.array([temperatures[row] for row in batch], np.float32)
+        for row, tokens in zip(batch, _batch(model, rows, length, at, ends, key, warm_up, progress), strict=True):
             written[row] = tokens
         mx.clear_cache()
     return written
@@ -118,7 +121,7 @@ def _batch(
     model: nn.Module,
     prompts: list[Sequence[int]],
     length: int,
-    heat: np.ndarray,
+    temperatures: np.ndarray,
     ends: Collection[int],
     key: mx.array,
     warm_up: int,
@@ -131,15 +134,15 @@ def _batch(
     room = [length - len(prompt) for prompt in prompts]
     cache = _make_cache(model, [longest - len(prompt) for prompt in prompts])
     _prefill(model, mx.array(padded[:, :-1]), cache)
-    token, temperatures = mx.array(padded[:, -1:]), mx.array(heat)[:, None]
+    token, column = mx.array(padded[:, -1:]), mx.array(temperatures)[:, None]
     written: list[list[int]] = [[] for _ in prompts]
     alive = np.arange(len(prompts))
     columns: list[mx.array] = []
     for step in range(max(room)):
         logits = model(token, cache=cache)[:, -1].astype(mx.float32)
-        if heat[alive].any() or step < warm_up:
+        if temperatures[alive].any() or step < warm_up:
             key, use = mx.random.split(key)
-            strength = mx.maximum(temperatures, 1.0) if step < warm_up else temperatures
+            strength = mx.maximum(column, 1.0) if step < warm_up else column
             # The largest of logits + t * Gumbel noise is a sample at temperature t, and at 0 the greedy choice.
             logits = logits + strength * mx.random.gumbel(logits.shape, key=use)
         token = mx.argmax(logits, axis=-1, keepdims=True).astype(mx.int32)
@@ -153,7 +156,7 @@ def _batch(
         if not going.any():
             break
         if going.mean() <= 0.75 and _keep(cache, keep := mx.array(np.flatnonzero(going))):
-            token, temperatures, alive = token[keep], temperatures[keep], alive[going]
+            token, column, alive = token[keep], column[keep], alive[going]
     return written
 
 
