@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from mlx_redrafter.doctor.weight_types import Variant, variants
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import device_facts, on_cpu
-from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.files import write_json
 from mlx_redrafter.system.weights import describe
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import TREE, Capability, verifier_of
@@ -56,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     report = examine(args)
     report.seconds = time.perf_counter() - begin
     if file is not None:
-        with replace_file(file) as temporary:
-            temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
+        write_json(file, report.to_dict())
     print(report.text())
     return 1 if report.failed else 0
 

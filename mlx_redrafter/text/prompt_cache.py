@@ -65,7 +65,10 @@ def save_cache_file(
     metadata = {"model": name, "tokenizer_config": json.dumps(tokenizer_config)}
     metadata |= {key: json.dumps(value) for key, value in facts.items()}
     with replace_file(pathlib.Path(path)) as file:
-        save_prompt_cache(str(file), cache, metadata)
+        try:
+            save_prompt_cache(str(file), cache, metadata)
+        except RuntimeError as error:  # what MLX makes of a full disk
+            raise UserError(f"--prompt-cache-file {path}: cannot be written ({one_line(error)})") from error
 
 
 def check_cache_name(path: str | pathlib.Path) -> None:

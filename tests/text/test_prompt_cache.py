@@ -1,7 +1,10 @@
 """Prompt-cache files of mlx-lm and ours, and the quantised KV cache."""
 
 import json
+import pathlib
+import subprocess
 import sys
+from unittest.mock import create_autospec
 
 import mlx.core as mx
 import mlx_lm
@@ -202,3 +205,36 @@ def test_quantised_mistakes(pair, stories_pair):
         list(stream_generate(model, tokenizer, "a b", drafter, kv_bits=4, quantized_kv_start=0))
     with pytest.raises(UserError, match="kv_bits is 3, expected 2, 4 or 8"):
         list(stream_generate(pair[0], pair[2], "a b", kv_bits=3))
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):
+    """If this fails, saving a conversation on a full disk costs the one that was saved before."""
+    file = tmp_path / "talk.safetensors"
+    file.write_bytes(b"what was there")
+    program = """
+import resource, sys
+import mlx_redrafter, mlx.core as mx
+from mlx_lm.models.cache import KVCache
+from mlx_redrafter.text.prompt_cache import save_cache_file
+cache = KVCache()
+cache.update_and_fetch(mx.ones((1, 2, 600, 64)), mx.ones((1, 2, 600, 64)))
+mx.eval(cache.state)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    save_cache_file(sys.argv[1], [cache], "x", {})
+except mlx_redrafter.UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True)
+    assert f"--prompt-cache-file {file}: cannot be written (" in done.stdout and done.stdout.count("\n") == 1, done
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == b"what was there"
+
+
+def test_a_file_without_read_permission(small_model, tmp_path, monkeypatch):
+    """If this fails, a file of another user is a traceback."""
+    file = tmp_path / "talk.safetensors"
+    save_cache_file(file, make_prompt_cache(small_model), "x", {})
+    # The superuser may read everything, so the refusal is made.
+    monkeypatch.setattr(pathlib.Path, "open", create_autospec(pathlib.Path.open, side_effect=PermissionError(13, "no")))
+    with pytest.raises(UserError, match=r"talk\.safetensors: .*no"):
+        load_cache_file(file, small_model, "x")
