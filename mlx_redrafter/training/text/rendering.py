@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.text.prompts import render
 from mlx_redrafter.training.text.formats import Document
 from mlx_redrafter.training.text.shards import Marked
 
@@ -169,10 +170,7 @@ class Renderer:
     def _render(self, messages: list[dict[str, Any]], where: str, ask: bool = False) -> str:
         if not self.has_template:
             raise UserError(f"{where}: is a conversation, but the target has no chat template; expected plain text")
-        try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # templates are programs of their own
-            raise UserError(f"{where}: the target's chat template: {one_line(error)}") from error
+        return render(self._tokenizer, messages, ask=ask, where=where)
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -99,7 +99,7 @@ def test_answers_of_weight_0(template):
         (
             "{{ raise_exception('roles must alternate') }}",
             TALK,
-            "here: the target's chat template: roles must alternate",
+            "here: the tokenizer's chat template: roles must alternate",
         ),
     ],
 )
