@@ -1,4 +1,7 @@
-"""What computes: the GPU's or the processor's name, its cores, the threads of its BLAS."""
+"""Says what computes: the GPU's or the processor's name, its cores, the threads of its BLAS.
+
+Knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,27 @@ def blas_threads() -> int | None:
         return int(process.openblas_get_num_threads())
     except AttributeError:
         return None
+
+
+def load_average() -> float:
+    """Processes that ran or waited for a core, on average over the last minute."""
+    return os.getloadavg()[0]
+
+
+def stalling() -> str | None:
+    """One line for people where threads of OpenBLAS will wait for each other on cores that others keep busy.
+
+    A product ends when its last thread does, and the others spin until then: a thread that has
+    to wait for a core holds up all of them. Threads that have nothing to do sleep, see
+    `openblas`, but that does not help within a product.
+    """
+    threads = blas_threads() if on_cpu() else None
+    if threads is None or threads < 2 or (busy := load_average()) <= 1.5 * _cores():
+        return None
+    return (
+        f"other work keeps the {_cores()} cores busy (load average {busy:.1f}), and {threads} threads of OpenBLAS wait"
+        " for each other then; OPENBLAS_NUM_THREADS=1 is often faster"
+    )
 
 
 def device_facts() -> dict[str, str]:

@@ -145,7 +145,8 @@ def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
             raise
         raise UserError(f"{path}: cannot be written ({one_line(error)})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # or its message would take the place of the one above
+            temporary.unlink(missing_ok=True)
 
 
 def remove_left_over(folder: pathlib.Path) -> None:

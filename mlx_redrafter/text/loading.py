@@ -16,6 +16,7 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.device import stalling
 from mlx_redrafter.system.hub import fetch, snapshot_of
 from mlx_redrafter.system.openblas_layout import pack
 from mlx_redrafter.target.model import Target
@@ -25,6 +26,7 @@ from mlx_redrafter.text.checks import (
     check_fingerprint,
     check_model_directory,
     check_sentencepiece,
+    logger,
     rope_fields,
     unread_chat_template,
 )
@@ -69,6 +71,8 @@ def load(
         dtype = dtype or "float32"
     else:
         folder = fetch(path_or_repo, "--model")
+    if said := stalling():
+        logger.warning("%s", said)
     drafter = None
     if draft is not None and draft != NO_DRAFTER:
         drafter = open_drafter(fetch(draft, "--draft"))

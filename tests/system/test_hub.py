@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import os
 import re
 import shutil
 import threading
@@ -239,6 +240,26 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
     asked.clear()
     convert_target("someone/target", str(tmp_path / "mlx"))
     assert len(asked) == 1
+
+
+def test_a_directory_of_the_hub_s_cache(tmp_path, capsys):
+    """If this fails, a path copied from the cache is refused, though the files are two levels below."""
+    cache = tmp_path / "models--someone--target"
+    old, new = cache / "snapshots" / "aaaa", cache / "snapshots" / "bbbb"
+    for folder, when in ((old, 2_000_000_000), (new, 1_000_000_000)):
+        shutil.copytree(EMBEDDED / "target", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        (folder / "model.safetensors").symlink_to(EMBEDDED / "target" / "model.safetensors")
+        os.utime(folder, (when, when))
+    assert fetch(str(cache), "--model") == old  # the newest
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("bbbb")
+    assert fetch(str(cache), "--model") == new
+    assert fetch(str(new), "--model") == new
+    assert main(["inspect", str(cache), "--bandwidth", "9"]) == 0
+    assert "a target (llama)" in capsys.readouterr().out
+    shutil.rmtree(cache / "snapshots")
+    with pytest.raises(UserError, match="without a snapshot"):
+        fetch(str(cache), "--model")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from mlx_redrafter.system import device, openblas
 from mlx_redrafter.system.openblas import IDLE_VARIABLE, cache_dir, prefer_openblas
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
@@ -59,6 +60,40 @@ def test_made_from_the_wheel_once(tmp_path):
         made = file.stat().st_mtime_ns
         assert file.suffix == ".so"
     assert file.stat().st_mtime_ns == made
+
+
+@linux
+@pytest.mark.parametrize(("system", "first"), [("0.3.21", "wheel"), ("0.3.99", "system"), (None, "wheel")])
+def test_the_newer_library_is_taken(monkeypatch, tmp_path, system, first):
+    """If this fails, a distribution's old library is preferred, which is five times slower on new processors."""
+    if system is not None:
+        (tmp_path / openblas._SYSTEM).write_bytes(b"\0" * 99 + f"OpenBLAS {system} DYNAMIC_ARCH".encode() + b"\0")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setattr(openblas, "_usual_places", lambda: [])
+    monkeypatch.setattr(openblas.importlib.metadata, "version", lambda name: "0.3.34.481.3")
+    monkeypatch.setattr(openblas, "_from_wheel", lambda: "wheel")
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    tried = []
+    monkeypatch.setattr(openblas, "_load", lambda path: tried.append(path))
+    assert openblas._choose().startswith("MLX's own BLAS, slow")
+    assert tried == (["wheel", openblas._SYSTEM] if first == "wheel" else [openblas._SYSTEM, "wheel"])
+
+
+def test_the_version_in_a_library(tmp_path):
+    (tmp_path / "other.so").write_bytes(b"nothing")
+    assert openblas.version_in(tmp_path / "other.so") == ()
+    if (wheel := openblas._from_wheel()) is not None:
+        assert openblas.version_in(wheel) >= (0, 3, 20)
+
+
+@pytest.mark.parametrize(("load", "threads", "says"), [(9.0, 2, True), (9.0, 1, False), (1.0, 2, False)])
+def test_busy_cores_are_named(monkeypatch, load, threads, says):
+    """If this fails, two threads that wait for each other on busy cores are slow without a word."""
+    monkeypatch.setattr(device, "load_average", lambda: load)
+    monkeypatch.setattr(device, "blas_threads", lambda: threads)
+    monkeypatch.setattr(device, "on_cpu", lambda: True)
+    monkeypatch.setattr(device, "_cores", lambda: 2)
+    assert ("load average 9.0" in (device.stalling() or "")) is says
 
 
 @linux
