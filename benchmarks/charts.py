@@ -1,10 +1,11 @@
-"""Charts in one style: labels with units, colours that colour-blind people can tell apart.
+"""Draws charts in one style: labels with units, colours that colour-blind people can tell apart.
 
-matplotlib is asked for only when a chart is drawn; it comes with the extra `bench`.
+Knows nothing of what is drawn. matplotlib is imported only when a chart is drawn; it comes with the extra `bench`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,47 @@ def plain_axes(axes: Any, xlabel: str, ylabel: str, title: str = "") -> None:
     axes.set_axisbelow(True)
 
 
+def at(temp: float) -> str:
+    """A temperature in words, as headings say it."""
+    return f"temperature {temp:g}" if temp else "greedy"
+
+
+@dataclasses.dataclass
+class Bar:
+    """A horizontal bar: its name and length, the quartiles to show on it, and a limit to mark."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    is_reference: bool = False
+    limit: float | None = None
+
+
+def bars(figure: Any, panels: Mapping[str, Sequence[Bar]], xlabel: str, limit: str = "") -> None:
+    """Panels beside one another, a bar per line of each, with a common scale and legend.
+
+    Args:
+        panels: by their headings.
+        limit: what the mark at a bar's limit means; empty where no bar has one.
+    """
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    all_axes[0].invert_yaxis()
+    for axes, (heading, some) in zip(all_axes, panels.items()):
+        for y, one in enumerate(some):
+            axes.barh(y, one.value, color=GREY if one.is_reference else COLOURS[0], height=0.6)
+            axes.plot([one.low, one.high], [y, y], color="black", linewidth=1.2, label="quartiles" if y == 0 else None)
+            if one.limit is not None:
+                first = all(other.limit is None for other in some[:y])
+                label, ends = limit if first else None, [y - 0.38, y + 0.38]
+                axes.plot([one.limit] * 2, ends, color=COLOURS[3], linewidth=2.5, label=label)
+            axes.text(0.03, y, f"{one.value:.2f}x", va="center", color="white", fontsize=9)
+        axes.set_yticks(range(len(some)), [one.name for one in some])
+        plain_axes(axes, xlabel, "", heading)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+
+
 def lines(axes: Any, series: Mapping[str, Sequence[tuple[float, float]]], styles: Sequence[str] = ()) -> None:
     """A line with markers for each name of (x, y) points.
 
@@ -64,7 +106,8 @@ def lines(axes: Any, series: Mapping[str, Sequence[tuple[float, float]]], styles
         style = styles[i] if i < len(styles) else "-"
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axes.plot(xs, ys, style, color=colour, marker=marker, markersize=4, linewidth=1.5, label=name)
-    axes.legend(fontsize=8, frameon=False)
+    if series:
+        axes.legend(fontsize=8, frameon=False)
 
 
 def doubling(axes: Any, ticks: Sequence[int]) -> None:

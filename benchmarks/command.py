@@ -1,10 +1,10 @@
-"""`mlx-redrafter bench KIND`: a module per kind."""
+"""Runs `mlx-redrafter bench KIND`; knows nothing of any kind but its name."""
 
 from __future__ import annotations
 
 import argparse
 
-from mlx_redrafter.benchmarks import ablation, breakdown, compare, context, speed, sweep, verify_cost
+from mlx_redrafter.benchmarks.kinds import ablation, breakdown, compare_methods, context, speed, sweep, verify_cost
 
 HELP = (
     "measure on this device: speed, other methods, tree shapes, cost of rows, parts of a step, long contexts,"
@@ -14,7 +14,7 @@ HELP = (
 # Name: module with HELP, add_arguments(parser) and run(args), which returns a Report.
 KINDS = {
     "speed": speed,
-    "compare": compare,
+    "compare": compare_methods,
     "sweep": sweep,
     "verify-cost": verify_cost,
     "breakdown": breakdown,

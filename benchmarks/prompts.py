@@ -1,17 +1,20 @@
-"""Prompts from files: questions of MT-Bench and Spec-Bench, HumanEval's tasks, plain text and source."""
+"""Reads prompts: questions of MT-Bench and Spec-Bench, HumanEval's tasks, plain text and source.
+
+Knows nothing of what is measured on them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from mlx_redrafter.errors import UserError, one_line
-from mlx_redrafter.text.prompts import check_text, encode, encode_messages
-from mlx_redrafter.training.text.documents import SOURCE_SUFFIXES
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.text.prompts import encode, encode_messages
+from mlx_redrafter.training.text.documents import text_files
+from mlx_redrafter.training.text.formats import read_questions
+from mlx_redrafter.training.text.records import KINDS, bare_suffix
 
 _T = TypeVar("_T")
 
@@ -21,22 +24,23 @@ class Prompt:
     """Something to let a target go on from.
 
     Attributes:
-        text: what it reads.
+        text: what it reads; of a conversation the first turn.
         category: the file's own word for the kind of task, else the file's name.
         message: whether it is to be answered (through a chat template), not continued.
+        system: the system's message before it, if any.
     """
 
     text: str
     category: str
     message: bool = False
+    system: str | None = None
 
 
 def read_prompts(paths: Sequence[str]) -> list[Prompt]:
-    """All prompts of some files and of the text files below directories, in order.
+    """All prompts of some files and of the files below directories, in order.
 
-    A file *.jsonl (or *.jsonl.gz) has an object per line: `turns`, of which the first is
-    taken, with a `category` (MT-Bench, Spec-Bench), or `prompt` (HumanEval). Any other file
-    is one prompt.
+    A file of text or source is one prompt; of any other, every record is one (see `read_questions`).
+    Hidden folders, caches and packages are left out.
 
     Raises:
         UserError: naming the file, and the line in it.
@@ -46,11 +50,12 @@ def read_prompts(paths: Sequence[str]) -> list[Prompt]:
         path = pathlib.Path(name)
         if not path.exists():
             raise UserError(f"--prompts {name}: no such file or directory")
-        files = [path]
-        if path.is_dir():
-            files = sorted(p for s in (*SOURCE_SUFFIXES, ".jsonl", ".jsonl.gz") for p in path.rglob(f"*{s}"))
-        for file in files:
-            prompts += _objects(file) if file.name.endswith((".jsonl", ".jsonl.gz")) else _whole(file)
+        for file in sorted(text_files(path, also=(".jsonl",))) if path.is_dir() else [path]:
+            for asked in read_questions(str(file), "--prompts", whole=True):
+                if not asked.turns[0]:
+                    raise UserError(f"--prompts {asked.where}: holds no text to begin with")
+                usual = file.name.partition(".")[0] if bare_suffix(file) in KINDS else file.name
+                prompts.append(Prompt(asked.turns[0], asked.category or usual, not asked.plain, asked.system))
     if not prompts:
         raise UserError(f"--prompts {' '.join(paths)}: no prompts found")
     return prompts
@@ -70,50 +75,8 @@ def token_ids(prompt: Prompt, tokenizer: Any, limit: int | None, template: bool)
         template: put messages through the tokenizer's chat template where it has one.
     """
     if template and prompt.message and tokenizer.chat_template is not None:
-        ids = encode_messages(tokenizer, [{"role": "user", "content": prompt.text}], {})
+        before = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+        ids = encode_messages(tokenizer, [*before, {"role": "user", "content": prompt.text}], {})
     else:
         ids = encode(tokenizer, prompt.text)
     return ids[:limit]
-
-
-def _read(file: pathlib.Path) -> str:
-    try:
-        raw = file.read_bytes()
-        return (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file}: not readable as text ({one_line(error)})") from error
-
-
-def _whole(file: pathlib.Path) -> list[Prompt]:
-    text = _read(file)
-    if not text.strip():
-        raise UserError(f"--prompts {file}: is empty, expected text")
-    return [Prompt(text, file.name)]
-
-
-def _objects(file: pathlib.Path) -> Iterator[Prompt]:
-    category = file.name.partition(".")[0]
-    for number, line in enumerate(_read(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"--prompts {file}: line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON ({one_line(error)})") from error
-        if not isinstance(fields, dict):
-            raise UserError(f"{where} is a JSON {type(fields).__name__}, expected an object")
-        yield _prompt(fields, category, where)
-
-
-def _prompt(fields: dict[str, Any], category: str, where: str) -> Prompt:
-    message = "turns" in fields
-    if not message and "prompt" not in fields:
-        raise UserError(f"{where} has neither turns (MT-Bench, Spec-Bench) nor prompt (HumanEval)")
-    value = fields["turns" if message else "prompt"]
-    if message:
-        value = value[0] if isinstance(value, list) and value else None
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: {'turns' if message else 'prompt'} holds no text to begin with")
-    check_text(value, where)
-    return Prompt(value, str(fields.get("category", category)), message)

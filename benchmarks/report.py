@@ -1,4 +1,7 @@
-"""One place where results go: tables on the terminal, and JSON, Markdown and a chart in a directory."""
+"""Publishes results: tables on the terminal, and JSON, Markdown, a chart and a page in a directory.
+
+Knows nothing of what was measured.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from mlx_redrafter.benchmarks.charts import Draw, require_matplotlib, save_chart
@@ -30,7 +34,7 @@ class Report:
         data: all figures, for programs.
         draw: the chart.
         size: of the chart, in inches.
-        page: an HTML page with all of it; KIND.html where there is one.
+        page: makes an HTML page of the JSON, KIND.html, where there is one.
     """
 
     kind: str
@@ -42,7 +46,7 @@ class Report:
     data: dict[str, Any]
     draw: Draw
     size: tuple[float, float] = (8.0, 4.5)
-    page: str | None = None
+    page: Callable[[dict[str, Any]], str] | None = None
 
     def publish(self, out: str | None) -> None:
         """Prints the tables; writes KIND.json, KIND.md and KIND.png into a directory, each whole or not at all."""
@@ -51,19 +55,21 @@ class Report:
         if out is None:
             return
         folder = pathlib.Path(out)
+        whole = self.as_json()
         with replace_file(folder / f"{self.kind}.png") as file:
             short = f"{self.facts['device']}; {self.facts['target']}"
             save_chart(file, self.title, short, self.draw, self.size)
-        with replace_file(folder / f"{self.kind}.json") as file:
-            whole = {"kind": self.kind, "command": self.command, "facts": self.facts, **self.data}
-            file.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+        texts = {"json": json.dumps(whole, indent=1) + "\n", "md": self._markdown()}
         if self.page is not None:
-            with replace_file(folder / f"{self.kind}.html") as file:
-                file.write_text(self.page, "utf-8")
-        with replace_file(folder / f"{self.kind}.md") as file:
-            file.write_text(self._markdown(), "utf-8")
-        suffixes = ["json", "md", "png"] + ([] if self.page is None else ["html"])
-        print(f"\nWritten: {', '.join(str(folder / f'{self.kind}.{s}') for s in suffixes)}")
+            texts["html"] = self.page(whole)
+        for suffix, text in texts.items():
+            with replace_file(folder / f"{self.kind}.{suffix}") as file:
+                file.write_text(text, "utf-8")
+        written = ", ".join(str(folder / f"{self.kind}.{suffix}") for suffix in ("png", *texts))
+        print(f"\nWritten: {written}")
+
+    def as_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "command": self.command, "facts": self.facts, **self.data}
 
     def _markdown(self) -> str:
         parts = [f"## {self.title}", f"    {self.command}", "\n".join(f"- {k}: {v}" for k, v in self.facts.items())]

@@ -6,37 +6,36 @@ With --show-tree, one text step by step: what was drafted, accepted and rejected
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from typing import Any
 
 import mlx.nn as nn
-import mlx_lm
 
-from mlx_redrafter.benchmarks.side_by_side import Method, measure, side_by_side, table
+from mlx_redrafter.benchmarks.compare import Method, measure, side_by_side, table
+from mlx_redrafter.benchmarks.competitors import Decoder
+from mlx_redrafter.benchmarks.flags import add_prompt_arguments, check_texts
+from mlx_redrafter.benchmarks.pair import encode_prompts
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import greedy
 from mlx_redrafter.decoding.trace import watch
 from mlx_redrafter.decoding.tree_view import GREEN, colours, painted, show
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
-from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import device_facts
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_model_arguments, draft_shape, load_from
-from mlx_redrafter.text.generate import stream_generate
-from mlx_redrafter.text.prompts import encode
 from mlx_redrafter.tuning.session import drafting_for
 
 HELP = "write the same text plainly and with the drafter, and compare"
+TREE = DraftShape(4, 5, 7)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_prompt_arguments(parser)
     add = parser.add_argument
     add("--max-tokens", "-m", type=int, help="tokens per text (default: 128; 32 with --show-tree)")
-    add("--prompts", type=int, default=20, help="texts to measure; the first one is shown (default: %(default)s)")
     add("--show-tree", action="store_true", help="write one text and show every step's tree: which words were drafted,"
         " accepted, rejected; without a shape, trees of 7")  # fmt: skip
 
@@ -44,60 +43,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.max_tokens is None:
         args.max_tokens = 32 if args.show_tree else 128
-    if args.max_tokens < 2 or args.prompts < 1:
-        raise UserError("--max-tokens has to be 2 or more, --prompts 1 or more")
+    prompts = check_texts(args, any_target=True)
     asked = draft_shape(args)
     model, drafter, tokenizer = load_from(args)
     if drafter is None and args.lookup in (None, OFF):
         raise UserError("--draft is missing: the demo compares a target with and without its drafter")
-    prompts = held_out_prefixes(args.prompts)
-    if not prompts:
-        raise UserError("this Python has no source of its standard library to take prompts from")
+    texts = encode_prompts(args, model, tokenizer, prompts)
     if args.show_tree:
-        shape = DraftShape(4, 5, 7) if asked == AUTO else asked
+        shape = TREE if asked == AUTO else asked
         assert isinstance(shape, DraftShape)
-        return show_trees(model, drafter, tokenizer, prompts[0], shape, args.lookup or OFF, args.max_tokens)
-
-    def plain(prompt: str) -> Iterable:
-        return mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=args.max_tokens)
-
-    def drafted(shape: DraftShape | str) -> Method:
-        options: dict[str, Any] = {"max_tokens": args.max_tokens, "shape": shape, "lookup": args.lookup}
-        return lambda prompt: stream_generate(model, tokenizer, prompt, drafter, **options)
-
-    methods: dict[str, Method] = {"plain (mlx_lm)": plain}
+        print(f"{prompts[0].text}\n")
+        return show_trees(model, drafter, tokenizer, texts[0], shape, args.lookup or OFF, args.max_tokens)
+    decoder = Decoder(model, tokenizer, drafter, args.max_tokens)
+    methods: dict[str, Method] = {"plain (mlx_lm)": decoder.plain}
     source = "lookup" if drafter is None else "drafted" if args.lookup in (None, OFF) else f"lookup {args.lookup}"
-    beside = [DraftShape(), DraftShape(4, 5, 7)] if asked == AUTO else [DraftShape(4, 5, 7)]
-    for shape in [asked] if drafter is None else dict.fromkeys([asked, *beside]):
-        with_lookup = shape == AUTO and drafter is not None and args.lookup is None
-        methods[f"{'drafter and lookup' if with_lookup else source}, {describe(shape)}"] = drafted(shape)
+    beside = [DraftShape(), TREE] if asked == AUTO else [TREE]
+    for each in [asked] if drafter is None else dict.fromkeys([asked, *beside]):
+        with_lookup = each == AUTO and drafter is not None and args.lookup is None
+        name = f"{'drafter and lookup' if with_lookup else source}, {describe(each)}"
+        methods[name] = decoder.drafted(each, args.lookup)
     print(f"Target: {args.model or 'embedded, 12.6 M parameters, continues Python'}")
     facts = device_facts()
     products = facts.get("float32 products by")
     print(f"Device: {facts['device']}" + (f"; float32 products by {products}" if products else ""))
+    what = "a file that was held out of training" if args.prompts is None else prompts[0].category
     for name, method in list(methods.items())[:2]:
-        print(f"\n--- {name}: continuing a file that was held out of training\n{prompts[0]}", end="")
+        print(f"\n--- {name}: continuing {what}\n{prompts[0].text}", end="")
         print("\033[36m" if colours() else "", end="")
-        measure(method(prompts[0]), show=True)
+        measure(method(texts[0]), show=True)
         print("\033[0m" if colours() else "")
-    print("\n" + table(side_by_side(methods, prompts)))
+    print("\n" + table(side_by_side(methods, texts)).text())
 
 
 def show_trees(
-    model: nn.Module, drafter: Drafter | None, tokenizer: Any, prompt: str, shape: DraftShape, lookup: str, count: int
+    model: nn.Module,
+    drafter: Drafter | None,
+    tokenizer: Any,
+    prompt: list[int],
+    shape: DraftShape,
+    lookup: str,
+    count: int,
 ) -> None:
     """Writes one text greedily and prints every step's tree, and the text with what was drafted marked."""
     verifier = verifier_of(model)
     if verifier.capability == NONE:
         raise UserError(f"--show-tree: this target cannot verify drafts: {verifier.reason}")
     shape.check(verifier.target.vocab_size if drafter is None else drafter.config.scored)
+    proposer, planner, _ = drafting_for(verifier, drafter, shape, lookup, prompt, greedy)
     colour, steps = colours(), 0
     pieces: list[tuple[str, bool]] = []
     detokenizer, ends, made = tokenizer.detokenizer, set(tokenizer.eos_token_ids), 0
-    ids = encode(tokenizer, prompt)
-    proposer, planner, _ = drafting_for(verifier, drafter, shape, lookup, ids, greedy)
-    print(f"{prompt}\n")
-    for step, tokens in watch(verifier, proposer, ids, DecodingOptions(max_tokens=count), planner, drafter, ends):
+    for step, tokens in watch(verifier, proposer, prompt, DecodingOptions(max_tokens=count), planner, drafter, ends):
         if step is not None:
             steps += 1
             print(show(step, steps, tokenizer, colour) + "\n", flush=True)

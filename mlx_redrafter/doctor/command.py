@@ -43,14 +43,14 @@ PLAIN_ADVICE = "mlx-lm's own pass differs between GPU and CPU, without anything 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pair_arguments(parser)
-    parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    parser.add_argument("--report", metavar="FILE", help="also write the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 where all is well and 1 where a check failed."""
-    file = None if args.json is None else pathlib.Path(args.json).expanduser()
+    file = None if args.report is None else pathlib.Path(args.report).expanduser()
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise UserError(f"--json {args.json}: expected a file in a directory that is there")
+        raise UserError(f"--report {args.report}: expected a file in a directory that is there")
     begin = time.perf_counter()
     report = examine(args)
     report.seconds = time.perf_counter() - begin

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " conversations, instruction and output, prompt and completion, or text; csv; text; source trees")  # fmt: skip
     add("--text", metavar="DIR", help="rows that an earlier run for this target wrote (its training/text), in place of"
         " new ones")  # fmt: skip
-    add("--prompts", metavar="FILE", help="prompts for the target to answer: json lines, csv or text")
+    add("--prompts", metavar="PATH", help="prompts for the target to answer: json lines, csv or text")
     add("--prefixes", nargs="+", default=[], metavar="PATH", help="files or directories to cut beginnings from, which"
         " the target continues (default: its chat template; the embedded target: the standard library)")  # fmt: skip
     add("--prefix-length", type=int, default=32, help="tokens of each beginning (default: %(default)s)")

@@ -1,90 +1,79 @@
-"""`mlx-redrafter bench compare` from the command to its files, on the embedded pair."""
+"""Turns are fair, and the figures are those of the definitions."""
 
-import json
+import types
 
-import mlx.core as mx
 import pytest
-from mlx_redrafter.benchmarks.contest import SETTINGS
-from support import SHARED
-from support.pages import traced_figures
+from mlx_redrafter.benchmarks.compare import Run, Spread, measure, side_by_side, summarize, table, turn_order
 
-from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
-from mlx_redrafter.target.model import Target
-from mlx_redrafter.text.loading import EMBEDDED
-
-FLAGS = ["--temps", "0", "--num-prompts", "1", "--search-prompts", "1", "--prompt-tokens", "24", "-m", "6"]
+from mlx_redrafter.errors import UserError
 
 
-def bench(*flags):
-    return main(["bench", "compare", *FLAGS, *map(str, flags)])
+def test_every_method_takes_every_place():
+    """If this fails, a method always runs behind the same other one."""
+    rounds = [turn_order(["a", "b", "c"], turn) for turn in range(3)]
+    assert rounds == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
 
 
-@pytest.fixture(scope="module")
-def heads(pair, tmp_path_factory):
-    """Four random Medusa heads without blocks."""
-    target, folder = Target(pair[0]), tmp_path_factory.mktemp("medusa")
-    mx.random.seed(0)
-    MedusaHeads(MedusaConfig(target.vocab_size, target.hidden_size, 4, 0)).save(folder)
-    return folder
+def test_the_reference_comes_back():
+    names = ["plain", *"abcde"]
+    assert turn_order(names, 0, 2) == ["plain", "a", "b", "plain", "c", "d", "plain", "e"]
+    assert turn_order(names, 1, 2) == ["plain", "b", "c", "plain", "d", "e", "plain", "a"]
+    assert turn_order(["plain"], 3, 2) == ["plain"]
 
 
-def test_a_comparison(heads, tmp_path, capsys):
-    """If this fails, a method is missing or changes the text, or the three files tell different things."""
-    draft = SHARED / "models" / "tinypy-draft"
-    given = ["--draft-model", draft] if draft.exists() else []
-    out = tmp_path / "out"
-    assert bench("--medusa", heads, *given, "--out", out) == 0
-    assert sorted(path.name for path in out.iterdir()) == [f"compare.{s}" for s in ("html", "json", "md", "png")]
-    data = json.loads((out / "compare.json").read_text())
-    text, page = (out / "compare.md").read_text(), (out / "compare.html").read_text()
-    names = [name for name in SETTINGS if given or name != "draft model"]
-    assert [row["method"] for row in data["rows"]] == names
-    assert [sentence for sentence in data["left_out"] if "draft model" in sentence] == (
-        [] if given else ["mlx_lm's draft model takes no part: --draft-model was not given."]
-    )
-    assert f"All {len(names) - 1} texts that were drafted equal plain mlx_lm's, token for token." in text
-    assert traced_figures(page, data) > 50
-    for row in data["rows"]:
-        assert row["equal"] == row["runs"] == 1 and row["tokens_per_second"] > 0
-        assert f'data-row="{row["id"]}"' in page
-        assert any(f"| {row['setting']} | {row['tokens_per_second']:.1f} |" in line for line in text.splitlines())
-        assert row["setting"] in SETTINGS[row["method"]]
-        assert (row["acceptance"] == 1) == (sum(row["by_position"]) == 0)
-        assert (row["drafter_bytes"] > 0) == (row["method"] not in ("plain", "lookup"))
-    tried = [(one["method"], one["setting"]) for one in data["search"]]
-    assert tried == [(name, s) for name in names for s in SETTINGS[name] if len(SETTINGS[name]) > 1]
-    for name in {name for name, _ in tried}:
-        some = [one for one in data["search"] if one["method"] == name]
-        [best] = [one for one in some if one["best"]]
-        assert best["tokens_per_second"] == max(one["tokens_per_second"] for one in some)
-        assert best["setting"] == next(row["setting"] for row in data["rows"] if row["method"] == name)
+def test_side_by_side_runs_each_on_each():
+    calls = []
+
+    def method(name):
+        def run(prompt):
+            calls.append((name, prompt))
+            return (types.SimpleNamespace(token=t, text="", steps=1) for t in prompt)
+
+        return run
+
+    after = []
+    runs = side_by_side({"a": method("a"), "b": method("b")}, [(1, 2), (3, 4, 5)], repeats=2, after=after.append)
+    assert calls[:2] == [("a", (1, 2)), ("b", (1, 2))]  # warms up
+    assert calls[2:6] == [("a", (1, 2)), ("b", (1, 2)), ("b", (1, 2)), ("a", (1, 2))]
+    assert [[run.tokens for run in text] for text in runs["b"]] == [[[1, 2]] * 2, [[3, 4, 5]] * 2]
+    assert after == [(1, 2), (1, 2), (3, 4, 5), (3, 4, 5)]
 
 
-MISTAKES = {
-    "no such heads": (["--medusa", "/no/such"], "--medusa /no/such: no such directory"),
-    "heads of another kind": (["--medusa", EMBEDDED / "drafter"], "is a recurrent drafter, expected Medusa heads"),
-    "no such draft model": (["--draft-model", "/no/such"], "--draft-model /no/such: no such directory"),
-    "a temperature": (["--temps", "nan"], "--temps is nan"),
-    "rounds": (["--repeats", "0"], "--repeats is 0"),
-}
+def test_figures():
+    """If this fails, the tables say something else than their notes."""
+    nine = list(range(9))
+    runs = {
+        "plain": [[Run(nine, 8.0, 8)], [Run(nine, 16.0, 8)], [Run([1], 0.0, 0)]],
+        "drafted": [
+            [Run(nine, 4.0, 4), Run(nine, 2.0, 4), Run(nine, 9.0, 4)],
+            [Run(nine[::-1], 4.0, 2)],
+            [Run([1], 0, 0)],
+        ],
+    }
+    plain, drafted = summarize(runs).values()
+    assert plain.speed_ups == [1, 1, None] and plain.efficiency == 1 and (plain.equal, plain.runs) == (3, 3)
+    assert drafted.speed_ups == [2, 4, None]  # the median run counts
+    assert drafted.speed_up == Spread(3, 2.5, 3.5)
+    assert drafted.acceptance == 32 / 14 and drafted.tokens_per_second == 32 / 19
+    assert drafted.efficiency == 1.0  # 2 / 2 and 4 / 4
+    assert (drafted.equal, drafted.runs) == (4, 5)
+    assert table(runs).text().endswith("Texts equal to the plain one, token for token: 4 of 5")
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name, tmp_path, capsys):
-    flags, message = MISTAKES[name]
-    assert bench(*flags, "--out", tmp_path / "out") == 2
-    printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+def test_nothing_to_time():
+    with pytest.raises(UserError, match="ended after its first token"):
+        summarize({"plain": [[Run([1], 0.0, 0)]]})
 
 
-def test_models_for_another_target(heads, stories, tmp_path, capsys):
-    """If this fails, the mistake shows as a traceback from deep inside, or as a text that differs."""
-    assert bench("--draft-model", stories) == 2
-    assert f"--draft-model {stories}: vocabulary of 512, the target's is" in capsys.readouterr().err
-    MedusaHeads(MedusaConfig(97, 32, 4, 0)).save(tmp_path / "small")
-    assert bench("--medusa", tmp_path / "small") == 2
-    assert f"--medusa {tmp_path / 'small'}" in capsys.readouterr().err
-    assert bench("--draft", heads) == 2
-    assert "is of Medusa heads, which --medusa takes" in capsys.readouterr().err
+def test_steps_are_those_of_the_stream():
+    ours = [types.SimpleNamespace(token=t, text="", steps=s) for t, s in ((5, 0), (6, 1), (7, 1))]
+    theirs = [types.SimpleNamespace(token=t, text="") for t in (5, 6, 7)]
+    assert measure(ours).steps == 1 and measure(ours).acceptance == 2
+    assert measure(theirs).steps == 2 and measure(theirs).acceptance == 1
+
+
+def test_rounds_are_told_by_what_was_drafted():
+    """mlx_lm drafts along with the prompt; that round is in neither the steps nor the time."""
+    flags = [True, False, True, True, False, False, True]
+    run = measure(types.SimpleNamespace(token=i, text="", from_draft=flag) for i, flag in enumerate(flags))
+    assert (run.before, run.counted, run.accepted, run.steps) == (2, 5, [2, 0, 1], 3)

@@ -120,7 +120,7 @@ def test_damaged_drafters(tmp_path, capsys):
         (["generate", "-p", "x", "--system-prompt", "y"], "--system-prompt needs a chat template"),
         (["chat", "--beam-width", "-1"], "--beam-width is -1"),
         (["demo", "--draft", "none"], "--draft is missing"),
-        (["demo", "--prompts", "0"], "--prompts 1 or more"),
+        (["demo", "--num-prompts", "0"], "--num-prompts is 0, expected 1 or more"),
         (["train", "--out", __file__], "already exists"),
         (["train", "--out", "x", "--rows", "0"], "--rows is 0, expected 17 or more"),
         (["train", "--out", "x", "--resume"], "--resume: "),
@@ -255,7 +255,7 @@ def test_every_flag_is_explained(command):
 
 def test_demo(capsys):
     """If this fails, the first thing a newcomer types does not work, or the two texts differ."""
-    assert main(["demo", "--prompts", "2", "-m", "24"]) == 0
+    assert main(["demo", "--num-prompts", "2", "-m", "24"]) == 0
     out = capsys.readouterr().out
     assert "Texts equal to the plain one, token for token: 6 of 6" in out
     lines = [line for line in out.splitlines() if line.endswith("x")]

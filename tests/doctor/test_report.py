@@ -37,7 +37,7 @@ def two_places(monkeypatch):
 def test_the_command(quick, two_places, tmp_path, capsys):
     """Every kind of check is made and is well; text and JSON say the same."""
     file = tmp_path / "report.json"
-    assert main(["doctor", "--json", str(file)]) == 0
+    assert main(["doctor", "--report", str(file)]) == 0
     out, fields = capsys.readouterr().out, json.loads(file.read_text())
     names = {check["name"]: check for check in fields["checks"]}
     assert {check["status"] for check in names.values()} <= {OK, NOTE} and fields["failed"] == []
@@ -61,7 +61,7 @@ def test_your_pair_that_is_broken(quick, two_places, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr("mlx_redrafter.decoding.step.accept", accept)
     file = tmp_path / "report.json"
-    assert main(["doctor", *small_directory, "--dtype", "float32", "--json", str(file)]) == 1
+    assert main(["doctor", *small_directory, "--dtype", "float32", "--report", str(file)]) == 1
     out, fields = capsys.readouterr().out, json.loads(file.read_text())
     assert {"texts, float32", "texts, float32, sampled"} == set(fields["failed"])
     assert "2 of" in out and "more than rounding explains; please report this" in out
@@ -93,8 +93,8 @@ def small_directory(tmp_path, pair):
 def test_mistakes(tmp_path, capsys):
     for flags, words in (
         (["--draft", "none"], "--draft is missing"),
-        (["--json", str(tmp_path)], "expected a file in a directory that is there"),
-        (["--json", str(tmp_path / "no" / "file")], "expected a file in a directory that is there"),
+        (["--report", str(tmp_path)], "expected a file in a directory that is there"),
+        (["--report", str(tmp_path / "no" / "file")], "expected a file in a directory that is there"),
     ):
         assert main(["doctor", *flags]) == 2
         err = capsys.readouterr().err

@@ -11,7 +11,7 @@ from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.generate import generate_step
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_tokenizer, quantize_model
-from mlx_redrafter.benchmarks.small_models import build
+from mlx_redrafter.benchmarks.architectures.small_models import build
 from support import make_drafter, make_model
 
 import mlx_redrafter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html.parser
 
-from mlx_redrafter.benchmarks.html_parts import value_of
+from mlx_redrafter.benchmarks.page.page import value_of
 
 
 class Figures(html.parser.HTMLParser):

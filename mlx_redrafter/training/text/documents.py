@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -222,10 +222,15 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def text_files(root: pathlib.Path) -> list[pathlib.Path]:
-    """The text and source files below a folder; caches, packages and hidden folders are left out."""
-    found = []
+def text_files(root: pathlib.Path, also: Collection[str] = ()) -> list[pathlib.Path]:
+    """The text and source files below a folder; caches, packages and hidden folders are left out.
+
+    Args:
+        also: further suffixes, without a .gz behind them.
+    """
+    found, suffixes = [], SOURCE_SUFFIXES.union(also)
     for folder, below, files in os.walk(root, onerror=_raise):
         below[:] = [b for b in below if b not in SKIPPED_FOLDERS and not b.startswith(".")]
-        found += [pathlib.Path(folder, f) for f in files if pathlib.Path(f).suffix.lower() in SOURCE_SUFFIXES]
+        paths = [pathlib.Path(folder, file) for file in files]
+        found += [path for path in paths if path.suffix.lower() in suffixes or bare_suffix(path) in also]
     return found

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_tokenizer
-from mlx_redrafter.benchmarks.small_models import PerfectDrafter, build, random_drafter
+from mlx_redrafter.benchmarks.architectures.small_models import PerfectDrafter, build, random_drafter
 
 import mlx_redrafter
 from mlx_redrafter.drafting.shape import DraftShape

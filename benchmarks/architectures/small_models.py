@@ -1,0 +1,112 @@
+"""Makes a small random instance of any mlx-lm model module that decodes text, and drafters for it.
+
+Knows nothing of what is checked with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import sys
+import types
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models
+from mlx.utils import tree_map_with_path
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_redrafter.benchmarks.architectures.small_configs import ALWAYS, COMMON, SPECIAL
+
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
+from mlx_redrafter.target.model import Target
+
+
+def modules() -> list[str]:
+    """The names of mlx-lm's modules that define a `Model`."""
+    names = sorted(module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))
+    return [name for name in names if hasattr(_import(name), "Model")]
+
+
+def _import(name: str) -> types.ModuleType:
+    # olmo asks whether ai2-olmo is installed and uses nothing of it.
+    sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
+    return importlib.import_module(f"mlx_lm.models.{name}")
+
+
+def config(name: str) -> dict[str, Any]:
+    """A config for a small instance of a module."""
+    fields = dataclasses.fields(_import(name).ModelArgs)
+    required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    found = {"model_type": name}
+    for field in fields:
+        if field.name in COMMON and (field.name in required or field.name in ALWAYS):
+            found[field.name] = COMMON[field.name]
+    return found | SPECIAL.get(name, {})
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """A random float32 instance of a module; its weights are such that choices depend on what was read."""
+    module = _import(name)
+    mx.random.seed(seed)
+    model = module.Model(module.ModelArgs.from_dict(config(name)))
+    model.set_dtype(mx.float32)
+    model.update(tree_map_with_path(_lively, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def _lively(path: str, weight: mx.array) -> mx.array:
+    """Weights that a module begins with as 0 or 1 get some noise; matrices are doubled."""
+    if not mx.issubdtype(weight.dtype, mx.floating):
+        return weight
+    noise = 0.1 * mx.random.normal(weight.shape)
+    return (2 * weight if weight.ndim == 2 and "norm" not in path else weight) + noise
+
+
+def random_drafter(target: Target, seed: int = 1) -> RecurrentDrafter:
+    """A drafter that knows nothing."""
+    mx.random.seed(seed)
+    size = target.hidden_size
+    drafter = RecurrentDrafter(
+        DrafterConfig(vocab_size=target.vocab_size, hidden_size=size, exit_dim=size, num_draft_layers=1, rnn=True)
+    )
+    mx.eval(drafter.parameters())
+    return drafter
+
+
+class PerfectDrafter(RecurrentDrafter):
+    """A drafter that knows the continuation: it finds its place in it by the context it is given.
+
+    Args:
+        target: the model.
+        prompt: token ids.
+        continuation: what the model writes after them.
+    """
+
+    def __init__(self, target: Target, prompt: list[int], continuation: list[int]):
+        size = target.hidden_size
+        super().__init__(DrafterConfig(target.vocab_size, size, exit_dim=size, num_draft_layers=0, rnn=True))
+        cache = make_prompt_cache(target.model)
+        contexts, read = [], [prompt, *([token] for token in continuation[:-1])]
+        for tokens in read:
+            hidden, _ = target.forward(mx.array([tokens]), cache)
+            assert hidden is not None
+            contexts.append(hidden[0, -1].astype(mx.float32))
+            mx.eval(contexts[-1])
+        self._contexts = mx.stack(contexts)  # [i]: of the step whose root is continuation[i]
+        self._continuation = mx.array(continuation)
+
+    def project_context(self, context: mx.array) -> mx.array:
+        return context
+
+    def advance(self, embedding: mx.array, state: mx.array | None) -> mx.array:
+        """Counts the tokens read."""
+        return mx.ones(embedding.shape) if state is None else state + 1
+
+    def logits(self, projected_context: mx.array, state: mx.array) -> mx.array:
+        gaps = mx.square(self._contexts - projected_context.astype(mx.float32)[..., None, :]).sum(axis=-1)
+        place = mx.argmin(gaps, axis=-1) + state[..., 0].astype(mx.int32)
+        token = self._continuation[mx.minimum(place, self._continuation.size - 1)]
+        return 10.0 * (mx.arange(self.config.vocab_size) == token[..., None]).astype(mx.float32)

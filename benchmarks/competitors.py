@@ -1,0 +1,287 @@
+"""Makes the ways of decoding that are compared: a name becomes a `Method`.
+
+Names: `plain`, `ours`, `chain:3`, `best-first:4x5:7`, `auto`, `auto-no-lookup` and the like; and of a comparison of
+methods, each with its settings. Knows nothing of how methods are timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx_redrafter.benchmarks.compare import Method
+
+from mlx_redrafter.decoding.sampling import Chooser, position_keyed
+from mlx_redrafter.drafting.kinds import Drafter, open_drafter
+from mlx_redrafter.drafting.medusa import MedusaHeads
+from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.drafting.shape import AUTO, BEAMS, BEST_FIRST, OFF, ON, DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.system.openblas_layout import pack
+from mlx_redrafter.system.weights import weights
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.generate import stream_generate
+from mlx_redrafter.text.loading import load_target
+
+PLAIN, PACKED, OURS = "plain", "plain-packed", "ours"
+CHAIN_OF_3, TREE_OF_7 = "chain:3", "best-first:4x5:7"
+DRAFTER_AUTO = "auto-no-lookup"  # chooses among the drafter's shapes alone
+DEFAULTS = (PLAIN, PACKED, OURS, CHAIN_OF_3, "beams:4x5:7", TREE_OF_7, DRAFTER_AUTO, AUTO)
+
+DRAFT_MODEL, MEDUSA, LOOKUP = "draft model", "Medusa", "lookup"
+NO_LOOKUP, REDRAFTER_AUTO = "ReDrafter auto, no lookup", "ReDrafter auto"  # the second as generate does it
+REDRAFTER = ("ReDrafter chain", "ReDrafter beams", "ReDrafter best-first", NO_LOOKUP, REDRAFTER_AUTO)
+
+# Of each method of a comparison the settings that are tried; the fastest on the prompts of the search takes part.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    PLAIN: ("",),
+    DRAFT_MODEL: ("1", "2", "3", "4", "5"),
+    MEDUSA: ("chain:2", CHAIN_OF_3, "best-first:4x4:5", TREE_OF_7, "best-first:10x5:12"),
+    REDRAFTER[0]: ("chain:2", CHAIN_OF_3, "chain:4"),
+    REDRAFTER[1]: ("beams:2x4:4", "beams:3x4:6", "beams:4x5:8"),
+    REDRAFTER[2]: ("best-first:3x4:5", TREE_OF_7, "best-first:4x5:12"),
+    NO_LOOKUP: (AUTO,),
+    LOOKUP: ("chain:2", CHAIN_OF_3, "chain:4", "chain:6"),
+    REDRAFTER_AUTO: (AUTO,),
+}
+
+
+def drafts(method: str) -> bool:
+    """Whether a method uses the drafter."""
+    return method not in (PLAIN, PACKED, OURS)
+
+
+def shape_named(method: str) -> DraftShape | None:
+    """The fixed shape of a method's drafts; None where it drafts nothing, or chooses as it goes.
+
+    Raises:
+        UserError: no such method, or a size that is none.
+    """
+    if not drafts(method) or method in (AUTO, DRAFTER_AUTO):
+        return None
+    name, _, size = method.partition(":")
+    if name == "chain":
+        if not re.fullmatch(r"\d*", size):
+            raise UserError(f"--methods {method}: expected chain:N, N draft tokens in a row")
+        nodes = int(size or 3)
+        shape = DraftShape(1, nodes + 1, nodes)
+    elif name in (BEAMS, BEST_FIRST):
+        found = re.fullmatch(r"(\d+)x(\d+)(?::(\d+))?", size or "4x5:7")
+        if not found:
+            raise UserError(f"--methods {method}: expected {name}:WxL:N, W beams of L tokens, N draft tokens checked")
+        width, length = int(found[1]), int(found[2])
+        shape = DraftShape(width, length, int(found[3] or width * (length - 1)), name)
+    else:
+        known = ", ".join([PLAIN, PACKED, OURS, AUTO, DRAFTER_AUTO, "chain", BEAMS, BEST_FIRST])
+        raise UserError(f"--methods {method}: no such method, expected one of {known}")
+    try:
+        shape.check(vocab_size=2**31)
+    except UserError as error:
+        raise UserError(f"--methods {method}: {error}") from error
+    return shape
+
+
+def name_of(shape: DraftShape) -> str:
+    """A shape's name, of which `shape_named` makes the shape."""
+    if shape.beam_width == 1:
+        return f"chain:{shape.num_draft_tokens}"
+    return f"{shape.tree_policy}:{shape.beam_width}x{shape.beam_length}:{shape.num_draft_tokens}"
+
+
+@dataclasses.dataclass
+class Decoder:
+    """Makes methods that decode token ids with one pair of models.
+
+    Args:
+        model, tokenizer, drafter: the pair.
+        max_tokens: per text.
+        temp, seed: of the target's choices; temperature 0 is greedy.
+        as_loaded: the target that mlx_lm's plain loop runs, if not `model`: the same, its weights not packed.
+        caches: makes the caches that a text begins with, one call a text; None for the method's own.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    drafter: Drafter | None
+    max_tokens: int
+    temp: float = 0.0
+    seed: int = 0
+    as_loaded: nn.Module | None = None
+    caches: Callable[[], list[Any]] | None = None
+
+    def method(self, name: str) -> Method:
+        """The method of that name (see `shape_named`)."""
+        if drafts(name):
+            return self.drafted(shape_named(name) or AUTO, AUTO if name == AUTO else OFF)
+        return {PLAIN: self.plain, PACKED: self.packed, OURS: self.ours}[name]
+
+    def plain(self, prompt: list[int]) -> Iterable:
+        """mlx_lm's own loop over the target as mlx_lm loads it."""
+        return self._mlx_lm(self.as_loaded or self.model, prompt)
+
+    def packed(self, prompt: list[int]) -> Iterable:
+        """mlx_lm's own loop over the target as we load it."""
+        return self._mlx_lm(self.model, prompt)
+
+    def _mlx_lm(self, model: nn.Module, prompt: list[int], **options: Any) -> Iterable:
+        """At a temperature mlx_lm asks our sampler, so that it writes the seed's text, too."""
+        if self.caches is not None:
+            options["prompt_cache"] = self.caches()
+        sampler = None
+        if self.temp > 0:
+            sampler = options["sampler"] = PositionSampler(self.chooser(), len(prompt))
+        stream = mlx_lm.stream_generate(model, self.tokenizer, prompt, max_tokens=self.max_tokens, **options)
+        for response in stream:
+            if sampler is not None and "draft_model" in options:
+                sampler.taken()
+            yield response
+
+    def with_draft_model(self, draft: nn.Module, num_draft_tokens: int) -> Method:
+        """mlx_lm's own speculative decoding.
+
+        At a temperature both models draw with the noise of the token's position. So the text is the seed's, and the
+        draft's draws agree with the target's at least as often as with mlx_lm's sampler, which draws for each apart.
+        """
+        return lambda prompt: self._mlx_lm(self.model, prompt, draft_model=draft, num_draft_tokens=num_draft_tokens)
+
+    def ours(self, prompt: list[int]) -> Iterable:
+        """Our loop without drafts."""
+        return self._ours(prompt, None)
+
+    def drafted(self, shape: DraftShape | str, lookup: str | None = OFF) -> Method:
+        """Our loop with drafts of a shape, or "auto", and of lookup: "on", "auto", or None for the usual choice."""
+        return lambda prompt: self._ours(prompt, self.drafter, shape=shape, lookup=lookup)
+
+    def _ours(self, prompt: list[int], drafter: Drafter | None, **options: Any) -> Iterable:
+        if self.caches is not None:
+            options["prompt_cache"] = self.caches()
+        options |= {"max_tokens": self.max_tokens, "chooser": self.chooser()}
+        return stream_generate(self.model, self.tokenizer, prompt, drafter, **options)
+
+    def chooser(self) -> Chooser:
+        return position_keyed(self.temp, self.seed)
+
+
+class PositionSampler:
+    """An mlx-lm sampler for one text that draws with each position's own noise, as a position-keyed chooser does.
+
+    The plain loop asks it once for each token, in order. Speculative decoding asks it once for each draft token of a
+    round, and then for all rows of the target; tokens are taken between rounds only, which tells where one begins.
+
+    Args:
+        choose: the chooser.
+        position: of the first token.
+    """
+
+    def __init__(self, choose: Chooser, position: int):
+        self._choose, self._position, self._drafted = choose, position, 0
+
+    def taken(self) -> None:
+        """Speculative decoding gave a token out."""
+        self._position, self._drafted = self._position + 1, 0
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        rows = logprobs.shape[0]
+        first = self._position
+        if rows == 1:
+            first, self._drafted = first + self._drafted, self._drafted + 1
+        positions = first + mx.arange(rows, dtype=mx.int32)
+        return self._choose(logprobs[None], positions[None])[0]
+
+
+@dataclasses.dataclass
+class Contest:
+    """The drafters of a comparison of methods.
+
+    Attributes:
+        drafter: the recurrent one.
+        draft: mlx_lm's draft model, if there is one.
+        medusa: Medusa heads, if there are any.
+        facts: what was loaded, by name.
+        missing: sentences that say what is left out, and why.
+    """
+
+    drafter: RecurrentDrafter
+    draft: nn.Module | None = None
+    medusa: MedusaHeads | None = None
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+    missing: list[str] = dataclasses.field(default_factory=list)
+
+    def methods(self) -> list[str]:
+        """The names of those that take part, plain decoding first."""
+        absent = {DRAFT_MODEL: self.draft is None, MEDUSA: self.medusa is None}
+        return [name for name in SETTINGS if not absent.get(name)]
+
+    def method(self, decoder: Decoder, name: str, setting: str) -> Method:
+        """A method in one of its settings.
+
+        Args:
+            decoder: with the recurrent drafter.
+        """
+        if name == PLAIN:
+            return decoder.plain
+        if name == DRAFT_MODEL:
+            assert self.draft is not None
+            return decoder.with_draft_model(self.draft, int(setting))
+        drafter = {MEDUSA: self.medusa, LOOKUP: None}.get(name, decoder.drafter)
+        lookup = {LOOKUP: ON, REDRAFTER_AUTO: AUTO}.get(name, OFF)
+        return dataclasses.replace(decoder, drafter=drafter).drafted(shape_named(setting) or AUTO, lookup)
+
+    def drafter_bytes(self, name: str) -> int:
+        """Bytes of weights that a method has beside the target's."""
+        if name in (PLAIN, LOOKUP):
+            return 0
+        module = {DRAFT_MODEL: self.draft, MEDUSA: self.medusa}.get(name, self.drafter)
+        assert module is not None
+        return weights(module)[1]
+
+
+def open_contest(target: Target, drafter: RecurrentDrafter, draft_model: str | None, medusa: str | None) -> Contest:
+    """Loads what the flags name.
+
+    Raises:
+        UserError: a model or heads for another target.
+    """
+    contest = Contest(drafter)
+    if draft_model is None:
+        contest.missing.append("mlx_lm's draft model takes no part: --draft-model was not given.")
+    else:
+        contest.draft = _load_draft_model(draft_model, target)
+        contest.facts["draft model"] = f"{draft_model}, {weights(contest.draft)[1] / 1e6:.1f} MB of weights"
+    if medusa is None:
+        contest.missing.append("Medusa takes no part: --medusa was not given.")
+    else:
+        contest.medusa = _load_medusa(medusa, target)
+        contest.facts["Medusa heads"] = f"{medusa}, {weights(contest.medusa)[1] / 1e6:.1f} MB of weights"
+    return contest
+
+
+def _load_draft_model(path: str, target: Target) -> nn.Module:
+    """A draft model in the target's type, laid out as the target is that it drafts for."""
+    model, _ = load_target(fetch(path, "--draft-model"), None, None)
+    found = Target.of(model).vocab_size
+    if found != target.vocab_size:
+        raise UserError(f"--draft-model {path}: vocabulary of {found}, the target's is {target.vocab_size}")
+    if not any("scales" in module for module in model.modules()):
+        model.set_dtype(target.dtype)
+    mx.eval(model.parameters())
+    return pack(model)
+
+
+def _load_medusa(path: str, target: Target) -> MedusaHeads:
+    heads = open_drafter(fetch(path, "--medusa"))
+    if not isinstance(heads, MedusaHeads):
+        raise UserError(f"--medusa {path}: is a recurrent drafter, expected Medusa heads")
+    check_pair(target, heads, f"--medusa {path}")
+    if heads.config.quantization is None:
+        heads.set_dtype(target.dtype)
+    mx.eval(heads.parameters())
+    pack(heads)
+    return heads

@@ -1,0 +1,97 @@
+"""The flags that benchmarks share, and the checks that need no model.
+
+Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from mlx_redrafter.benchmarks.prompts import Prompt, evenly, read_prompts
+
+from mlx_redrafter.embedded.corpus import held_out_prefixes
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.text.flags import add_pair_arguments
+
+SCALE = (
+    "widen the target's feed-forward layers by neurons that contribute nothing, until a token reads X times the"
+    " weights: same text, higher cost"
+)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The pair, the scale of its cost, and where results go."""
+    add_pair_arguments(parser)
+    parser.add_argument("--cost-scale", type=float, default=1.0, metavar="X", help=f"{SCALE} (default: %(default)s)")
+    add_out_argument(parser)
+
+
+def add_out_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="write KIND.json, KIND.md and KIND.png there, too")
+    parser.set_defaults(parser=parser)
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser, prompts: int = 20) -> None:
+    """Which prompts to continue."""
+    add = parser.add_argument
+    add("--prompts", nargs="+", metavar="PATH", help="files of prompts: MT-Bench, Spec-Bench or HumanEval (.jsonl),"
+        " text or source; or directories of them (default, for the embedded target: Python files that were held"
+        " out of its training)")  # fmt: skip
+    add("--num-prompts", type=int, default=prompts, help="so many of them, spread evenly (default: %(default)s)")
+    add("--prompt-tokens", type=int, help="keep only so many tokens from the beginning of each (default: all)")
+    add("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, prompts: int = 20, max_tokens: int = 128) -> None:
+    """Which texts to write."""
+    add_prompt_arguments(parser, prompts)
+    help = "tokens per text (default: %(default)s)"
+    parser.add_argument("--max-tokens", "-m", type=int, default=max_tokens, help=help)
+
+
+def add_round_arguments(parser: argparse.ArgumentParser, temps: list[float]) -> None:
+    """At which temperatures, and how often."""
+    add = parser.add_argument
+    shown = " ".join(f"{temp:g}" for temp in temps)
+    add("--temps", type=float, nargs="+", default=temps, help=f"temperatures, one after the other (default: {shown})")
+    add("--seed", type=int, default=0, help="of the texts at a temperature (default: %(default)s)")
+    add("--repeats", type=int, default=1, help="rounds per prompt (default: %(default)s)")
+
+
+def check_rounds(args: argparse.Namespace) -> None:
+    """Raises UserError for flags of `add_round_arguments` that are out of range."""
+    in_range("--repeats", args.repeats, 1)
+    for temp in args.temps:
+        in_range("--temps", temp, 0)
+        if not math.isfinite(temp):
+            in_range("--temps", temp, 0, 100)
+
+
+def check_texts(args: argparse.Namespace, any_target: bool = False) -> list[Prompt]:
+    """The prompts that the flags of `add_text_arguments` name; needs no model, so mistakes show at once.
+
+    Args:
+        any_target: without --prompts, held-out Python will do for every target.
+    """
+    for flag, least in (("--num-prompts", 1), ("--prompt-tokens", 1), ("--max-tokens", 2)):
+        in_range(flag, getattr(args, flag[2:].replace("-", "_")), least)
+    if args.prompts is not None:
+        return evenly(read_prompts(args.prompts), args.num_prompts)
+    if args.model is not None and not any_target:
+        raise UserError("--prompts is missing: a file of prompts for this target")
+    prompts = [Prompt(text, "held-out Python") for text in held_out_prefixes(args.num_prompts)]
+    if not prompts:
+        raise UserError("--prompts is missing: this Python has no source of its standard library to take prompts from")
+    return prompts
+
+
+def check_scale(scale: float) -> None:
+    """Raises UserError for a scale that no target is widened to."""
+    in_range("--cost-scale", scale, 1, 1000)
+
+
+def in_range(flag: str, value: float | None, least: float, most: float = math.inf) -> None:
+    """Raises UserError for a flag out of range; None passes."""
+    if value is not None and not least <= value <= most:
+        raise UserError(f"{flag} is {value}, expected {least} {'or more' if most == math.inf else f'to {most}'}")

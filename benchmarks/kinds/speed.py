@@ -1,0 +1,188 @@
+"""Measures the speed of ways to decode, side by side on the same prompts.
+
+Every prompt is continued by every method in turn, in an order that rotates. Speed-up is
+mlx_lm's time per token over the method's on the same text; medians and quartiles are over
+the texts. The limit is what this device would reach with the same acceptance if a step were
+its verified rows alone, no drafting and no waiting: those rows are timed between the texts,
+behind a context of the prompt and half of the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from typing import Any
+
+from mlx_redrafter.benchmarks import charts
+from mlx_redrafter.benchmarks.compare import Runs, Summary, median_time, side_by_side, summarize
+from mlx_redrafter.benchmarks.competitors import DEFAULTS, PLAIN, shape_named
+from mlx_redrafter.benchmarks.flags import (
+    add_common_arguments,
+    add_round_arguments,
+    add_text_arguments,
+    check_rounds,
+    check_texts,
+)
+from mlx_redrafter.benchmarks.pair import Pair, encode_texts, load_pair
+from mlx_redrafter.benchmarks.report import Report
+from mlx_redrafter.benchmarks.step_timing import Rows
+
+from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.system.table import Table
+from mlx_redrafter.target.probe import verifier_of
+
+HELP = "plain decoding and ways to draft, side by side"
+
+NOTES = [
+    "speed-up: mlx_lm's time per token over the method's, text by text; median and quartiles (25 %, 75 %)",
+    "acceptance: mean acceptance length, tokens per step, all texts together",
+    "efficiency: speed-up over the mean acceptance length of the same text, median",
+    "limit: the speed-up if a step were its rows alone, no drafting, no waiting, median; reached: share of it",
+    "equal: texts that are mlx_lm's, token for token (at a temperature mlx_lm draws with the same keyed noise)",
+]
+
+
+@dataclasses.dataclass
+class Limit:
+    """What the verified rows alone would allow: speed-up by text, and the share of it that was reached."""
+
+    speed_up: float
+    reached: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser)
+    add_text_arguments(parser)
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULTS), metavar="METHOD", help="plain (mlx_lm's loop;"
+        " always takes part), plain-packed (the same, weights laid out for OpenBLAS as ours are), ours (our loop"
+        " without drafts), chain:N, beams:WxL:N, best-first:WxL:N, auto-no-lookup (the drafter's shapes alone),"
+        f" auto (as generate does it) (default: {' '.join(DEFAULTS)})")  # fmt: skip
+    add_round_arguments(parser, temps=[0.0])
+
+
+def run(args: argparse.Namespace) -> Report:
+    prompts = check_texts(args)
+    check_rounds(args)
+    names = list(dict.fromkeys([PLAIN, *args.methods]))
+    shapes = {name: shape for name in names if (shape := shape_named(name)) is not None}
+    pair = load_pair(args)
+    pair.check_shapes(shapes.values())
+    if shapes:
+        pair.require_verification()
+    texts = encode_texts(args, pair, prompts)
+    results = {temp: _at(temp, pair, args, names, shapes, texts) for temp in args.temps}
+    categories = [prompt.category for prompt in prompts]
+    tables = [_table(temp, summaries, limits) for temp, (summaries, limits) in results.items()]
+    tables += [
+        _by_category(temp, summaries, categories)
+        for temp, (summaries, _) in results.items()
+        if len(set(categories)) > 1
+    ]
+    data = {
+        "temperatures": [
+            {
+                "temp": temp,
+                "methods": {name: dataclasses.asdict(summary) for name, summary in summaries.items()},
+                "limits": {name: dataclasses.asdict(limit) for name, limit in limits.items()},
+            }
+            for temp, (summaries, limits) in results.items()
+        ],
+        "categories": categories,
+    }
+
+    def draw(figure: Any) -> None:
+        panels = {charts.at(temp): _bars(summaries, limits) for temp, (summaries, limits) in results.items()}
+        charts.bars(figure, panels, "speed-up over mlx_lm (median over texts)", "limit: its rows alone")
+
+    size = (1.5 + 5.0 * len(results), 2.0 + 0.55 * len(names))
+    return Report("speed", "Speed-up over mlx_lm", pair.facts, pair.command, tables, NOTES, data, draw, size)
+
+
+def _at(
+    temp: float,
+    pair: Pair,
+    args: argparse.Namespace,
+    names: list[str],
+    shapes: dict[str, DraftShape],
+    texts: list[list[int]],
+) -> tuple[dict[str, Summary], dict[str, Limit]]:
+    """All methods at one temperature, and the time of their rows alone in between."""
+    decoder, verifier = pair.decoder(pair.drafter, args.max_tokens, temp, args.seed), verifier_of(pair.model)
+    counts = sorted({1 + shape.num_draft_tokens for shape in shapes.values()})
+    row_times: list[dict[int, float]] = []  # by round
+
+    def time_rows(prompt: list[int]) -> None:
+        behind = Rows(verifier, prompt + [prompt[-1]] * (args.max_tokens // 2))
+        times = [{rows: behind.seconds(rows) for rows in counts} for _ in range(3)]
+        row_times.append({rows: statistics.median(one[rows] for one in times) for rows in counts})
+
+    methods = {name: decoder.method(name) for name in names}
+    runs = side_by_side(methods, texts, args.repeats, after=time_rows if shapes else None)
+    summaries = summarize(runs)
+    limits = {}
+    for name, shape in shapes.items():
+        by_round = [times[1 + shape.num_draft_tokens] for times in row_times]
+        rows = [statistics.median(by_round[i : i + args.repeats]) for i in range(0, len(by_round), args.repeats)]
+        limits[name] = _limit(runs, name, summaries[name], rows)
+    return summaries, limits
+
+
+def _limit(runs: Runs, name: str, summary: Summary, row_seconds: list[float]) -> Limit:
+    """From each text's own acceptance and plain time, and its rows' time."""
+    possible, reached = [], []
+    for i, speed_up in enumerate(summary.speed_ups):
+        if speed_up is not None:
+            best = runs[name][i][0].acceptance * median_time(runs[PLAIN][i]) / row_seconds[i]
+            possible.append(best)
+            reached.append(speed_up / best)
+    return Limit(statistics.median(possible), statistics.median(reached))
+
+
+def _shown(name: str) -> str:
+    return "plain (mlx_lm)" if name == PLAIN else name
+
+
+def _table(temp: float, summaries: dict[str, Summary], limits: dict[str, Limit]) -> Table:
+    columns = [
+        "method",
+        "tokens/s",
+        "speed-up",
+        "25 %",
+        "75 %",
+        "acceptance",
+        "efficiency",
+        "limit",
+        "reached",
+        "equal",
+    ]
+    rows = []
+    for name, one in summaries.items():
+        limit = limits.get(name)
+        ratios = (one.speed_up.median, one.speed_up.low, one.speed_up.high, one.acceptance, one.efficiency)
+        bound = [f"{limit.speed_up:.2f}", f"{limit.reached:.0%}"] if limit else ["", ""]
+        figures = [f"{one.tokens_per_second:.1f}", *(f"{ratio:.2f}" for ratio in ratios), *bound]
+        rows.append([_shown(name), *figures, f"{one.equal}/{one.runs}"])
+    return Table(charts.at(temp), columns, rows)
+
+
+def _by_category(temp: float, summaries: dict[str, Summary], categories: list[str]) -> Table:
+    """Median speed-up of each kind of prompt."""
+    kinds = sorted(set(categories))
+    rows = []
+    for name, one in summaries.items():
+        cells = []
+        for kind in kinds:
+            values = [v for v, category in zip(one.speed_ups, categories) if category == kind and v is not None]
+            cells.append(f"{statistics.median(values):.2f}" if values else "")
+        rows.append([name, *cells])
+    return Table(f"{charts.at(temp)}: median speed-up by category", ["method", *kinds], rows)
+
+
+def _bars(summaries: dict[str, Summary], limits: dict[str, Limit]) -> list[charts.Bar]:
+    """A bar per method, its quartiles, and a mark where the rows alone would be."""
+    return [
+        charts.Bar(_shown(name), spread.median, spread.low, spread.high, name == PLAIN, limit and limit.speed_up)
+        for name, one in summaries.items()
+        for spread, limit in [(one.speed_up, limits.get(name))]
+    ]

@@ -1,0 +1,196 @@
+"""Measures speed-up and mean acceptance length over the shapes of drafts.
+
+There are two sweeps, greedy. All settings take turns on the same prompts, with mlx_lm's plain loop
+again after every eight of them, and beside them what auto reaches. Over beam width W and
+beam length L: each cell is the best of the numbers N of draft tokens that were tried there.
+Over N: a chain, the paper's tree (beams) and the most probable nodes (best-first), at equal
+rows to verify.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlx_redrafter.benchmarks import charts
+from mlx_redrafter.benchmarks.compare import Summary, equality_of, side_by_side, summarize
+from mlx_redrafter.benchmarks.competitors import DRAFTER_AUTO, PLAIN, name_of
+from mlx_redrafter.benchmarks.flags import add_common_arguments, add_text_arguments, check_texts
+from mlx_redrafter.benchmarks.pair import encode_texts, load_pair
+from mlx_redrafter.benchmarks.report import Report
+
+from mlx_redrafter.drafting.shape import AUTO, BEAMS, BEST_FIRST, DraftShape
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.table import Table
+
+HELP = "speed-up and acceptance over beam width, beam length and number of draft tokens"
+
+WIDTHS, LENGTHS, NODES = (1, 2, 3, 4, 6, 8), (2, 3, 4, 5, 6), (2, 3, 4, 6, 8, 12, 16)
+QUICK_WIDTHS, QUICK_LENGTHS, QUICK_NODES = (1, 2, 4), (3, 5), (4, 8)
+POLICY_NODES = (4, 8, 12, 16)
+POLICY_WIDTH, POLICY_LENGTH = 4, 5
+AUTOS = (DRAFTER_AUTO, AUTO)
+
+NOTES = [
+    "speed-up: mlx_lm's time per token over the setting's, median over the texts",
+    "acceptance: mean acceptance length, tokens per step, all texts together",
+]
+
+Shapes = list[list[DraftShape | None]]  # by row and column of a grid; None where nothing was tried
+Results = dict[DraftShape, Summary]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser)
+    add_text_arguments(parser, prompts=8, max_tokens=64)
+    add = parser.add_argument
+    add("--widths", type=int, nargs="+", metavar="W", help=f"beam widths (default: {_words(WIDTHS)})")
+    add("--lengths", type=int, nargs="+", metavar="L", help=f"beam lengths (default: {_words(LENGTHS)})")
+    add("--nodes", type=int, nargs="+", metavar="N", help=f"draft tokens checked (default: {_words(NODES)})")
+    add("--quick", action="store_true", help="fewer settings: W"
+        f" {_words(QUICK_WIDTHS)}, L {_words(QUICK_LENGTHS)}, N {_words(QUICK_NODES)}")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> Report:
+    prompts = check_texts(args)
+    usual = (QUICK_WIDTHS, QUICK_LENGTHS, QUICK_NODES) if args.quick else (WIDTHS, LENGTHS, NODES)
+    widths, lengths, nodes = (
+        sorted(set(asked or default)) for asked, default in zip((args.widths, args.lengths, args.nodes), usual)
+    )
+    cells = {(w, length): _in_cell(w, length, nodes) for w in widths for length in lengths}
+    policies = _policies(nodes if args.nodes or args.quick else POLICY_NODES)
+    shapes = list(dict.fromkeys([*(s for cell in cells.values() for s in cell), *policies.values()]))
+    _check(shapes, 2**31)
+    pair = load_pair(args)
+    _check(shapes, pair.drafter.config.vocab_size)
+    texts = encode_texts(args, pair, prompts)
+    pair.require_verification()
+    decoder = pair.decoder(pair.drafter, args.max_tokens)
+    methods = {name: decoder.method(name) for name in (PLAIN, *map(name_of, shapes), *AUTOS)}
+    found = summarize(side_by_side(methods, texts, reference_every=8))
+    results = {shape: found[name_of(shape)] for shape in shapes}
+    winner = max(shapes, key=lambda shape: _speed(results[shape]))
+    notes = [
+        *NOTES,
+        f"best: {name_of(winner)} at {_speed(results[winner]):.2f}x (acceptance {results[winner].acceptance:.2f})",
+        *(_beside(name, found[name], results[winner]) for name in AUTOS),
+        f"texts equal to mlx_lm's, token for token: {equality_of(found)}",
+    ]
+    best = [[max(cells[w, n], key=lambda s: _speed(results[s]), default=None) for n in lengths] for w in widths]
+    names = list(dict.fromkeys(policy for policy, _ in policies))
+    budgets = sorted({n for _, n in policies})
+    at_equal_rows = [[policies.get((name, n)) for n in budgets] for name in names]
+    sides = [f"W = {w}" for w in widths], [f"L = {length}" for length in lengths]
+    trees = f"trees of W = {POLICY_WIDTH}"
+    tables = [
+        _table("speed-up, best N in brackets", *sides, best, results, _speed_and_nodes),
+        _table("mean acceptance length at that N", *sides, best, results, _acceptance),
+        *(
+            _table(
+                f"{title} at equal rows, {trees}", names, [f"N = {n}" for n in budgets], at_equal_rows, results, label
+            )
+            for title, label in (("mean acceptance length", _acceptance), ("speed-up", _speed_text))
+        ),
+    ]
+    data = {
+        "plain_tokens_per_second": found[PLAIN].tokens_per_second,
+        "best": name_of(winner),
+        "settings": [
+            {"name": name_of(shape)} | dataclasses.asdict(shape) | dataclasses.asdict(one)
+            for shape, one in results.items()
+        ],
+        "auto": {name: dataclasses.asdict(found[name]) for name in AUTOS},
+    }
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(2, 2)
+        shown = [name if name == "chain" else f"{name}, W = {POLICY_WIDTH}" for name in names]
+        length = "mean acceptance length (tokens/step)"
+        for one, title, label, value in (
+            (axes[0][0], "speed-up over mlx_lm, best N in brackets", _speed_and_nodes, _speed),
+            (axes[0][1], f"{length} at that N", _acceptance, lambda r: r.acceptance),
+            (axes[1][0], "speed-up over mlx_lm at equal rows", _speed_text, _speed),
+            (axes[1][1], f"{length} at equal rows", _acceptance, lambda r: r.acceptance),
+        ):
+            upper = one in axes[0]
+            chosen, rows, columns = (best, widths, lengths) if upper else (at_equal_rows, shown, budgets)
+            values = [[value(results[s]) if s else None for s in line] for line in chosen]
+            words = _cells(chosen, results, label)
+            charts.heat_map(figure, one, values, [str(r) for r in rows], [str(c) for c in columns], words)
+            one.set_title(title, fontsize=10)
+            one.set_xlabel("beam length L (tokens, the root included)" if upper else "draft tokens N verified per step")
+            one.set_ylabel("beam width W (beams)" if upper else "")
+
+    return Report("sweep", "Shapes of drafts", pair.facts, pair.command, tables, notes, data, draw, (12.0, 8.0))
+
+
+def _beside(name: str, auto: Summary, best: Summary) -> str:
+    """What choosing as it goes reached, in words."""
+    return (
+        f"{name}: {auto.speed_up.median:.2f}x (acceptance {auto.acceptance:.2f}),"
+        f" {auto.tokens_per_second / best.tokens_per_second:.0%} of the best setting's tokens per second"
+    )
+
+
+def _in_cell(width: int, length: int, nodes: Sequence[int]) -> list[DraftShape]:
+    """What is tried at one W and L: every N that fits, or all of a beam search too small for any."""
+    most = width * (length - 1)
+    if width == 1:  # a chain of fewer nodes is a shorter chain
+        return [DraftShape(1, length, most)]
+    # Fewer nodes than a beam is long would leave its end unread.
+    fitting = [n for n in nodes if length - 1 <= n <= most] or [min(most, max(nodes))]
+    return [DraftShape(width, length, n, BEST_FIRST) for n in fitting]
+
+
+def _policies(nodes: Sequence[int]) -> dict[tuple[str, int], DraftShape]:
+    """A chain and both trees for each N; a tree's beams are made longer where W (L - 1) is too small."""
+    shapes = {("chain", n): DraftShape(1, n + 1, n) for n in nodes if n < 32}
+    for policy in (BEAMS, BEST_FIRST):
+        for n in nodes:
+            length = max(POLICY_LENGTH, -(-n // POLICY_WIDTH) + 1)
+            shapes[policy, n] = DraftShape(POLICY_WIDTH, length, n, policy)
+    return shapes
+
+
+def _check(shapes: Sequence[DraftShape], vocab_size: int) -> None:
+    """As `DraftShape.check`, naming the flags of this command."""
+    flags = {"--beam-width": "--widths", "--beam-length": "--lengths", "--num-draft-tokens": "--nodes"}
+    try:
+        for shape in shapes:
+            shape.check(vocab_size)
+    except UserError as error:
+        raise UserError(re.sub("|".join(flags), lambda found: flags[found[0]], str(error))) from error
+
+
+def _speed(one: Summary) -> float:
+    return one.speed_up.median
+
+
+def _speed_text(one: Summary, shape: DraftShape) -> str:
+    return f"{one.speed_up.median:.2f}"
+
+
+def _speed_and_nodes(one: Summary, shape: DraftShape) -> str:
+    return f"{one.speed_up.median:.2f} ({shape.num_draft_tokens})"
+
+
+def _acceptance(one: Summary, shape: DraftShape) -> str:
+    return f"{one.acceptance:.2f}"
+
+
+def _cells(shapes: Shapes, results: Results, label: Callable[[Summary, DraftShape], str]) -> list[list[str]]:
+    return [[label(results[s], s) if s else "" for s in line] for line in shapes]
+
+
+def _table(
+    title: str, rows: Sequence[str], columns: Sequence[str], shapes: Shapes, results: Results, label: Any
+) -> Table:
+    cells = _cells(shapes, results, label)
+    return Table(title, ["", *columns], [[name, *line] for name, line in zip(rows, cells, strict=True)])
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
