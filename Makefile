@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 TESTS := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo test coverage test-slow lint format clean
+.PHONY: demo test test-fast coverage test-slow lint format clean
 
 demo: $(STAMP)
 	$(BIN)/mlx-redrafter demo
@@ -15,6 +15,11 @@ test: $(STAMP)-torch
 # The same tests; takes longer, and prints which lines no test runs.
 coverage: $(STAMP)-torch
 	$(TESTS) --cov --cov-report=term
+
+# Unit tests of the packages that need no trained model: half a minute.
+FAST := tests/test_architecture.py tests/system tests/target tests/drafting tests/decoding tests/tuning tests/text
+test-fast: $(STAMP)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not model" $(FAST)
 
 test-slow: $(STAMP)-torch
 	$(BIN)/python -m pytest -q -m slow

@@ -18,6 +18,13 @@ from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.system import device, partial_submit
 
 
+def pytest_collection_modifyitems(items):
+    """Marks the tests that run a trained model, which `make test-fast` leaves out."""
+    for item in items:
+        if {"pair", "stories", "stories_pair", "hub"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("model")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tuning_folder(tmp_path_factory):
     """What is measured of pairs stays out of the user's cache, and takes no two seconds a pair."""
