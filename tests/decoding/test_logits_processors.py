@@ -12,8 +12,10 @@ from mlx_redrafter import DraftShape, stream_generate
 from mlx_redrafter.decoding.logits_processors import process_tree
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.proposers import RecurrentProposer
+from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
 
@@ -94,8 +96,10 @@ def test_the_whole_text_is_seen():
     prompt = [3, 1, 4]
     options = DecodingOptions(position_keyed(1.0, 1), 25, [spy])
     text = []
-    proposer = RecurrentProposer(drafter, verifier.target.embed, DraftShape())
-    for produced in speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options):
+    proposer = RecurrentProposer(drafter, verifier.target.embed)
+    for produced in speculative(
+        verifier, proposer, mx.array([prompt]), verifier.make_cache(), options, Planner(Drafted(DraftShape()))
+    ):
         text += produced.tokens
     for n in range(25):
         assert (*prompt, *text[:n]) in seen
@@ -131,10 +135,11 @@ def test_plain_loop_of_mlx_lm_sees_the_same(small_model):
         lambda spy: list(
             speculative(
                 verifier := verifier_of(small_model),
-                RecurrentProposer(make_drafter(), verifier.target.embed, DraftShape(1, 2, 1)),
+                RecurrentProposer(make_drafter(), verifier.target.embed),
                 mx.array([[3, 1, 4]]),
                 verifier.make_cache(),
                 DecodingOptions(max_tokens=6, processors=[spy]),
+                Planner(Drafted(DraftShape(1, 2, 1))),
             )
         ),
     ):

@@ -12,11 +12,12 @@ from support.texts import by_mlx_lm
 
 from mlx_redrafter.decoding.loop import _row, autoregressive, speculative
 from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import RecurrentProposer
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
@@ -34,8 +35,8 @@ def speculatively(model, drafter, prompt, count, shape, choose=greedy, verifier=
     verifier = verifier or verifier_of(model)
     tokens, steps = [], 0
     options = DecodingOptions(choose, count)
-    proposer = RecurrentProposer(drafter, verifier.target.embed, shape)
-    for produced in speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options):
+    proposer, planner = RecurrentProposer(drafter, verifier.target.embed), Planner(Drafted(shape))
+    for produced in speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options, planner):
         tokens += produced.tokens
         steps += 1
     tokens = tokens[:count]
@@ -169,8 +170,9 @@ def test_one_call_of_the_target_per_step_on_exactly_its_rows(small_model, budget
     try:
         shape = DraftShape(4, 5, budget)
         cache = verifier.make_cache()
-        proposer = RecurrentProposer(make_drafter(), verifier.target.embed, shape)
-        produced = list(speculative(verifier, proposer, mx.array([[1, 2, 3]]), cache, DecodingOptions(greedy, 20)))
+        proposer, options = RecurrentProposer(make_drafter(), verifier.target.embed), DecodingOptions(greedy, 20)
+        planner = Planner(Drafted(shape))
+        produced = list(speculative(verifier, proposer, mx.array([[1, 2, 3]]), cache, options, planner))
     finally:
         type(small_model).__call__ = original
     assert rows[:2] == [(1, 2), (1, 1)]  # the prompt: all but its last token, then that one
@@ -197,8 +199,8 @@ def test_a_step_is_one_lazy_graph(small_model, policy, width, in_one_piece):
         for layer, (keys, values) in zip(cache.layers, buffers):
             layer.keys, layer.values = keys, values
         cache.length = length
-        proposer = RecurrentProposer(drafter, verifier.target.embed, shape)
-        SpeculativeStep(verifier, proposer, DecodingOptions(), cache, context, root)()
+        proposer = RecurrentProposer(drafter, verifier.target.embed)
+        SpeculativeStep(verifier, proposer, DecodingOptions(), cache, context, root)(Drafted(shape))
         raise Built  # the graph stands; compiling it would only cost time
 
     with pytest.raises(Built):
@@ -219,11 +221,11 @@ def test_steps_in_a_batch(small_model):
     hidden, logits = prefill(verifier.target, prompts, cache.layers, DecodingOptions())
     cache.begin_trees(2)
     root = greedy(logits[:, None], None)[:, 0]
-    proposer = RecurrentProposer(drafter, verifier.target.embed, DraftShape(4, 5, 12))
+    proposer = RecurrentProposer(drafter, verifier.target.embed)
     step = SpeculativeStep(verifier, proposer, DecodingOptions(), cache, hidden, root)
     texts = [[t] for t in root.tolist()]
     for _ in range(8):
-        submitted = step()
+        submitted = step(Drafted(DraftShape(4, 5, 12)))
         for b in range(2):
             texts[b] += submitted.tokens[b, : submitted.count[b].item() + 1].tolist()
     for b in range(2):
@@ -234,13 +236,12 @@ def test_shapes_change_between_steps(small_model):
     """If this fails, a switch of shape, or to plain decoding and back, changes the text."""
     verifier = verifier_of(small_model)
     shapes = [DraftShape(4, 5, 12), None, DraftShape(1, 4, 3), None, None, DraftShape(2, 3, 4, "beams"), DraftShape()]
-    proposer = RecurrentProposer(make_drafter(), verifier.target.embed, shapes[0])
-    tokens: list[int] = []
-    for i, produced in enumerate(
-        speculative(verifier, proposer, mx.array([[1, 2, 3]]), verifier.make_cache(), DecodingOptions(max_tokens=40))
-    ):
+    proposer, planner = RecurrentProposer(make_drafter(), verifier.target.embed), Planner(Drafted(DraftShape(4, 5, 12)))
+    cache, options, tokens = verifier.make_cache(), DecodingOptions(max_tokens=40), []
+    for i, produced in enumerate(speculative(verifier, proposer, mx.array([[1, 2, 3]]), cache, options, planner)):
         tokens += produced.tokens
-        proposer.shape = shapes[i % len(shapes)]
+        shape = shapes[i % len(shapes)]
+        planner.always = PLAIN if shape is None else Drafted(shape)
     assert tokens[:40] == by_mlx_lm(small_model, [1, 2, 3], 40)
 
 

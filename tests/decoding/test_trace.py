@@ -11,9 +11,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_redrafter import DraftShape
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.trace import watch
 from mlx_redrafter.decoding.tree_view import word
 from mlx_redrafter.drafting.proposers import RecurrentProposer
+from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.target.probe import verifier_of
 
@@ -74,8 +76,8 @@ def test_sentencepiece_keeps_its_spaces(stories, capsys):
 def watched(pair, shape, prompt, count, ends=()):
     model, drafter, _ = pair
     verifier = verifier_of(model)
-    proposer = RecurrentProposer(drafter, verifier.target.embed, shape)
-    return list(watch(verifier, proposer, prompt, DecodingOptions(max_tokens=count), drafter, ends))
+    proposer, options = RecurrentProposer(drafter, verifier.target.embed), DecodingOptions(max_tokens=count)
+    return list(watch(verifier, proposer, prompt, options, Planner(Drafted(shape)), drafter, ends))
 
 
 def test_what_is_watched(pair, prefixes):

@@ -15,10 +15,12 @@ from mlx_redrafter import DraftShape, UserError
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.decoding.loop import autoregressive, speculative
 from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.lookup import LookupProposer
+from mlx_redrafter.drafting.lookup_index import TextIndex
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.medusa_tree import (
     PUBLISHED,
@@ -30,6 +32,7 @@ from mlx_redrafter.drafting.medusa_tree import (
 )
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import MedusaProposer
+from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import CHAIN
@@ -74,9 +77,9 @@ def plainly(model, prompt, count, choose=greedy):
 
 def steps_of(model, heads, shape, count, choose=greedy, verifier=None, proposer=None):
     verifier = verifier or verifier_of(model)
-    proposer = proposer or MedusaProposer(heads, shape)
-    options = DecodingOptions(choose, count)
-    return [p.tokens for p in speculative(verifier, proposer, mx.array([PROMPT]), verifier.make_cache(), options)]
+    proposer, planner = proposer or MedusaProposer(heads), Planner(Drafted(shape, isinstance(proposer, LookupProposer)))
+    cache, options = verifier.make_cache(), DecodingOptions(choose, count)
+    return [p.tokens for p in speculative(verifier, proposer, mx.array([PROMPT]), cache, options, planner)]
 
 
 # Trees
@@ -153,7 +156,7 @@ def test_candidates_are_the_heads_best_tokens(shape, expected):
     """If this fails, a path is put together from the wrong heads or the wrong ranks."""
     heads = make_heads()
     context, root = mx.random.normal((2, 32)), mx.array([5, 6])
-    tree = MedusaProposer(heads, shape).propose(context, root)
+    tree = MedusaProposer(heads).propose(context, root, Drafted(shape))
     ranked = np.argsort(-np.array(heads(context)), axis=-1)
     assert tree.rows == 1 + len(expected) and tree.max_depth == max(map(len, expected))
     assert tree.in_order == (shape.beam_width == 1)
@@ -194,7 +197,7 @@ def test_together_with_lookup(small_model):
     """If this fails, lookup and a static tree do not fit together."""
     text = plainly(small_model, PROMPT, 40)
     for shape in (DraftShape(4, 4, 9), DraftShape()):
-        proposer = LookupProposer(MedusaProposer(make_heads(), shape), shape, "on")
+        proposer = LookupProposer(MedusaProposer(make_heads()), TextIndex(PROMPT))
         steps = steps_of(small_model, None, shape, 40, proposer=proposer)
         assert [t for step in steps for t in step][:40] == text
 
@@ -216,7 +219,7 @@ def test_a_step_is_one_lazy_graph(small_model, in_one_piece):
         for layer, (keys, values) in zip(cache.layers, buffers):
             layer.keys, layer.values = keys, values
         cache.length = length
-        SpeculativeStep(verifier, MedusaProposer(heads, ALL), DecodingOptions(), cache, context, root)()
+        SpeculativeStep(verifier, MedusaProposer(heads), DecodingOptions(), cache, context, root)(Drafted(ALL))
         raise Built
 
     with pytest.raises(Built):

@@ -13,6 +13,7 @@ from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.proposers import RecurrentProposer
+from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
@@ -78,11 +79,11 @@ def first_three(pair, ids, seeds, temp, batch=200):
         hidden, logits = prefill(verifier.target, mx.array([ids] * n, mx.int32), cache.layers, options)
         cache.begin_trees(n)
         root = choose(logits[:, None], cache.length[:, None])[:, 0]
-        proposer = RecurrentProposer(drafter, verifier.target.embed, DraftShape(4, 3, 6))
+        proposer = RecurrentProposer(drafter, verifier.target.embed)
         step = SpeculativeStep(verifier, proposer, options, cache, hidden, root)
         texts = [[t] for t in root.tolist()]
         while min(map(len, texts)) < 3:
-            submitted = step()
+            submitted = step(Drafted(DraftShape(4, 3, 6)))
             counts, tokens = submitted.count.tolist(), submitted.tokens.tolist()
             for b in range(n):
                 texts[b] += tokens[b][: counts[b] + 1]
