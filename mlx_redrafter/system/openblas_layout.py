@@ -49,8 +49,9 @@ class _Packed(nn.Module):
 
     def __init__(self, layer: nn.Module, panels: mx.array):
         nn.Module.__init__(self)
-        self._no_grad, self._training = set(layer._no_grad), layer.training
         object.__setattr__(self, "panels", panels)
+        self._no_grad |= layer._no_grad
+        self.train(layer.training)
         if "bias" in layer:
             self.bias = layer.bias
 
@@ -76,12 +77,12 @@ class _Packed(nn.Module):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "weight":
-            self.__class__ = self.plain  # type: ignore[assignment]
+            object.__setattr__(self, "__class__", self.plain)
             object.__delattr__(self, "panels")
         nn.Module.__setitem__(self, key, value)
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(_Packed, nn.Linear):  # type: ignore[override]
     """A linear layer."""
 
     plain = nn.Linear
@@ -91,7 +92,7 @@ class PackedLinear(_Packed, nn.Linear):
         return product + self.bias if "bias" in self else product
 
 
-class PackedEmbedding(_Packed, nn.Embedding):
+class PackedEmbedding(_Packed, nn.Embedding):  # type: ignore[override]
     """An embedding whose matrix is an output layer too."""
 
     plain = nn.Embedding
