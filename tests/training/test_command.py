@@ -61,7 +61,7 @@ FAST = ("tied", "4 bit, trained for it, reduced vocabulary")
 def test_every_head_learns_and_decodes_exactly(name, stories, text, tmp_path, capsys):
     """If this fails, a light head cannot be trained, kept or decoded with, or changes the text."""
     out = tmp_path / "drafter"
-    assert train(stories, out, "--text", str(text), "--eval-every", "0", *HEADS[name]) == 0
+    assert train(stories, out, "--text", str(text), "--eval-every", "0", "--iters", "150", *HEADS[name]) == 0
     drafter = load_drafter(out)
     drafted, plain = generated(stories, out, capsys), generated(stories, "none", capsys)
     assert drafted["method"] == "redrafter" and drafted["tokens"] == plain["tokens"]
