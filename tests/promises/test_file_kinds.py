@@ -284,6 +284,7 @@ def test_all_flags_for_directories_are_in_the_table():
         for action in actions
         if any(word in (action.help or "") for word in ("directory", "Hub id"))
         and "must not exist yet" not in (action.help or "")
+        and action.nargs != 0
         and reads(argv, action) is None
         and action.dest not in IGNORED | {"out", "work"}
     }
