@@ -59,6 +59,14 @@ def read_fingerprint(fields: dict[str, Any], source: str) -> dict[str, Any] | No
     return target
 
 
+def read_right_by_depth(fields: dict[str, Any], source: str) -> tuple[float, ...]:
+    """The key "right_by_depth" of a config.json, if it is there. Raises UserError unless it is a list of shares."""
+    found = fields.get("right_by_depth", [])
+    if not isinstance(found, list) or not all(type(share) in (int, float) and 0 <= share <= 1 for share in found):
+        raise UserError(f"{source}: right_by_depth is {found!r}, expected a list of shares from 0 to 1")
+    return tuple(found)
+
+
 def check_quantization(bits: int, group_size: int) -> None:
     """Raises UserError unless mlx has an affine quantisation of this kind."""
     if bits not in (2, 3, 4, 5, 6, 8):

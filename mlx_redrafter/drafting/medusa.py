@@ -15,7 +15,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.drafting.drafter_files import DrafterBase, read_fingerprint, read_quantization, whole_number
+from mlx_redrafter.drafting.drafter_files import (
+    DrafterBase,
+    read_fingerprint,
+    read_quantization,
+    read_right_by_depth,
+    whole_number,
+)
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, check_choices
 from mlx_redrafter.drafting.redrafter import ResidualBlock
 from mlx_redrafter.errors import UserError
@@ -38,6 +44,7 @@ class MedusaConfig:
             there are heads for it, if the file does not say.
         quantization: {"group_size": int, "bits": int} of quantised heads, else None.
         target_fingerprint: which target they were made for; see fingerprint.py.
+        right_by_depth: as in `DrafterConfig`.
     """
 
     vocab_size: int
@@ -47,6 +54,7 @@ class MedusaConfig:
     medusa_choices: tuple[Choice, ...] = ()
     quantization: dict[str, int] | None = None
     target_fingerprint: dict[str, Any] | None = None
+    right_by_depth: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.medusa_choices:
@@ -76,6 +84,7 @@ class MedusaConfig:
         if fields.get("medusa_choices") is not None:
             choices = check_choices(fields["medusa_choices"], heads, source)
         config = cls(vocab, hidden, heads, layers, choices, target_fingerprint=read_fingerprint(fields, source))
+        config.right_by_depth = read_right_by_depth(fields, source)
         config.quantization = read_quantization(fields, config.widths(), source)
         return config
 
@@ -85,7 +94,7 @@ class MedusaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-        return {key: value for key, value in fields.items() if value is not None}
+        return {key: value for key, value in fields.items() if value not in (None, ())}
 
 
 class MedusaHead(nn.Module):

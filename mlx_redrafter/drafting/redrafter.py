@@ -25,7 +25,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.drafting.drafter_files import DrafterBase, read_fingerprint, read_quantization, whole_number
+from mlx_redrafter.drafting.drafter_files import (
+    DrafterBase,
+    read_fingerprint,
+    read_quantization,
+    read_right_by_depth,
+    whole_number,
+)
 from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json, read_safetensors
@@ -50,6 +56,8 @@ class DrafterConfig:
             drafted; needs exit_dim = hidden_size.
         quantization: {"group_size": int, "bits": int} of a quantised drafter, else None.
         target_fingerprint: which target it was made for; see fingerprint.py.
+        right_by_depth: shares of right drafts at depth 1, 2, ... where all before were right, as training
+            measured them; a first guess for whoever chooses how much to draft.
     """
 
     vocab_size: int
@@ -61,6 +69,7 @@ class DrafterConfig:
     tie_output: bool = False
     quantization: dict[str, int] | None = None
     target_fingerprint: dict[str, Any] | None = None
+    right_by_depth: tuple[float, ...] = ()
 
     @property
     def scored(self) -> int:
@@ -104,6 +113,7 @@ class DrafterConfig:
             expected = f"a whole number from 1 to vocab_size, {values['vocab_size']}"
             raise UserError(f"{source}: draft_vocab_size is {reduced!r}, expected {expected}")
         values["draft_vocab_size"] = reduced
+        values["right_by_depth"] = read_right_by_depth(fields, source)
         config = cls(**values, target_fingerprint=read_fingerprint(fields, source))
         config.quantization = read_quantization(fields, config.widths(), source)
         return config
@@ -115,9 +125,8 @@ class DrafterConfig:
     def to_dict(self) -> dict[str, Any]:
         fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
         # Apple's config.json has none of these; what is not used is not said.
-        unused = {"draft_vocab_size": None, "tie_output": False, "quantization": None, "target_fingerprint": None}
-        for name, value in unused.items():
-            if fields[name] == value:
+        for name in ("draft_vocab_size", "tie_output", "quantization", "target_fingerprint", "right_by_depth"):
+            if not fields[name]:
                 del fields[name]
         return fields
 

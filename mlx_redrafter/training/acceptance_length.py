@@ -10,22 +10,25 @@ import numpy as np
 
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.planner import Planner
+from mlx_redrafter.decoding.planner import Planner, StepRead
 from mlx_redrafter.decoding.sampling import draft_temperature, greedy
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.proposers import proposer_for
-from mlx_redrafter.drafting.shape import Drafted, DraftShape
+from mlx_redrafter.drafting.shape import Drafted, DraftShape, Plan
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.training.teacher import Rows
+from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 
 
 def acceptance_length(
     target: Target, drafter: Drafter, prompts: list[list[int]], shape: DraftShape, max_tokens: int
 ) -> float:
     """Mean acceptance length of greedy decoding: tokens per step of the target.
+
+    The drafter's config gets the shares of right drafts by depth.
 
     Args:
         prompts: token ids to continue.
@@ -34,16 +37,25 @@ def acceptance_length(
     verifier = verifier_of(target.model)
     if verifier.capability == NONE:
         raise UserError(f"this target cannot verify drafts: {verifier.reason}")
-    steps, planner, proposer = (
-        0,
-        Planner(Drafted(shape)),
-        proposer_for(drafter, target.embed, draft_temperature(greedy)),
-    )
+    steps, planner = 0, _Learning(Drafted(shape))
+    proposer = proposer_for(drafter, target.embed, draft_temperature(greedy))
     for prompt in prompts:
         options = DecodingOptions(greedy, max_tokens)
         produced = list(speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options, planner))
         steps += len(produced) - 1  # the first token is the prompt's
+    drafter.config.right_by_depth = planner.acceptance.known()
     return len(prompts) * (max_tokens - 1) / max(1, steps)
+
+
+class _Learning(Planner):
+    """Drafts the same in every step, and learns how often that was right."""
+
+    def __init__(self, always: Plan):
+        super().__init__(always)
+        self.acceptance = AcceptanceModel()
+
+    def learn(self, step: StepRead) -> None:
+        self.acceptance.learn(step)
 
 
 def held_out_prompts(rows: Rows, prefix_length: int) -> list[list[int]]:

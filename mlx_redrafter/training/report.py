@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_redrafter.drafting.drafter_files import DrafterBase
 from mlx_redrafter.system.files import replace_file, write_json
 from mlx_redrafter.system.hub import model_card
 from mlx_redrafter.target.model import Target
@@ -48,6 +49,8 @@ def report(
     drafted, prompts = method.shape(args)[1], held_out_prompts(rows, args.prefix_length)
     tokens = max(EVALUATED_TOKENS, rows.length - len(prompts[0]))
     length = method.acceptance(args, finished, target, prompts, tokens)
+    if isinstance(finished, DrafterBase):  # now knows how often its drafts are right
+        write_json(out / "config.json", finished.config.to_dict(), indent=2)
     prefill = prefill_speed(target, rows, args.batch_size)
     facts: dict[str, Any] = {
         "mean_acceptance_length": round(length, 3),

@@ -18,6 +18,7 @@ DEPTHS, RANKS = 10, 8  # that are told apart; deeper tokens are taken to be as g
 FIRST = 0.65  # assumed share of right best children
 NEXT = (0.4, 0.3, 0.25, 0.2, 0.2, 0.15, 0.15)  # and of the second, third, ... child where all before it were wrong
 WEIGHT, MEMORY = 3.0, 192.0  # steps that an assumption is worth, and after which one counts e times less
+ENOUGH = 8.0  # steps that got to a depth, for its share to be known
 
 
 class AcceptanceModel:
@@ -71,6 +72,11 @@ class AcceptanceModel:
             first.append(share.share(self.assumed[depth] if depth < len(self.assumed) else above))
         poor = min(1.0, first[0] / FIRST)  # a drafter whose best child is poor has no good second one
         return first, [share.share(poor * assumed) for share, assumed in zip(self.later, NEXT, strict=True)]
+
+    def known(self) -> tuple[float, ...]:
+        """Shares of right best children at depth 1, 2, ... as far as they were seen often enough to say."""
+        seen = [share for share in self.first if share.tries >= ENOUGH]
+        return tuple(round(share.hits / share.tries, 3) for share in seen)
 
     def expected(self, shape: DraftShape) -> float:
         """Draft tokens of one step that should be accepted.

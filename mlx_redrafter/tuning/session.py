@@ -173,14 +173,15 @@ def session_for(verifier: Verifier, drafter: Drafter | None, fresh: bool = False
     key = key_of(verifier, drafter)
     fields, name = {} if fresh else store.read(key), json.dumps(key, sort_keys=True)
     weights, measured = "" if drafter is None else weights_digest(drafter), False
-    acceptance = AcceptanceModel()
+    assumed = [] if drafter is None or fresh else list(drafter.config.right_by_depth)
+    acceptance = AcceptanceModel(assumed)
     try:
         costs = Costs.from_dict(fields["costs"])
         if weights in fields["drafters"]:
             acceptance.restore(fields["drafters"][weights])
     except (ValueError, TypeError, KeyError, AttributeError):
         measured = fresh or name not in _measured
-        costs, acceptance = measure(verifier, drafter) if measured else _measured[name], AcceptanceModel()
+        costs, acceptance = measure(verifier, drafter) if measured else _measured[name], AcceptanceModel(assumed)
         store.write(key, {"costs": costs.to_dict(), "drafters": {}})
     _measured[name] = costs
     shapes = [] if drafter is None else [shape for shape in SHAPES if _fits(shape, verifier, drafter)]
