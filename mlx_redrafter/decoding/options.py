@@ -52,4 +52,5 @@ class DecodingOptions:
 
     def quantize(self, layers: list[Any], length: int) -> None:
         """Quantises the caches where it is time for it."""
-        quantize_layers(layers, self.quantized_kv_start, self.kv_group_size, self.kv_bits, length)
+        if self.kv_bits is not None:
+            quantize_layers(layers, self.quantized_kv_start, self.kv_group_size, self.kv_bits, length)
