@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import re
 import sys
@@ -52,6 +53,9 @@ def parser_of_all() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code: its own, else 0; 2 for a user's mistake, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot print a character gets its number
+            stream.reconfigure(errors="backslashreplace")
     args = parser_of_all().parse_args(argv)
     try:
         code = args.run(args) or 0

@@ -8,12 +8,22 @@ from typing import Any
 
 from mlx_redrafter.decoding.trace import WatchedStep
 
+IN_ASCII = str.maketrans({"└": "`", "├": "|", "─": "-", "│": "|", "✓": "+", "✗": "x"})
 GREEN, RED, BOLD, PLAIN = "\033[32m", "\033[31m", "\033[1m", "\033[0m"
 
 
 def colours() -> bool:
     """Whether the terminal shows colours, and nobody asked for none (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def drawn(text: str) -> str:
+    """A text with lines and marks of ASCII where the terminal has no others."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return text.translate(IN_ASCII)
+    return text
 
 
 def painted(text: str, colour: str, on: bool) -> str:
@@ -60,4 +70,4 @@ def show(step: WatchedStep, number: int, tokenizer: Any, colour: bool) -> str:
             below(i, indent + ("   " if last else "│  "))
 
     below(0, "  ")
-    return "\n".join(lines)
+    return drawn("\n".join(lines))
