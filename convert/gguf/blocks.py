@@ -60,10 +60,10 @@ def packed_biases(tensor: Tensor, order: np.ndarray | None) -> np.ndarray:
     if tensor.type == Type.Q4_1:
         return _halves(blocks, 2)
     zero = {Type.Q4_0: -8, Type.Q8_0: -128}[tensor.type]
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         biases = _halves(blocks, 0) * np.float16(zero)
     if not np.isfinite(biases).all():
-        raise UserError(f"tensor {tensor.name!r} has a scale that MLX cannot hold; try --dequantize")
+        raise UserError(f"{tensor.path}: tensor {tensor.name!r} has a scale that MLX cannot hold; try --dequantize")
     return biases
 
 
@@ -77,11 +77,12 @@ def numbers(
         dtype: "F32", "F16" or "BF16".
         change: is done to the numbers as float32.
     """
-    count = len(tensor.rows)
+    # The rows of a bias are its numbers. llama.cpp never has vectors in blocks, so a row is never less than one.
+    all_rows = tensor.rows if order is None else tensor.rows.reshape(tensor.shape[0], -1)
     at_once = max(1, _CHUNK // tensor.shape[-1])
     result = bytearray()
-    for begin in range(0, count, at_once):
-        rows = tensor.rows[begin : begin + at_once] if order is None else tensor.rows[order[begin : begin + at_once]]
+    for begin in range(0, len(all_rows), at_once):
+        rows = all_rows[slice(begin, begin + at_once) if order is None else order[begin : begin + at_once]]
         if change is None and FLOATS.get(tensor.type) == dtype:
             result += rows.tobytes()
             continue

@@ -43,10 +43,12 @@ class Tensor:
     """A tensor as the file holds it.
 
     Attributes:
+        path: of the file that it is in.
         shape: row-major, as numpy's: (rows, columns) of a matrix.
         rows: (product of all but the last dimension, bytes of a row), uint8, mapped from the file.
     """
 
+    path: pathlib.Path
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -235,7 +237,7 @@ class _Header:
         if (end := start + rows * row_bytes) > len(self.data):
             raise UserError(f"{self.path}: truncated, {len(self.data)} bytes found, {end} expected (tensor {name!r})")
         values = np.frombuffer(self.data, np.uint8, rows * row_bytes, start)
-        return Tensor(name, kind, shape, values.reshape(rows, row_bytes))
+        return Tensor(self.path, name, kind, shape, values.reshape(rows, row_bytes))
 
 
 def _shortest(value: float) -> float:

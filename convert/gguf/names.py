@@ -27,6 +27,9 @@ def parameters(file: GGUF, config: dict[str, Any]) -> dict[str, Tensor]:
     Raises:
         UserError: a tensor is missing, has another shape than the model's, or belongs to no parameter.
     """
+    last = f"blk.{config['num_hidden_layers'] - 1}.attn_norm.weight"
+    if last not in file.tensors:  # said before a table of all the layers that a damaged file claims to have
+        raise UserError(f"{file.path}: tensor {last!r} is missing")
     kinds = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     name_of = gguf.get_tensor_name_map(kinds[file.metadata["general.architecture"]], config["num_hidden_layers"])
     found: dict[str, Tensor] = {}

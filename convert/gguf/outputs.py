@@ -73,6 +73,8 @@ def plan(file: GGUF, config: dict[str, Any], dequantize: bool, dtype: str | None
     for tensor in tensors.values():
         if not can_read(tensor.type):
             raise UserError(f"{file.path}: tensor {tensor.name!r} is of type {tensor.type.name}, which gguf cannot read")
+        if len(tensor.shape) == 1 and tensor.type not in FLOATS:
+            raise UserError(f"{file.path}: vector {tensor.name!r} is of type {tensor.type.name}, expected numbers")
     wanted = None if dtype is None else DTYPES[dtype]
     working = wanted or _working_type(tensors.values())
     vectors = wanted or _vector_type(file, tensors.values(), working)
@@ -107,7 +109,7 @@ def _packed(module: str, tensor: Tensor, order: np.ndarray | None, kind: str) ->
 
     def halves_of(read: Callable[[Tensor, np.ndarray | None], np.ndarray]) -> bytes | bytearray:
         values = np.ascontiguousarray(read(tensor, order))
-        return numbers(Tensor(tensor.name, Type.F16, values.shape, values.view(np.uint8)), None, kind)
+        return numbers(dataclasses.replace(tensor, type=Type.F16, shape=values.shape, rows=values.view(np.uint8)), None, kind)
 
     small = (rows, columns // GROUP)
     return {
