@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back = kinds.add_parser("export", help="a converted target or drafter, back to the Hugging Face layout")
     for child in (target, drafter):
         add = child.add_argument
-        add("--hf-path", required=True, help="local directory or Hub id to read; may be converted or quantised already")
+        add("--hf-path", required=True, help="local directory or Hub id to read; may be converted or quantised already;"
+            " a target may be a GGUF file")  # fmt: skip
         add("--mlx-path", required=True, help="directory to write; must not exist yet")
         add("-q", "--quantize", action="store_true", help="quantise the weights")
         add("--q-bits", type=int, help="bits per weight (default: 4)")
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("-d", "--dequantize", action="store_true", help="write quantised weights in full")
         add("--trust-remote-code", action="store_true")
     target.add_argument("--q-mode", choices=MODES, default="affine", help="how to quantise (default: %(default)s)")
+    target.add_argument("--gguf", metavar="NAME", help="read this GGUF file, named in full or in part, where"
+        " --hf-path has several")  # fmt: skip
     target.add_argument("--quant-predicate", choices=QUANT_RECIPES, help="a mixed recipe, in place of --q-bits")
     drafter.add_argument(
         "--target", help="directory or Hub id of the target it is for, to be told later if it is used with another"
@@ -116,7 +119,14 @@ def _convert(args: argparse.Namespace) -> pathlib.Path:
             for flag in ("q_bits", "q_group_size", "quant_predicate"):
                 if getattr(args, flag) is not None:
                     raise UserError(f"--{flag.replace('_', '-')} goes with --q-mode affine; {args.q_mode} has its own")
-        path = convert_target(args.hf_path, args.mlx_path, q_mode=args.q_mode, q_recipe=args.quant_predicate, **common)
+        path = convert_target(
+            args.hf_path,
+            args.mlx_path,
+            q_mode=args.q_mode,
+            q_recipe=args.quant_predicate,
+            gguf_name=args.gguf,
+            **common,
+        )
         print(f"{path}: an mlx-lm model; use it with --model {path}")
         return path
     convert = convert_medusa if is_medusa(args.hf_path) else convert_drafter

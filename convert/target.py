@@ -15,6 +15,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, quantize_model, save_config
+from mlx_redrafter.convert.gguf import find_gguf, is_gguf, write_model
 from mlx_redrafter.convert.source import TORCH_PATTERNS, weight_files
 from mlx_redrafter.convert.tokenizer import read_tokenizer
 from mlx_redrafter.convert.torch_files import as_safetensors
@@ -39,11 +40,12 @@ def convert_target(
     q_mode: str = "affine",
     q_recipe: str | None = None,
     trust_remote_code: bool = False,
+    gguf_name: str | None = None,
 ) -> pathlib.Path:
     """Converts a Hugging Face model to an mlx-lm model.
 
     Args:
-        hf_path: local directory or Hub id; safetensors or PyTorch files.
+        hf_path: local directory or Hub id; safetensors or PyTorch files; or a GGUF file.
         mlx_path: a directory that does not exist yet.
         quantize, q_bits, q_group_size: affine quantisation, as in mlx-lm; one that is
             quantised already is dequantised first.
@@ -53,6 +55,7 @@ def convert_target(
         q_mode: "affine", or another of mlx-lm's, which has its own bits and group size.
         q_recipe: one of mlx-lm's mixed recipes, in place of q_bits.
         trust_remote_code: as in mlx-lm.
+        gguf_name: which GGUF file, where hf_path has several.
 
     Returns:
         the directory written.
@@ -63,8 +66,19 @@ def convert_target(
     require_free(mlx_path)
     if quantize and q_mode == "affine":
         check_quantization(q_bits, q_group_size)
-    source = _fetch(hf_path)
+    if is_gguf(hf_path, gguf_name):
+        gguf = find_gguf(hf_path, "--hf-path", gguf_name)
+        if not quantize:
+            with write_directory(mlx_path) as folder:
+                print(f"{gguf}: {write_model(gguf, folder, dequantize, dtype)}", file=sys.stderr)
+            return pathlib.Path(mlx_path)
+    else:
+        gguf, source = None, _fetch(hf_path)
     with write_directory(mlx_path) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if gguf is not None:
+            source = pathlib.Path(scratch) / "gguf"
+            source.mkdir()
+            print(f"{gguf}: {write_model(gguf, source, dequantize=True)}, to be quantised anew", file=sys.stderr)
         model, tokenizer, config = _load(source, pathlib.Path(scratch), trust_remote_code)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # mlx-lm's remarks

@@ -83,7 +83,7 @@ VARIANTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help="directory or Hub id of the target (default: the embedded one)")
+    add("--model", help="directory, GGUF file or Hub id of the target (default: the embedded one)")
     add("--work", required=True, metavar="DIR", help="keeps the text and the finished drafters")
     add("--files", nargs="+", metavar="PATH", help="text for the variants that learn from files (default, for the"
         " embedded target: the standard library's files that were not held out)")  # fmt: skip

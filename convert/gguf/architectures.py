@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_redrafter.convert.gguf.file import GGUF
 from mlx_redrafter.convert.gguf.rope import rope_scaling
+
 from mlx_redrafter.errors import UserError
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
@@ -43,7 +44,9 @@ def architecture(file: GGUF) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"{file.path}: general.architecture is {name!r}, expected one of {known}")
     if file.get(f"{name}.expert_count", int, 0):
-        raise UserError(f"{file.path}: a mixture of {file.get(f'{name}.expert_count', int)} experts, expected a dense model")
+        raise UserError(
+            f"{file.path}: a mixture of {file.get(f'{name}.expert_count', int)} experts, expected a dense model"
+        )
     return ARCHITECTURES[name]
 
 

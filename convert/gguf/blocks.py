@@ -8,8 +8,8 @@ import gguf
 import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-
 from mlx_redrafter.convert.gguf.file import Tensor
+
 from mlx_redrafter.errors import UserError
 
 GROUP = 32  # weights of a block, and of a group of MLX's

@@ -91,7 +91,7 @@ class GGUF:
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
             found = f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:80]
             raise UserError(f"{self.path}: {key} is {found}, expected {kind.__name__}")
-        return _shortest(value) if kind is float else value
+        return _shortest(float(value)) if kind is float else value
 
 
 def read_gguf(path: pathlib.Path) -> GGUF:
@@ -106,7 +106,9 @@ def read_gguf(path: pathlib.Path) -> GGUF:
         return GGUF(path, [path], metadata, tensors)
     parts = split_parts(path)
     if len(parts) != metadata["split.count"]:
-        raise UserError(f"{path}: is one of {metadata['split.count']} parts, expected a name like X-00001-of-00003.gguf")
+        raise UserError(
+            f"{path}: is one of {metadata['split.count']} parts, expected a name like X-00001-of-00003.gguf"
+        )
     first: dict[str, Any] = {}
     tensors = {}
     for i, part in enumerate(parts):
@@ -215,13 +217,17 @@ class _Header:
         try:
             return _SCALARS[GGUFValueType(code)]
         except (ValueError, KeyError):
-            raise UserError(f"{self.path}: damaged, its header holds a value of type {code}, expected 0 to 12") from None
+            raise UserError(
+                f"{self.path}: damaged, its header holds a value of type {code}, expected 0 to 12"
+            ) from None
 
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.string()
         (dimensions,) = self.take("I")
         if not 0 < dimensions <= _MOST_DIMENSIONS:
-            raise UserError(f"{self.path}: tensor {name!r} has {dimensions} dimensions, expected 1 to {_MOST_DIMENSIONS}")
+            raise UserError(
+                f"{self.path}: tensor {name!r} has {dimensions} dimensions, expected 1 to {_MOST_DIMENSIONS}"
+            )
         shape = self.take(f"{dimensions}Q")[::-1]
         return name, shape, *self.take("IQ")  # type: ignore[return-value]
 

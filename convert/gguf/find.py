@@ -5,9 +5,10 @@ from __future__ import annotations
 import pathlib
 import re
 
-from huggingface_hub import HfApi, hf_hub_download
-
+from huggingface_hub import HfApi, hf_hub_download, scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
 from mlx_redrafter.convert.gguf.file import MAGIC, SPLIT, split_parts
+
 from mlx_redrafter.errors import UserError, one_line
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -51,13 +52,30 @@ def find_gguf(path_or_repo: str, flag: str, name: str | None = None) -> pathlib.
     try:
         files = HfApi().list_repo_files(path_or_repo)
     except Exception as error:  # whatever the network and the Hub come up with
-        raise UserError(f"{flag} {path_or_repo}: not here, and the Hub: {one_line(error)}") from error
+        if not (files := _downloaded(path_or_repo)):
+            raise UserError(f"{flag} {path_or_repo}: not here, and the Hub: {one_line(error)}") from error
     chosen = _choose([file for file in files if file.endswith(".gguf")], f"{flag} {path_or_repo}", name)
     try:
         parts = [hf_hub_download(path_or_repo, str(part)) for part in split_parts(pathlib.PurePosixPath(chosen))]
     except Exception as error:
         raise UserError(f"{flag} {path_or_repo}: the download broke off ({one_line(error)})") from error
     return pathlib.Path(parts[0])
+
+
+def _downloaded(repo: str) -> list[str]:
+    """The files of a Hub repository that are here from an earlier download."""
+    try:
+        repos = [found for found in scan_cache_dir().repos if found.repo_id == repo]
+    except CacheNotFound:
+        return []
+    return sorted(
+        {
+            file.file_path.relative_to(revision.snapshot_path).as_posix()
+            for found in repos
+            for revision in found.revisions
+            for file in revision.files
+        }
+    )
 
 
 def _choose(files: list[str], place: str, name: str | None) -> str:

@@ -8,13 +8,31 @@ import pathlib
 import shutil
 import sys
 
-from mlx_redrafter.blas import cache_dir
 from mlx_redrafter.convert.gguf.file import split_parts
+from mlx_redrafter.convert.gguf.find import find_gguf, is_gguf
 from mlx_redrafter.convert.gguf.model import write_model
+
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.files import write_directory
+from mlx_redrafter.system.files import write_directory
+from mlx_redrafter.system.openblas import cache_dir
 
 VERSION = 1  # of what is written; another one is written anew
+
+
+def as_directory(path_or_repo: str, flag: str, name: str | None = None) -> str:
+    """What was given, or the directory that its GGUF file is converted to where it means one.
+
+    Args:
+        path_or_repo: a directory, a GGUF file or a Hub id.
+        flag: what the user typed it for, for messages.
+        name: what was typed for --gguf.
+
+    Raises:
+        UserError: see `find_gguf` and `converted`.
+    """
+    if not is_gguf(path_or_repo, name):
+        return path_or_repo
+    return str(converted(find_gguf(path_or_repo, flag, name)))
 
 
 def converted(path: pathlib.Path) -> pathlib.Path:

@@ -11,10 +11,10 @@ import gguf
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-
 from mlx_redrafter.convert.gguf.architectures import architecture
 from mlx_redrafter.convert.gguf.file import GGUF, Tensor
 from mlx_redrafter.convert.gguf.rope import FACTOR_TENSORS
+
 from mlx_redrafter.errors import UserError, one_line
 
 
@@ -81,4 +81,4 @@ def _shapes(file: GGUF, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             model, _ = load_model(pathlib.Path(folder), lazy=True, strict=False)
         except Exception as error:  # whatever mlx-lm makes of the config
             raise UserError(f"{file.path}: mlx-lm has no model for it: {one_line(error)}") from error
-    return {name: value.shape for name, value in tree_flatten(model.parameters())}  # type: ignore[misc, union-attr]
+    return {name: value.shape for name, value in tree_flatten(model.parameters())}  # type: ignore[misc, union-attr, str-unpack]

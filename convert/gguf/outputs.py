@@ -11,7 +11,6 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-
 from mlx_redrafter.convert.gguf.blocks import (
     FLOATS,
     GROUP,
@@ -25,6 +24,7 @@ from mlx_redrafter.convert.gguf.blocks import (
 )
 from mlx_redrafter.convert.gguf.file import GGUF, Tensor
 from mlx_redrafter.convert.gguf.names import is_shifted, parameters, row_order
+
 from mlx_redrafter.errors import UserError
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -72,7 +72,9 @@ def plan(file: GGUF, config: dict[str, Any], dequantize: bool, dtype: str | None
     tensors = parameters(file, config)
     for tensor in tensors.values():
         if not can_read(tensor.type):
-            raise UserError(f"{file.path}: tensor {tensor.name!r} is of type {tensor.type.name}, which gguf cannot read")
+            raise UserError(
+                f"{file.path}: tensor {tensor.name!r} is of type {tensor.type.name}, which gguf cannot read"
+            )
         if len(tensor.shape) == 1 and tensor.type not in FLOATS:
             raise UserError(f"{file.path}: vector {tensor.name!r} is of type {tensor.type.name}, expected numbers")
     wanted = None if dtype is None else DTYPES[dtype]
@@ -91,12 +93,11 @@ def plan(file: GGUF, config: dict[str, Any], dequantize: bool, dtype: str | None
             outputs |= _packed(module, tensor, order, wanted or "F16")
             kept[tensor.type.name] += 1
             continue
-        if tensor.type == Type.F32 and not matrix:
-            kind = vectors
-        else:
-            kind = wanted or FLOATS.get(tensor.type, working)
+        own = FLOATS.get(tensor.type)
+        kind = vectors if own == "F32" and not matrix else wanted or own or working
         outputs[name] = _numbers(tensor, order, kind, is_shifted(file, tensor))
-        (kept if tensor.type in FLOATS and (not matrix or FLOATS[tensor.type] == kind) else changed)[tensor.type.name] += 1
+        as_it_was = kind == own or (own is not None and not matrix)
+        (kept if as_it_was else changed)[tensor.type.name] += 1
     return Plan(outputs, _long(working), _quantization(bits), kept, changed)
 
 
@@ -109,7 +110,8 @@ def _packed(module: str, tensor: Tensor, order: np.ndarray | None, kind: str) ->
 
     def halves_of(read: Callable[[Tensor, np.ndarray | None], np.ndarray]) -> bytes | bytearray:
         values = np.ascontiguousarray(read(tensor, order))
-        return numbers(dataclasses.replace(tensor, type=Type.F16, shape=values.shape, rows=values.view(np.uint8)), None, kind)
+        halves = dataclasses.replace(tensor, type=Type.F16, shape=values.shape, rows=values.view(np.uint8))
+        return numbers(halves, None, kind)
 
     small = (rows, columns // GROUP)
     return {

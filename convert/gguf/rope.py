@@ -7,8 +7,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-
 from mlx_redrafter.convert.gguf.file import GGUF
+
 from mlx_redrafter.errors import UserError
 
 FREQUENCIES = "rope_freqs.weight"
@@ -42,9 +42,7 @@ def rope_scaling(file: GGUF, arch: str, config: dict[str, Any], dims: int) -> di
     if kind == "yarn":
         context = config["max_position_embeddings"]
         original = file.get(f"{arch}.rope.scaling.original_context_length", int, round(context / factor))
-        return {
-            "rope_scaling": _typed("yarn", {"factor": factor, "original_max_position_embeddings": original})
-        }
+        return {"rope_scaling": _typed("yarn", {"factor": factor, "original_max_position_embeddings": original})}
     raise UserError(f"{file.path}: {arch}.rope.scaling.type is {kind!r}, expected none, linear or yarn")
 
 

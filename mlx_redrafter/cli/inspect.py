@@ -11,6 +11,7 @@ import time
 
 import mlx.core as mx
 
+from mlx_redrafter.convert.gguf.kept import as_directory
 from mlx_redrafter.convert.inspection import Inspection, inspect_directory
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.hub import snapshot_of
@@ -21,7 +22,8 @@ _ARTICLES = {"adapter": "an adapter", "unknown": "nothing that is known here"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", metavar="PATH", help="look at this directory: a target, a drafter or adapters")
+    add("path", metavar="PATH", help="look at this directory (a target, a drafter or adapters) or GGUF file")
+    add("--gguf", metavar="NAME", help="read this GGUF file, named in full or in part, where PATH has several")
     add("--bandwidth", type=float, metavar="GB/S", help="reckon with this memory bandwidth (default: measure"
         " this machine's)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, and nothing else")
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = pathlib.Path(args.path).expanduser()
+    folder = pathlib.Path(as_directory(args.path, "PATH", args.gguf)).expanduser()
     if not folder.is_dir():
         raise UserError(f"{args.path}: {'is a file, expected a directory' if folder.exists() else 'no such directory'}")
     found = inspect_directory(snapshot_of(folder), args.trust_remote_code)

@@ -22,7 +22,9 @@ from mlx_redrafter.text.loading import DTYPES, EMBEDDED, NO_DRAFTER, load
 def add_pair_arguments(parser: argparse.ArgumentParser, drafter: bool = True) -> None:
     """Which target, and which drafter where there is to be one."""
     add = parser.add_argument
-    add("--model", metavar="PATH", help="load the target from this directory or Hub id (default: the embedded pair)")
+    add("--model", metavar="PATH", help="load the target from this directory, GGUF file or Hub id (default: the"
+        " embedded pair)")  # fmt: skip
+    add("--gguf", metavar="NAME", help="read this GGUF file, named in full or in part, where --model has several")
     if drafter:
         add("--draft", metavar="PATH|none", help="load the drafter from this directory or Hub id; none decodes without"
             " one (default: the embedded drafter for the embedded target, else none)")  # fmt: skip

@@ -37,7 +37,8 @@ class _Given(argparse.Action):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(parser.add_argument, action=_Given)
-    add("--model", help="directory or Hub id of the target (default: the embedded one)")
+    add("--model", help="directory, GGUF file or Hub id of the target (default: the embedded one)")
+    add("--gguf", metavar="NAME", help="read this GGUF file, named in full or in part, where --model has several")
     add("--out", required=True, help="directory for the drafter, its log and its checkpoints")
     add("--resume", nargs=0, default=False, help="go on with the run in --out; other flags are those it was begun with,"
         " unless given: --iters, --eval-every and the like may change")  # fmt: skip

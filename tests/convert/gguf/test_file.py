@@ -5,14 +5,13 @@ from __future__ import annotations
 import pathlib
 
 import gguf
-import gguf_files
+from support import gguf_files
 import numpy as np
 import pytest
-
 from mlx_redrafter.convert.gguf import write_model
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.files import write_directory
+from mlx_redrafter.system.files import write_directory
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,9 @@ def test_missing_file(tmp_path):
     refused(tmp_path / "model.gguf", "no such file")
 
 
-@pytest.mark.parametrize("share, message", [(0.999, "bytes found, "), (0.5, "truncated"), (0.01, "truncated or damaged")])
+@pytest.mark.parametrize(
+    "share, message", [(0.999, "bytes found, "), (0.5, "truncated"), (0.01, "truncated or damaged")]
+)
 def test_truncated(whole, tmp_path, share, message):
     content = whole.read_bytes()
     (tmp_path / "model.gguf").write_bytes(content[: int(len(content) * share)])
@@ -70,7 +71,10 @@ def test_truncated(whole, tmp_path, share, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"metadata": {"general.architecture": "rwkv7"}}, "general.architecture is 'rwkv7', expected one of llama, qwen2"),
+        (
+            {"metadata": {"general.architecture": "rwkv7"}},
+            "general.architecture is 'rwkv7', expected one of llama, qwen2",
+        ),
         ({"metadata": {"llama.expert_count": 8}}, "a mixture of 8 experts, expected a dense model"),
         ({"metadata": {"llama.embedding_length": None}}, "key 'llama.embedding_length' is missing"),
         ({"metadata": {"llama.block_count": "two"}}, "llama.block_count is 'two', expected int"),

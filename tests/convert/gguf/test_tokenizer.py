@@ -6,17 +6,24 @@ import io
 import json
 
 import gguf
-import gguf_files
+from support import gguf_files
 import pytest
 import sentencepiece
 from mlx_lm.utils import load_tokenizer
-
 from mlx_redrafter.convert.gguf.file import read_gguf
 from mlx_redrafter.convert.gguf.splitting import PATTERNS
 from mlx_redrafter.convert.gguf.tokenizer import end_tokens, write_tokenizer
+
 from mlx_redrafter.errors import UserError
 
-LINES = ["the sea and the sky", "hello there, hello world", "12 34 56 7 890", "a\tb\nc", "naïve café", "to be or not to be"]
+LINES = [
+    "the sea and the sky",
+    "hello there, hello world",
+    "12 34 56 7 890",
+    "a\tb\nc",
+    "naïve café",
+    "to be or not to be",
+]
 
 
 def make(tmp_path, keys, arch="llama"):
@@ -172,7 +179,17 @@ def pieces_keys(processor, spaced):
 def test_pieces_as_sentencepiece_has_them(tmp_path, pieces, spaced):
     processor = pieces[spaced]
     tokenizer, _ = make(tmp_path, pieces_keys(processor, spaced))
-    texts = [*LINES, "the hello sea\nand 1234567", "😀 日本", " lead", "x = y", "hellothesea", "", "tab\there", "a  b   c"]
+    texts = [
+        *LINES,
+        "the hello sea\nand 1234567",
+        "😀 日本",
+        " lead",
+        "x = y",
+        "hellothesea",
+        "",
+        "tab\there",
+        "a  b   c",
+    ]
     for text in texts:
         ids = tokenizer.encode(text)
         assert ids == [processor.bos_id(), *processor.encode(text)], text

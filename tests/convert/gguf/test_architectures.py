@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gguf_files
+from support import gguf_files
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 import torch
-
 from mlx_redrafter.convert.gguf import write_model
 from mlx_redrafter.convert.gguf.rope import _frequencies
 

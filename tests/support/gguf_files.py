@@ -243,7 +243,9 @@ def tensors(name: str, model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
 
 
 def llama3_factors(dims: int, rope: dict) -> np.ndarray:

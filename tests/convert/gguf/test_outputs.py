@@ -7,12 +7,11 @@ import json
 import pathlib
 
 import gguf
-import gguf_files
+from support import gguf_files
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-
 from mlx_redrafter.convert.gguf import write_model
 from mlx_redrafter.convert.gguf.file import read_gguf
 
