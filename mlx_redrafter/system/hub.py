@@ -48,7 +48,8 @@ def fetch(
         if path.is_dir():
             return snapshot_of(path)
         if path.exists():
-            raise UserError(f"{flag} {path_or_repo}: is a file, expected a directory")
+            hint = " (`mlx-redrafter convert target` makes one of a GGUF file)" if path.suffix == ".gguf" else ""
+            raise UserError(f"{flag} {path_or_repo}: is a file, expected a directory{hint}")
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{flag} {path_or_repo}: not a usable path ({one_line(error)})") from error
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", path_or_repo):

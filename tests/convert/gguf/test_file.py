@@ -5,10 +5,10 @@ from __future__ import annotations
 import pathlib
 
 import gguf
-from support import gguf_files
 import numpy as np
 import pytest
 from mlx_redrafter.convert.gguf import write_model
+from support import gguf_files
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import write_directory

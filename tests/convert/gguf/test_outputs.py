@@ -7,13 +7,13 @@ import json
 import pathlib
 
 import gguf
-from support import gguf_files
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from mlx_redrafter.convert.gguf import write_model
 from mlx_redrafter.convert.gguf.file import read_gguf
+from support import gguf_files
 
 DOWN = "blk.0.ffn_down.weight"
 DOWN_HERE = "model.layers.0.mlp.down_proj"

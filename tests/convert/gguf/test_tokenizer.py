@@ -6,13 +6,13 @@ import io
 import json
 
 import gguf
-from support import gguf_files
 import pytest
 import sentencepiece
 from mlx_lm.utils import load_tokenizer
 from mlx_redrafter.convert.gguf.file import read_gguf
 from mlx_redrafter.convert.gguf.splitting import PATTERNS
 from mlx_redrafter.convert.gguf.tokenizer import end_tokens, write_tokenizer
+from support import gguf_files
 
 from mlx_redrafter.errors import UserError
 
