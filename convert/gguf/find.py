@@ -21,9 +21,13 @@ def is_gguf(path_or_repo: str, name: str | None = None) -> bool:
     Args:
         name: what was typed for --gguf; it settles the matter.
     """
+    try:
+        path = pathlib.Path(path_or_repo).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError):
+        return False  # too long, or with a null byte: no path at all, as whoever reads directories will say
     if name is not None:
         return True
-    path = pathlib.Path(path_or_repo).expanduser()
     if path.is_dir():
         return not (path / "config.json").exists() and bool(_models(file.name for file in path.glob("*.gguf")))
     if path.is_file():
