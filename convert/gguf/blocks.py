@@ -69,7 +69,7 @@ def packed_biases(tensor: Tensor, order: np.ndarray | None) -> np.ndarray:
 
 def numbers(
     tensor: Tensor, order: np.ndarray | None, dtype: str, change: Callable[[np.ndarray], np.ndarray] | None = None
-) -> bytearray:
+) -> memoryview:
     """The bytes of a tensor as numbers, row-major.
 
     Args:
@@ -88,7 +88,7 @@ def numbers(
             continue
         values = gguf.dequantize(rows, tensor.type)
         result += as_bytes(values if change is None else change(values), dtype)
-    return result
+    return memoryview(result)
 
 
 def as_bytes(values: np.ndarray, dtype: str) -> bytes:

@@ -87,11 +87,11 @@ class GGUF:
         value = self.metadata[key]
         if kind is not list and isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]  # one for each layer, all the same
-        allowed = (int, float) if kind is float else (kind,)
+        allowed: tuple[type, ...] = (int, float) if kind is float else (kind,)
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
             found = f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:80]
             raise UserError(f"{self.path}: {key} is {found}, expected {kind.__name__}")
-        return _shortest(float(value)) if kind is float else value
+        return _shortest(value) if kind is float else value
 
 
 def read_gguf(path: pathlib.Path) -> GGUF:
@@ -246,6 +246,6 @@ class _Header:
         return Tensor(self.path, name, kind, shape, values.reshape(rows, row_bytes))
 
 
-def _shortest(value: float) -> float:
+def _shortest(value: Any) -> float:
     """A float32 number as it was written down: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if np.float32(value) == value else float(value)

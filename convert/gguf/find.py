@@ -60,7 +60,7 @@ def find_gguf(path_or_repo: str, flag: str, name: str | None = None) -> pathlib.
             raise UserError(f"{flag} {path_or_repo}: not here, and the Hub: {one_line(error)}") from error
     chosen = _choose([file for file in files if file.endswith(".gguf")], f"{flag} {path_or_repo}", name)
     try:
-        parts = [hf_hub_download(path_or_repo, str(part)) for part in split_parts(pathlib.PurePosixPath(chosen))]
+        parts = [hf_hub_download(path_or_repo, part.as_posix()) for part in split_parts(pathlib.Path(chosen))]
     except Exception as error:
         raise UserError(f"{flag} {path_or_repo}: the download broke off ({one_line(error)})") from error
     return pathlib.Path(parts[0])

@@ -36,7 +36,7 @@ class Output:
 
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], bytes | bytearray | memoryview]
+    read: Callable[[], bytes | memoryview]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _packed(module: str, tensor: Tensor, order: np.ndarray | None, kind: str) ->
     def words_of() -> memoryview:
         return packed_weight(tensor, order).data.cast("B")
 
-    def halves_of(read: Callable[[Tensor, np.ndarray | None], np.ndarray]) -> bytes | bytearray:
+    def halves_of(read: Callable[[Tensor, np.ndarray | None], np.ndarray]) -> bytes | memoryview:
         values = np.ascontiguousarray(read(tensor, order))
         halves = dataclasses.replace(tensor, type=Type.F16, shape=values.shape, rows=values.view(np.uint8))
         return numbers(halves, None, kind)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import pathlib
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 VOCABULARY = 320
 SPECIAL = ["<|begin|>", "<|end|>", "<|eot_id|>", "<|eom_id|>"]
@@ -43,7 +45,7 @@ _LONG = {
     "original_max_position_embeddings": 8,
 }
 # Name -> general.architecture, transformers' classes, fields of the config.
-MODELS = {
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "Llama", _COMMON | {"rope_parameters": _ROPE}),
     "llama-tied-biases": ("llama", "Llama", _COMMON | {"tie_word_embeddings": True, "attention_bias": True}),
     "llama3": ("llama", "Llama", _COMMON | {"rope_parameters": _LLAMA3, "head_dim": 32}),
@@ -163,7 +165,7 @@ def add_tensor(writer: gguf.GGUFWriter, name: str, value: np.ndarray, kind: str)
 
 def bytes_tokens() -> tuple[list[str], list[int], list[str]]:
     """Tokens, types and merges of a small byte-level vocabulary."""
-    letters = list(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    letters = list(bytes_to_unicode().values())
     merges = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2", "Ċ Ċ", "Ġ Ġ"]
     tokens = letters + [merge.replace(" ", "") for merge in merges] + SPECIAL + ["<think>"]
     types = [1] * (len(tokens) - len(SPECIAL) - 1) + [3] * len(SPECIAL) + [4]
