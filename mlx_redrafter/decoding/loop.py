@@ -141,7 +141,7 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
 def _read(step: Submitted, tokens: list[int], length: int) -> StepRead:
     """What the host has read of a step whose tokens it knows."""
     if step.path is None or step.parents is None:
-        return StepRead(step.plan, tokens, length)
+        return StepRead(step.plan, tokens, length, most=step.most)
     return StepRead(step.plan, tokens, length, _row(step.path)[: len(tokens)], _row(step.parents))
 
 

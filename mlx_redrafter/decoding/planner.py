@@ -18,6 +18,7 @@ class StepRead:
         plan: what it drafted.
         tokens: what it produced: the accepted drafts and the target's own choice after them.
         length: tokens in the KV cache after it.
+        most: draft tokens in a row that it checked, where that is fewer than the plan says.
         path, parents: of a tree, the rows of the accepted path, the root (row 0) first, and
             each row's parent; None where the rows are a chain.
     """
@@ -27,6 +28,7 @@ class StepRead:
     length: int
     path: list[int] | None = None
     parents: list[int] | None = None
+    most: int | None = None
 
     @property
     def accepted(self) -> int:

@@ -41,13 +41,14 @@ class AcceptanceModel:
         """Takes a step of the drafter's own."""
         self.steps += 1
         self._expected.clear()
+        chain = step.plan.num_draft_tokens if step.most is None else step.most
         below: dict[int, list[int]] = {}
         for row, parent in enumerate(step.parents or [], 0):
             if row:
                 below.setdefault(parent, []).append(row)
         for depth in range(min(step.accepted + 1, DEPTHS)):
             if step.parents is None or step.path is None:  # a chain
-                children = int(depth < step.plan.num_draft_tokens)
+                children = int(depth < chain)
                 taken = 0 if depth < step.accepted else children
             else:
                 siblings = below.get(step.path[depth], [])  # in the order of their probability
