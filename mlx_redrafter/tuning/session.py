@@ -177,8 +177,8 @@ def session_for(verifier: Verifier, drafter: Drafter | None, fresh: bool = False
     acceptance = AcceptanceModel(assumed)
     try:
         costs = Costs.from_dict(fields["costs"])
-        if weights in fields["drafters"]:
-            acceptance.restore(fields["drafters"][weights])
+        if (learnt := fields["drafters"].get(weights)) is not None:
+            acceptance.restore(learnt)
     except (ValueError, TypeError, KeyError, AttributeError):
         measured = fresh or name not in _measured
         costs, acceptance = measure(verifier, drafter) if measured else _measured[name], AcceptanceModel(assumed)
