@@ -137,7 +137,9 @@ class PairMemory:
             others = [arm for arm in others if arm.plan == PLAIN or self.rate(arm, length) > CLOSE * speed]
 
         def loss(arm: Arm) -> float:  # one more is on its way when the last is read
-            return (BURST + 1) * (self.seconds(arm.plan, length, arm) - self.tokens(arm) / speed)
+            # That other arms are slow says little of one that was never tried, plain steps above all.
+            seconds = self.seconds(arm.plan, length, arm) if arm.slowness.values else self._table(arm.plan, length)
+            return (BURST + 1) * (seconds - self.tokens(arm) / speed)
 
         found = [arm for arm in others if self.steps >= arm.due and loss(arm) <= left]
         return min(found, key=lambda arm: arm.due, default=None)
