@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from support import Script
 
 from mlx_redrafter import DraftShape
 from mlx_redrafter.cli.main import main
@@ -14,8 +15,10 @@ from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.trace import watch
 from mlx_redrafter.decoding.tree_view import word
+from mlx_redrafter.drafting.lookup import LookupProposer
+from mlx_redrafter.drafting.lookup_index import TextIndex
 from mlx_redrafter.drafting.proposers import RecurrentProposer
-from mlx_redrafter.drafting.shape import Drafted
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, LookedUp
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.target.probe import verifier_of
 
@@ -118,3 +121,35 @@ def test_the_end_of_the_text_ends_it(pair, prefixes):
     for i in (0, 7, 12):
         found = watched(pair, DraftShape(4, 5, 7), prefixes[0], 24, {whole[i]})
         assert [token for _, tokens in found for token in tokens] == whole[: whole.index(whole[i]) + 1]
+
+
+def test_plain_steps_in_between_are_shown_as_such(pair, prefixes):
+    """If this fails, a step shows the tree of another one as soon as a plain step lies between them."""
+    model, drafter, tokenizer = pair
+    verifier, prompt = verifier_of(model), prefixes[0]
+    plans = [Drafted(DraftShape(4, 5, 7)), PLAIN, PLAIN, LookedUp(3), PLAIN, PLAIN, Drafted(DraftShape())]
+    proposer = LookupProposer(RecurrentProposer(drafter, verifier.target.embed), TextIndex(prompt))
+    options, planner = DecodingOptions(max_tokens=24), Script(plans)
+    found = list(watch(verifier, proposer, prompt, options, planner, drafter))
+    tokens = [token for _, tokens in found for token in tokens]
+    assert tokens == [r.token for r in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=24)]
+    assert found[0][0] is None and {read.plan for read in planner.steps} == set(plans)
+    written = tokens[: len(found[0][1])]
+    for (step, made), read in zip(found[1:], planner.steps, strict=True):
+        assert step.nodes[0].token == written[-1] and step.tokens == made == read.tokens[: len(made)]
+        assert len(step.nodes) == 1 + read.plan.num_draft_tokens
+        assert [node.token for node in step.nodes[1:] if node.accepted][: len(made)] == made[: read.accepted]
+        assert step.by_lookup == isinstance(read.plan, LookedUp)
+        assert all((node.probability is None) == step.by_lookup for node in step.nodes[1:])
+        written += made
+
+
+def test_the_demo_shows_lookup_alone_with_plain_steps(pair, capsys):
+    """If this fails, the demo breaks where lookup finds nothing."""
+    for lookup in ("on", "auto"):
+        out = shown(capsys, "--draft", "none", "--lookup", lookup)
+        assert text_of(out) == plain_text(pair[0], pair[2])
+        blocks = [block for block in out.split("\n\n") if block.startswith("step ")]
+        head = r"step \d+: \d of (0 drafted|[1-4] looked up) accepted"
+        assert blocks and all(re.match(head, block) for block in blocks)
+    assert re.search(r"step \d+: 0 of 0 drafted accepted, then the target's own", out)
