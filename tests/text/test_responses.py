@@ -42,9 +42,7 @@ def test_lookup_is_on_where_the_shape_is_chosen(pair):
     *_, last = stream_generate(model, tokenizer, IMPORTS, drafter, max_tokens=64)
     # How many steps look up depends on what they cost here. What lookups would bring is remembered in any case.
     assert (last.lookup_share > 0) == ("by lookup" in drafted(last))
-    assert [
-        known.expected(kind) for kind in range(len(ASSUMED))
-    ] != before
+    assert [known.expected(kind) for kind in range(len(ASSUMED))] != before
     *_, last = stream_generate(model, tokenizer, IMPORTS, drafter, max_tokens=64, shape=DraftShape())
     assert last.lookup_share == 0 and drafted(last) == "by the drafter (mostly chain of 3)"
     *_, last = stream_generate(model, tokenizer, IMPORTS, None, max_tokens=64, lookup="on")
