@@ -173,7 +173,9 @@ class Controller(Planner):
 
     def plan(self) -> Plan:
         plan = (self._trial or self.memory.current).plan
-        return plan if self.lookup is None else self.lookup.plan(plan, self._length)
+        found = plan if self.lookup is None else self.lookup.plan(plan, self._length)
+        # A trial is of the drafter's own steps: in a text that repeats itself it would never end else.
+        return plan if self._trial is not None and isinstance(found, Drafted) else found
 
     def learn(self, step: StepRead) -> None:
         memory, now = self.memory, self.clock()

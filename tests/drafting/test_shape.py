@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp, Plain
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp, Plain, Plan
 from mlx_redrafter.errors import UserError
 
 
@@ -33,7 +33,14 @@ def test_the_longest_chain_in_a_tree():
 def test_plans_are_told_apart():
     """If this fails, what a step drafted is shown, counted or timed as something else."""
     tree, chain = DraftShape(4, 5, 7), DraftShape()
-    plans = [PLAIN, Drafted(chain), Drafted(tree), Drafted(tree, with_lookup=True), LookedUp(3), LookedUp(7)]
+    plans: list[Plan] = [
+        PLAIN,
+        Drafted(chain),
+        Drafted(tree),
+        Drafted(tree, with_lookup=True),
+        LookedUp(3),
+        LookedUp(7),
+    ]
     assert len(set(plans)) == len(plans) and Plain() == PLAIN
     assert [plan.num_draft_tokens for plan in plans] == [0, 3, 7, 7, 3, 7]
     assert [str(plan) for plan in plans] == [

@@ -167,6 +167,7 @@ def test_the_made_up_device_is_the_formula():
     """The device and the expectation agree on chains and trees; else the tests above test nothing."""
     device, model = Device(new_memory()), AcceptanceModel([0.7] * DEPTHS)
     for plan in PLANS[1:]:
+        assert isinstance(plan, Drafted)
         formula = (1 + model.expected(plan.shape)) / COSTS.step_seconds(plan, 128) / 1.025
         assert device.speed_of(plan, 0.7) == pytest.approx(formula, rel=0.03)
 

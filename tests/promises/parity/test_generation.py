@@ -13,12 +13,13 @@ from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.step import SpeculativeStep
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.redrafter import load_drafter
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import Drafted, DraftShape
 from mlx_redrafter.text.loading import EMBEDDED
 
 torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
 
 import torch_reference as reference  # noqa: E402
+from support import always  # noqa: E402
 from torch_reference.cases import HIDDEN, VOCAB, memorised, read_prompts  # noqa: E402
 from torch_reference.pairs import mlx_target, to_mlx, to_torch, torch_drafter, torch_target, worst  # noqa: E402
 
@@ -29,8 +30,8 @@ def assert_same_generation(model, verifier, theirs, ours, prompt, count, shape: 
     numbers = (shape.beam_width, shape.beam_length, shape.num_draft_tokens, shape.tree_policy)
     steps = reference.speculative(model, theirs, prompt, count, *numbers)
     assert [token for step in steps for token in step][:count] == text
-    proposer, options = RecurrentProposer(ours, verifier.target.embed, shape), DecodingOptions(max_tokens=count)
-    produced = list(speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options))
+    proposer, options = RecurrentProposer(ours, verifier.target.embed), DecodingOptions(max_tokens=count)
+    produced = list(speculative(verifier, proposer, mx.array([prompt]), verifier.make_cache(), options, always(shape)))
     assert [part.tokens for part in produced] == steps
     logits = mx.concatenate([part.logits[: len(part.tokens)] for part in produced])[:count]
     assert worst(logits, rows) < 1e-3
@@ -74,11 +75,11 @@ def test_steps_of_a_batch(targets):
     texts = [reference.plain(model, prompt, 20)[0] for prompt in prompts]
     theirs, ours = memorised(model, prompts[0], texts[0], 40, True, updates=20)
     cache, hidden, logits = read_prompts(verifier, prompts)
-    proposer = RecurrentProposer(ours, verifier.target.embed, DraftShape(3, 4, 6))
+    proposer = RecurrentProposer(ours, verifier.target.embed)
     step = SpeculativeStep(verifier, proposer, DecodingOptions(), cache, hidden, mx.argmax(logits, axis=-1))
     found = [[[int(token)]] for token in step.root]
     for _ in range(6):
-        submitted = step()
+        submitted = step(Drafted(DraftShape(3, 4, 6)))
         for b, count in enumerate(submitted.count.tolist()):
             found[b].append(submitted.tokens[b, : count + 1].tolist())
     for prompt, text, steps in zip(prompts, texts, found):

@@ -20,11 +20,12 @@ from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa import MedusaHeads
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.drafting.proposers import MedusaProposer
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import Drafted, DraftShape
 
 torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
 
 import torch_reference as reference  # noqa: E402
+from support import always  # noqa: E402
 from torch_reference import medusa  # noqa: E402
 from torch_reference.pairs import mlx_target, torch_target, worst  # noqa: E402
 
@@ -78,15 +79,15 @@ def test_trees_and_steps(target, heads, shape, choices):
     """If this fails, the tree has other candidates than the choices say, or steps accept other tokens."""
     model, verifier = target
     theirs, ours, text = heads
-    proposer = MedusaProposer(ours, shape)
+    proposer = MedusaProposer(ours)
     context = np.random.default_rng(0).normal(size=384).astype(np.float32)
-    found = proposer.propose(mx.array(context)[None], mx.array([77]))
+    found = proposer.propose(mx.array(context)[None], mx.array([77]), Drafted(shape))
     expected = medusa.medusa_tree(theirs, torch.from_numpy(context).to(reference.DEVICE), 77, choices)
     for field in ("tokens", "parents", "depths", "ancestors"):
         assert getattr(found, field)[0].tolist() == getattr(expected, field), field
     steps = medusa.medusa_decoding(model, theirs, PROMPT, 24, choices)
     options = DecodingOptions(max_tokens=24)
-    produced = speculative(verifier, proposer, mx.array([PROMPT]), verifier.make_cache(), options)
+    produced = speculative(verifier, proposer, mx.array([PROMPT]), verifier.make_cache(), options, always(shape))
     assert [part.tokens for part in produced] == steps
     assert [token for step in steps for token in step][:24] == text[:24]
     assert max(map(len, steps)) > 1 and min(map(len, steps[1:-1])) < 1 + max(map(len, choices))
