@@ -164,7 +164,9 @@ def _cost_checks(model: nn.Module, drafter: Drafter, report: Report) -> Iterator
     def check() -> Check:
         session = session_for(verifier, drafter)
         report.costs, report.choice = session.costs, str(session.memory.current.plan)
-        return Check("costs of a step", OK, f"{'measured now' if session.fresh else 'measured before'}, see below")
+        return Check(
+            "costs of a step", OK, f"{'measured now' if session.measured_now else 'measured before'}, see below"
+        )
 
     yield guarded("costs of a step", check)
 

@@ -112,10 +112,11 @@ class AcceptanceModel:
 
     def restore(self, fields: dict[str, Any]) -> None:
         """Takes what `to_dict` gave. Raises ValueError, TypeError or KeyError for anything else."""
-        for shares, counts in ((self.first, fields["first"]), (self.later, fields["later"])):
-            for share, (hits, tries) in zip(shares, counts, strict=True):
-                if not 0 <= hits <= tries < float("inf"):
-                    raise ValueError(f"{hits} of {tries}")
-                share.hits, share.tries = hits, tries
-        self.steps = int(fields["steps"])
+        steps, counted = int(fields["steps"]), [*fields["first"], *fields["later"]]
+        shares = [*self.first, *self.later]
+        if len(counted) != len(shares) or not all(0 <= hits <= tries < float("inf") for hits, tries in counted):
+            raise ValueError(f"no counts: {counted}")
+        for share, (hits, tries) in zip(shares, counted, strict=True):
+            share.hits, share.tries = hits, tries
+        self.steps = steps
         self._expected.clear()

@@ -23,7 +23,7 @@ DEEPEST = max(COUNTS)
 # And the share of right tokens, one by one, that is assumed of a class until some were seen.
 STREAKS, ASSUMED = (0, 1, 2, 4, 8, 16), (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WEIGHT, MEMORY = 3.0, 50.0  # lookups that an assumption is worth, and after which one counts e times less
-BETTER = 1.05  # by how much a lookup has to be faster than what would be drafted else
+BETTER = 1.05  # by how much a lookup has to be faster than what would be drafted otherwise
 JOINS = 1.0  # tokens of a lookup that should be right for it to join a tree
 
 

@@ -25,7 +25,7 @@ def facts(session: Session) -> dict[str, Any]:
         "device": device_name(),
         "key": session.key,
         "file": str(file) if file is not None and file.exists() else None,
-        "measured_now": session.fresh,
+        "measured_now": session.measured_now,
         "costs": costs.to_dict(),
         "drafted_steps_seen": memory.acceptance.steps,
         "right_by_depth": memory.acceptance.shares()[0],
@@ -62,7 +62,7 @@ def text(session: Session) -> str:
         f"Device: {device_name()}", "", *cost_lines(costs), "",
         f"The drafter's best tokens right, by depth: {rates} ({known})", "", expected.text(), "",
         f"Choice to begin with: {memory.current.plan} (behind {longest} tokens: {later})",
-        f"{'Measured now' if session.fresh else 'Measured before'}; {kept}",
+        f"{'Measured now' if session.measured_now else 'Measured before'}; {kept}",
     ])  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from mlx_redrafter.decoding.planner import Planner, StepRead
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, LookedUp, Plain, Plan
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, LookedUp, Plan
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import LookupController, LookupMemory
 from mlx_redrafter.tuning.running import RecentMedian, RunningShare
@@ -109,7 +109,7 @@ class PairMemory:
                 self._drift.learn(ratio)
         usual = self.seconds(step.plan, step.length, arm)
         self.elapsed += usual
-        if arm is self._found or arm is None or not isinstance(step.plan, (Plain, Drafted)):
+        if arm is None or isinstance(step.plan, LookedUp):
             return
         if isinstance(step.plan, Drafted):
             arm.fit.learn(step.accepted, self.acceptance.expected(step.plan.shape))
@@ -174,7 +174,7 @@ class Controller(Planner):
     def plan(self) -> Plan:
         plan = (self._trial or self.memory.current).plan
         found = plan if self.lookup is None else self.lookup.plan(plan, self._length)
-        # A trial is of the drafter's own steps: in a text that repeats itself it would never end else.
+        # A trial is of the drafter's own steps: in a text that repeats itself it would never end otherwise.
         return plan if self._trial is not None and isinstance(found, Drafted) else found
 
     def learn(self, step: StepRead) -> None:

@@ -42,11 +42,13 @@ class Costs:
         """Of a whole step behind so many tokens of context."""
         if isinstance(plan, Plain):
             return _line(self.plain, context)
-        rows = self.verify_seconds(1 + plan.num_draft_tokens, context)
+        verifying = self.verify_seconds(1 + plan.num_draft_tokens, context)
         if isinstance(plan, Drafted):
-            return rows + self.draft_seconds(plan.shape.beam_width, plan.shape.beam_length)
+            return verifying + self.draft_seconds(plan.shape.beam_width, plan.shape.beam_length)
         # A lookup costs what the shortest chain does, less the drafting of its tokens.
-        return rows + max(0.0, _line(self.draft[min(self.draft)], 1, before=True)) if self.draft else rows
+        if not self.draft:
+            return verifying
+        return verifying + max(0.0, _line(self.draft[min(self.draft)], 1, before=True))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -79,7 +81,7 @@ def _between(times: dict[int, float], at: int) -> float:
 
 
 def _line(times: dict[int, float], at: int, before: bool = False) -> float:
-    """On the straight line through the first and the last point, beyond the last one, and `before` the first."""
+    """On the line through the first and the last point; flat before the first unless `before`."""
     low, high = min(times), max(times)
     if low == high:
         return times[low]

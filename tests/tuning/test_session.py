@@ -18,7 +18,8 @@ from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import CHAIN
 from mlx_redrafter.tuning import session, store
-from mlx_redrafter.tuning.session import SHAPES, drafting_for, key_of, session_for, weights_digest
+from mlx_redrafter.tuning.pair_key import key_of, weights_digest
+from mlx_redrafter.tuning.session import SHAPES, drafting_for, session_for
 
 COSTS = made_up(lambda rows: 1 + 0.05 * (rows - 1))
 TREE = DraftShape(4, 5, 7)
@@ -56,14 +57,14 @@ def test_a_pair_is_measured_once(small_model, monkeypatch, drafting):
     """If this fails, every text begins with two seconds of measuring."""
     verifier, drafter = verifier_of(small_model), make_drafter() if drafting else None
     first = session_for(verifier, drafter)
-    assert first.fresh and first.costs is COSTS
+    assert first.measured_now and first.costs is COSTS
     monkeypatch.setattr(session, "measure", lambda *_: pytest.fail("measured again"))
     assert session_for(verifier, drafter) is first
     again = make_drafter(seed=3) if drafting else None
     assert session_for(verifier_of(make_model(seed=4)), again).costs == COSTS
     monkeypatch.setattr(session, "_measured", {})  # another process
     found = session_for(verifier_of(make_model(seed=5)), again and make_drafter(seed=4))
-    assert found.costs == COSTS and not found.fresh
+    assert found.costs == COSTS and not found.measured_now
 
 
 def test_where_nothing_is_kept_a_process_measures_once(small_model, monkeypatch):
@@ -84,7 +85,7 @@ def test_what_was_learnt_is_kept(monkeypatch):
     assert same.steps == 40 and same.shares()[0][0] < 0.1
     assert other.steps == 0 and other.shares()[0][0] > 0.5
     fresh = session_for(verifier, drafter, fresh=True)
-    assert fresh is not found and fresh.fresh and fresh.memory.acceptance.steps == 0
+    assert fresh is not found and fresh.measured_now and fresh.memory.acceptance.steps == 0
 
 
 def test_drafters_of_one_kind_are_kept_side_by_side():
