@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mlx.nn as nn
 import numpy as np
 
 from mlx_redrafter.errors import UserError
@@ -16,7 +17,7 @@ from mlx_redrafter.training.text.data_plan import SELF, DataPlan
 from mlx_redrafter.training.text.formats import Question
 from mlx_redrafter.training.text.rendering import Renderer, digest
 from mlx_redrafter.training.text.shards import Marked, Progress, Recipe, Shard, shard_of
-from mlx_redrafter.training.text.writing import Writer
+from mlx_redrafter.training.text.writing import write, written_recipe
 
 QUESTION_TOKENS = 128  # the most that a question of the target's own has
 LEAST_ANSWER = 8  # tokens that a row must have room for
@@ -24,7 +25,7 @@ LEAST_ASKED = 16  # questions to ask for at a time, for some are empty or too lo
 TRIES = 4  # times to ask for more
 
 
-def answers_recipe(writer: Writer, renderer: Renderer, questions: list[Question], plan: DataPlan) -> Recipe:
+def answers_recipe(model: nn.Module, renderer: Renderer, questions: list[Question], plan: DataPlan) -> Recipe:
     """Rows that answer prompts: each once where the target regenerates, else as often as rows are wanted.
 
     A conversation of several turns gives a row for each, with the target's own earlier
@@ -50,10 +51,8 @@ def answers_recipe(writer: Writer, renderer: Renderer, questions: list[Question]
         )
     training, held_out = order[: len(order) - kept], order[len(order) - kept :]
     turns = turns[: len(training)]
-    passes = 1
-    if plan.rows is not None or plan.data == (SELF,):
-        passes = -(-plan.training_rows // int(turns.sum()))
-    limit = None if plan.rows is None and plan.data != (SELF,) else plan.training_rows
+    free = plan.rows is None and plan.data != (SELF,)  # every prompt once, whatever rows that gives
+    passes = 1 if free else -(-plan.training_rows // int(turns.sum()))
     picks = np.tile(training, passes)
     # A pass after the first asks the same prompt at the next temperature.
     temperatures = [plan.temps[(n + n // len(training)) % len(plan.temps)] for n in range(len(picks))]
@@ -64,30 +63,20 @@ def answers_recipe(writer: Writer, renderer: Renderer, questions: list[Question]
 
     def make(shard: int, progress: Progress) -> Shard:
         if shard == len(bounds) - 1:
-            some, at = held_out, plan.temperatures(range(len(held_out)))
+            some, at, most = held_out, plan.temperatures(range(len(held_out))), plan.held_out
         else:
-            some, at = picks[bounds[shard] : bounds[shard + 1]], temperatures[bounds[shard] : bounds[shard + 1]]
-        rows = answer(writer, renderer, [fitting[i] for i in some], at, (plan.seed, shard), progress)
-        facts = {"prompts": len(some)}
-        return shard_of(rows[: plan.held_out] if shard == len(bounds) - 1 else rows, plan.length, facts)
+            here = slice(bounds[shard], bounds[shard + 1])
+            some, at, most = picks[here], temperatures[here], None
+        rows = answer(model, renderer, plan, [fitting[i] for i in some], at, (plan.seed, shard), progress)
+        return shard_of(rows[:most], plan.length, {"prompts": len(some)})
 
     content = digest([[question.system, question.turns] for question in questions])
-    settings = plan.settings(
-        **writer.settings(),
-        temps=list(plan.temps),
-        tokenizer=renderer.fingerprint(),
-        files=[
-            {
-                "path": plan.prompts,
-                "sha256": content,
-                "prompts": len(questions),
-            }
-        ],
-    )
-    return Recipe(settings, plan.length, len(bounds) - 1, make, plan.held_out > 0, limit)
+    files = [{"path": plan.prompts, "sha256": content, "prompts": len(questions)}]
+    limit = None if free else plan.training_rows
+    return written_recipe(model, renderer, plan, make, len(bounds) - 1, limit, files=files)
 
 
-def invented_recipe(writer: Writer, renderer: Renderer, plan: DataPlan) -> Recipe:
+def invented_recipe(model: nn.Module, renderer: Renderer, plan: DataPlan) -> Recipe:
     """Rows in which the target answers what it asked itself."""
     opening = renderer.opening()
     around = len(renderer.question([{"role": "user", "content": "?"}], "the target"))
@@ -111,27 +100,30 @@ def invented_recipe(writer: Writer, renderer: Renderer, plan: DataPlan) -> Recip
             if missing <= 0:
                 break
             asks = max(missing, LEAST_ASKED)
-            seed = (plan.seed, shard, attempt)
-            written = writer.write([opening] * asks, [1.0] * asks, seed, longest, renderer.turn_ends(), 0, progress)
+            seed, ends = (plan.seed, shard, attempt), renderer.turn_ends()
+            written = write(
+                model, [opening] * asks, longest, [1.0] * asks, ends, seed, plan.batch_size, progress=progress
+            )
             turns += [turn for turn in map(renderer.users_turn, written) if turn and fits(turn)]
         if not turns:
             raise UserError("the target writes no questions after its chat template; expected --prompts FILE")
         # Where it asked nothing a few times over, another question gets a second answer.
         questions = [Question("the target", [turns[i % len(turns)]]) for i in range(len(numbers))]
-        rows = answer(writer, renderer, questions, plan.temperatures(numbers), (plan.seed, shard, TRIES), progress)
+        at, seed = plan.temperatures(numbers), (plan.seed, shard, TRIES)
+        rows = answer(model, renderer, plan, questions, at, seed, progress)
         return shard_of(rows, plan.length, {"questions": min(len(turns), len(numbers))})
 
-    settings = plan.settings(**writer.settings(), temps=list(plan.temps), tokenizer=renderer.fingerprint())
-    return Recipe(settings, plan.length, plan.shards, make, plan.held_out > 0)
+    return written_recipe(model, renderer, plan, make)
 
 
 def answer(
-    writer: Writer,
+    model: nn.Module,
     renderer: Renderer,
+    plan: DataPlan,
     questions: Sequence[Question],
     temperatures: Sequence[float],
     seed: Sequence[int],
-    progress: Progress = lambda tokens: None,
+    progress: Progress,
 ) -> list[Marked]:
     """A row for every turn of every question that fits: the prompt, and the answer, which alone is to be learned.
 
@@ -144,9 +136,10 @@ def answer(
     going = list(range(len(questions)))
     for turn in range(max(len(question.turns) for question in questions)):
         asked = {i: _asked(renderer, questions[i], said[i]) for i in going if turn < len(questions[i].turns)}
-        going = [i for i, ids in asked.items() if len(ids) + LEAST_ANSWER <= writer.length]
-        at = [temperatures[i] for i in going]
-        written = writer.write([asked[i] for i in going], at, (*seed, turn), progress=progress)
+        going = [i for i, ids in asked.items() if len(ids) + LEAST_ANSWER <= plan.length]
+        prompts, at = [asked[i] for i in going], [temperatures[i] for i in going]
+        turn_seed = (*seed, turn)
+        written = write(model, prompts, plan.length, at, renderer.ends, turn_seed, plan.batch_size, progress=progress)
         for i, tokens in zip(going, written, strict=True):
             row = [*asked[i], *tokens]
             rows[i].append((row, np.arange(len(row)) >= len(asked[i])))

@@ -17,20 +17,14 @@ ROWS = 2048  # rows of text the target writes where the user does not say
 
 @dataclasses.dataclass(frozen=True)
 class DataPlan:
-    """What `--data` and the flags about it say.
+    """What `--data` and the flags about text say.
 
     Attributes:
-        data: ("self",), ("regenerated",), or files, directories and Hub ids.
-        length: T, tokens per row.
+        length: tokens per row.
         rows: rows in all at most, the held-out ones included; None for all that files or prompts
             give (once each), and 2048 for training where the target writes freely. Fewer come
             where files have no more, or where later turns of a conversation do not fit into a row.
         held_out: rows kept for evaluation, from documents that no training row is from.
-        temps: temperatures the target writes at, in turn; 0 is greedy.
-        seed: of the order of documents, of where they are cut, and of the noise.
-        prompts: file of prompts to answer.
-        prefixes: files or directories to cut beginnings from.
-        prefix_length: tokens of each beginning.
         batch_size: rows the target writes at a time.
         rows_per_shard: rows of a shard that the target writes; about so many where files are read.
 

@@ -70,7 +70,7 @@ def document(record: Any, where: str) -> Document:
     if "messages" in fields:
         return Document(where, messages=_messages(fields["messages"], f"{where}: messages"))
     if "conversations" in fields:
-        return Document(where, messages=_sharegpt(fields["conversations"], f"{where}: conversations"))
+        return Document(where, messages=_messages(fields["conversations"], f"{where}: conversations", True))
     for before, after in PAIRS:
         if before in fields and after in fields:
             prompt, text = fields[before], fields[after]
@@ -96,9 +96,9 @@ def question(record: Any, where: str) -> Question:
     for name in ("prompt", "instruction"):
         if isinstance(fields.get(name), str):
             return Question(where, [_asked(fields, name, where)], plain=True, category=category)
-    for name, read in (("messages", _messages), ("prompt", _messages), ("conversations", _sharegpt)):
+    for name in ("messages", "prompt", "conversations"):
         if name in fields:
-            messages = read(fields[name], f"{where}: {name}")
+            messages = _messages(fields[name], f"{where}: {name}", sharegpt=name == "conversations")
             turns = [message["content"] for message in messages if message["role"] == "user"]
             if not turns:
                 raise UserError(f"{where}: {name}: no message has the role user")
@@ -145,46 +145,32 @@ def _fields(record: Any, where: str) -> dict[str, Any]:
     return {name: value for name, value in record.items() if value is not None}
 
 
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+def _messages(value: Any, where: str, sharegpt: bool = False) -> list[dict[str, Any]]:
+    """The messages of a conversation; ShareGPT's, with from and value, where they are not of the usual form."""
+    sharegpt = sharegpt and not (
+        isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
+    )
+    role_field, text_field = ("from", "value") if sharegpt else ("role", "content")
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: expected a list of messages")
-    messages = []
+        raise UserError(f"{where}: expected a list of {'objects with from and value' if sharegpt else 'messages'}")
+    messages: list[dict[str, Any]] = []
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{where}[{i}]: expected an object with role and content")
-        content = message.get("content")
-        if content is None and message.get("tool_calls"):
-            content = ""
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-            content = "".join(_text(part.get("text"), f"{where}[{i}].content") for part in content)
-        messages.append(
-            message | _weight(message, f"{where}[{i}]") | {"content": _text(content, f"{where}[{i}].content")}
-        )
-    return messages
-
-
-def _weight(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message's weight, if it has one: 0 for an answer that is not to be learned, else 1."""
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise UserError(f"{where}.weight: found {json.dumps(weight)[:40]}, expected 0 or 1")
-    return {} if weight is None else {"weight": int(weight)}
-
-
-def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-        return _messages(value, where)
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: expected a list of objects with from and value")
-    messages = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("from"), str):
-            raise UserError(f"{where}[{i}]: expected an object with from and value")
-        role = SHAREGPT_ROLES.get(message["from"], message["from"])
-        said = {"role": role, "content": _text(message.get("value"), f"{where}[{i}].value")}
-        messages.append(said | _weight(message, f"{where}[{i}]"))
-    while messages and messages[0]["role"] == "assistant":  # parts of longer conversations begin with an answer
-        messages.pop(0)
+        if not isinstance(message, dict) or not isinstance(message.get(role_field), str):
+            raise UserError(f"{where}[{i}]: expected an object with {role_field} and {text_field}")
+        at, role, content = f"{where}[{i}].{text_field}", message[role_field], message.get(text_field)
+        if not sharegpt:
+            if content is None and message.get("tool_calls"):
+                content = ""
+            if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+                content = "".join(_text(part.get("text"), at) for part in content)
+        said = {"role": SHAREGPT_ROLES.get(role, role) if sharegpt else role, "content": _text(content, at)}
+        weight = message.get("weight")
+        if weight not in (None, 0, 1):
+            raise UserError(f"{where}[{i}].weight: found {json.dumps(weight)[:40]}, expected 0 or 1")
+        said |= {} if weight is None else {"weight": int(weight)}  # 0: an answer that is not to be learned
+        messages.append(said if sharegpt else message | said)
+    while sharegpt and messages and messages[0]["role"] == "assistant":
+        messages.pop(0)  # parts of longer conversations begin with an answer
     return messages
 
 

@@ -5,10 +5,12 @@ Knows nothing of chat templates.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import mlx.nn as nn
 import numpy as np
 
 from mlx_redrafter.errors import UserError
@@ -16,7 +18,7 @@ from mlx_redrafter.training.text.data_plan import DataPlan
 from mlx_redrafter.training.text.documents import Documents
 from mlx_redrafter.training.text.rendering import Renderer
 from mlx_redrafter.training.text.shards import Progress, Recipe, Shard, shard_of
-from mlx_redrafter.training.text.writing import Writer
+from mlx_redrafter.training.text.writing import write, written_recipe
 
 WARM_UP = 16  # tokens at temperature 1 after a beginning that is the same in every row
 TRIES = 100  # places to try for a beginning that is long enough
@@ -24,17 +26,13 @@ BYTES_PER_TOKEN = 12  # read so much for each token of a beginning; fewer tokens
 HELD_OUT_SHARE = 0.05  # of the documents, for the held-out rows
 
 
+@dataclasses.dataclass
 class Texts:
-    """Documents to cut beginnings from.
+    """Documents to cut beginnings from: their files, the size of each text, and what gives a text by its number."""
 
-    Attributes:
-        files: of the manifest.
-        sizes: (N,) of each text; longer texts are cut from more often.
-        read: gives a text by its number.
-    """
-
-    def __init__(self, files: list[dict[str, Any]], sizes: np.ndarray, read: Callable[[int], str]):
-        self.files, self.sizes, self.read = files, sizes, read
+    files: list[dict[str, Any]]
+    sizes: np.ndarray
+    read: Callable[[int], str]
 
     @classmethod
     def of_files(cls, names: Sequence[str]) -> Texts:
@@ -52,18 +50,18 @@ class Texts:
         return cls([{"path": name, "sha256": digest, "bytes": int(sizes.sum())}], sizes, lambda number: texts[number])
 
 
-def bare_recipe(writer: Writer, renderer: Renderer, plan: DataPlan) -> Recipe:
+def bare_recipe(model: nn.Module, renderer: Renderer, plan: DataPlan) -> Recipe:
     """Rows written from nothing but the token that texts begin with."""
     opening = renderer.first_token()
 
     def make(shard: int, progress: Progress) -> Shard:
-        numbers = plan.numbers(shard)
-        return _continued(writer, [[opening]] * len(numbers), plan, shard, WARM_UP, progress)
+        prompts = [[opening]] * len(plan.numbers(shard))
+        return _continued(model, renderer, plan, prompts, shard, progress, WARM_UP)
 
-    return _recipe(writer, renderer, plan, make)
+    return written_recipe(model, renderer, plan, make)
 
 
-def prefixes_recipe(writer: Writer, renderer: Renderer, texts: Texts, plan: DataPlan) -> Recipe:
+def prefixes_recipe(model: nn.Module, renderer: Renderer, texts: Texts, plan: DataPlan) -> Recipe:
     """Rows continued from beginnings cut at random places, those of held-out rows from documents of their own."""
     if plan.prefix_length >= plan.length:
         raise UserError(f"--prefix-length is {plan.prefix_length}, expected less than --row-length, {plan.length}")
@@ -79,21 +77,23 @@ def prefixes_recipe(writer: Writer, renderer: Renderer, texts: Texts, plan: Data
         rng = np.random.default_rng((plan.seed, shard))
         pool = order[len(order) - kept :] if shard == plan.shards else order[: len(order) - kept]
         prompts = [_cut(renderer, texts, pool, rng, plan.prefix_length) for _ in plan.numbers(shard)]
-        return _continued(writer, prompts, plan, shard, 0, progress)
+        return _continued(model, renderer, plan, prompts, shard, progress)
 
-    return _recipe(writer, renderer, plan, make, **{"prefix-length": plan.prefix_length, "files": texts.files})
-
-
-def _recipe(writer: Writer, renderer: Renderer, plan: DataPlan, make: Callable, **more: Any) -> Recipe:
-    settings = plan.settings(**writer.settings(), temps=list(plan.temps), tokenizer=renderer.fingerprint(), **more)
-    return Recipe(settings, plan.length, plan.shards, make, plan.held_out > 0)
+    more: dict[str, Any] = {"prefix-length": plan.prefix_length, "files": texts.files}
+    return written_recipe(model, renderer, plan, make, **more)
 
 
 def _continued(
-    writer: Writer, prompts: list[list[int]], plan: DataPlan, shard: int, warm_up: int, progress: Progress
+    model: nn.Module,
+    renderer: Renderer,
+    plan: DataPlan,
+    prompts: list[list[int]],
+    shard: int,
+    progress: Progress,
+    warm_up: int = 0,
 ) -> Shard:
-    temperatures = plan.temperatures(plan.numbers(shard))
-    written = writer.write(prompts, temperatures, (plan.seed, shard), warm_up=warm_up, progress=progress)
+    at, seed = plan.temperatures(plan.numbers(shard)), (plan.seed, shard)
+    written = write(model, prompts, plan.length, at, renderer.ends, seed, plan.batch_size, warm_up, progress)
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, written, strict=True)]
     return shard_of([(row, np.ones(len(row), bool)) for row in rows], plan.length)
 

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import gzip
 import io
-import itertools
 import json
 import pathlib
 import zlib
@@ -170,21 +169,15 @@ def _columns(line: str) -> tuple[list[str], str]:
 
 def _table(text: str, label: str) -> Iterator[tuple[int, dict[str, str]]]:
     names, separator = _columns(text.partition("\n")[0])
-    usual = csv.field_size_limit(len(text) + 1)  # a cell may be a book
+    usual, row = csv.field_size_limit(len(text) + 1), 0  # a cell may be a book
     try:
-        cells = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        for row in itertools.count(1):
-            try:
-                found = next(cells)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise UserError(f"{label} row {row}: not valid CSV ({error})") from error
-            if row > 1 and found:
-                if len(found) != len(names):
-                    raise UserError(
-                        f"{label} row {row}: {len(found)} cells, expected {len(names)}, as in the first row"
-                    )
-                yield row, dict(zip(names, found, strict=True))
+        for row, found in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1):
+            if row == 1 or not found:
+                continue
+            if len(found) != len(names):
+                raise UserError(f"{label} row {row}: {len(found)} cells, expected {len(names)}, as in the first row")
+            yield row, dict(zip(names, found, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{label} row {row + 1}: not valid CSV ({error})") from error
     finally:
         csv.field_size_limit(usual)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.files import read_json, remove_left_over, replace_file, write_json
 
-MANIFEST = "manifest.json"
+MANIFEST, HELD_OUT = "manifest.json", "held-out.npy"
 FORMAT = 1
 OPEN_SHARDS = 32  # each open shard holds a file descriptor, of which macOS gives 256
 
@@ -61,11 +61,8 @@ class Recipe:
 
     Attributes:
         settings: everything the content depends on, as JSON keeps it; keys are the names of flags.
-        length: T, tokens per row.
-        shards: number of training shards.
         make: gives training shard k for k in 0..shards-1, and the held-out rows for k = shards;
             tells of tokens as they are written.
-        held_out: whether there are held-out rows.
         limit: training rows at most; what is beyond is cut off.
     """
 
@@ -113,9 +110,6 @@ class Rows:
     def __getitem__(self, picks: np.ndarray | Sequence[int] | slice) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number.
 
-        Args:
-            picks: B row numbers, or a slice.
-
         Returns:
             tokens (B, T) int32, and counts (B, T) bool: whether a token is to be learned. The
             first token of a document never is, so where all of t+1..t+k count, they belong
@@ -152,27 +146,32 @@ def write_rows(folder: str | pathlib.Path, recipe: Recipe) -> Rows:
     file = folder / MANIFEST
     done = _begun(file, settings) if file.exists() else {}
     remove_left_over(folder)
-    manifest: dict[str, Any] = {"format": FORMAT, "settings": settings, "length": recipe.length}
+    names = [f"shard-{number:05d}.npy" for number in range(recipe.shards)] + [HELD_OUT] * recipe.held_out
     entries: list[dict[str, Any]] = []
-    total = 0
-    with tqdm(total=recipe.shards + recipe.held_out, desc="text", unit="shard") as bar:
-        progress = _rate(bar)
-        for number in range(recipe.shards + recipe.held_out):
-            last = number == recipe.shards
-            left = None if last or recipe.limit is None else recipe.limit - total
+
+    def save(rest: list[str], complete: bool = False) -> None:
+        held_out = sum(entry["rows"] for entry in entries if entry["file"] == HELD_OUT)
+        facts = {"complete": complete, "rows": sum(entry["rows"] for entry in entries), "held_out": held_out}
+        missing = [{"file": name, "complete": False} for name in rest]
+        manifest = {"format": FORMAT, "settings": settings, "length": recipe.length} | facts
+        write_json(file, manifest | {"shards": entries + missing}, indent=1)
+
+    with tqdm(total=len(names), desc="text", unit="shard") as bar:
+        progress, total = _rate(bar), 0
+        for number, name in enumerate(names):
+            left = None if name == HELD_OUT or recipe.limit is None else recipe.limit - total
             bar.update()
             if left is not None and left <= 0:
                 continue
-            name = "held-out.npy" if last else f"shard-{number:05d}.npy"
             entry = done.get(name)
             if entry is None or not _whole(folder, entry):
                 entry = _write(folder / name, recipe.make(number, progress), recipe.length, left)
             entries.append(entry)
             total += entry["rows"]
-            _save(file, manifest, entries, recipe, complete=False)
-    if not any(entry["learned"] for entry in entries if entry["file"] != "held-out.npy"):
+            save(names[number + 1 :])
+    if not any(entry["learned"] for entry in entries if entry["file"] != HELD_OUT):
         raise UserError(f"{folder}: no row has a token to learn; are all prompts longer than --row-length?")
-    _save(file, manifest, entries, recipe, complete=True)
+    save([], complete=True)
     return Rows(folder)
 
 
@@ -201,16 +200,6 @@ def _write(path: pathlib.Path, shard: Shard, length: int, left: int | None) -> d
         temporary.write_bytes(data.getbuffer())
     facts = {"bytes": data.getbuffer().nbytes, "learned": int(rows["counts"].sum())}
     return {"file": path.name, "complete": True, "rows": kept} | facts | shard.facts
-
-
-def _save(
-    file: pathlib.Path, manifest: dict[str, Any], entries: list[dict[str, Any]], recipe: Recipe, complete: bool
-) -> None:
-    numbers = range(len(entries), recipe.shards + recipe.held_out) if not complete else ()
-    rest = [{"file": f"shard-{n:05d}.npy" if n < recipe.shards else "held-out.npy", "complete": False} for n in numbers]
-    held_out = sum(entry["rows"] for entry in entries if entry["file"] == "held-out.npy")
-    facts = {"complete": complete, "rows": sum(entry["rows"] for entry in entries), "held_out": held_out}
-    write_json(file, manifest | facts | {"shards": entries + rest}, indent=1)
 
 
 def _begun(file: pathlib.Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,6 @@ from mlx_redrafter.training.text.formats import read_questions
 from mlx_redrafter.training.text.prefixes import Texts, bare_recipe, prefixes_recipe
 from mlx_redrafter.training.text.rendering import Renderer
 from mlx_redrafter.training.text.shards import Recipe, Rows, write_rows
-from mlx_redrafter.training.text.writing import Writer
 
 
 def prepare(
@@ -29,14 +28,7 @@ def prepare(
 ) -> Rows:
     """Writes the rows that a plan asks for, or what is missing of them, and opens them.
 
-    Shards are written one by one. If the folder was begun with the same settings, what is
-    whole in it stays, and the result is the same as without the stop.
-
     Args:
-        folder: for the shards and their manifest.
-        target: writes, where the plan lets it.
-        tokenizer: the target's.
-        plan: what to write.
         embedded: the target is the embedded one, which by itself continues beginnings from the
             standard library's files that are not held out.
 
@@ -57,9 +49,7 @@ def check_length(plan: DataPlan, target: Target) -> None:
 
 
 def _recipe(target: Target, renderer: Renderer, plan: DataPlan, embedded: bool) -> Recipe:
-    writer = Writer(target.model, renderer.ends, plan.length, plan.batch_size)
-    written = plan.data in ((SELF,), (REGENERATED,))
-    if not written:
+    if plan.data not in ((SELF,), (REGENERATED,)):
         for name in (SELF, REGENERATED):
             if name in plan.data:
                 raise UserError(f"--data {' '.join(plan.data)}: {name!r} stands alone, without files beside it")
@@ -70,14 +60,14 @@ def _recipe(target: Target, renderer: Renderer, plan: DataPlan, embedded: bool) 
     if plan.prompts is not None:
         if plan.prefixes:
             raise UserError("--prompts and --prefixes: expected one of them")
-        return answers_recipe(writer, renderer, read_questions(plan.prompts, "--prompts"), plan)
+        return answers_recipe(target.model, renderer, read_questions(plan.prompts, "--prompts"), plan)
     if plan.data == (REGENERATED,):
         raise UserError(f"--data {REGENERATED}: expected a file of prompts, --prompts FILE")
     if plan.prefixes:
-        return prefixes_recipe(writer, renderer, Texts.of_files(plan.prefixes), plan)
+        return prefixes_recipe(target.model, renderer, Texts.of_files(plan.prefixes), plan)
     if embedded:
         texts = [text for _, text, held_out, _ in stdlib_files() if not held_out and text]
-        return prefixes_recipe(writer, renderer, Texts.of_strings("the standard library", texts), plan)
+        return prefixes_recipe(target.model, renderer, Texts.of_strings("the standard library", texts), plan)
     if renderer.has_template and renderer.opening():
-        return invented_recipe(writer, renderer, plan)
-    return bare_recipe(writer, renderer, plan)
+        return invented_recipe(target.model, renderer, plan)
+    return bare_recipe(target.model, renderer, plan)

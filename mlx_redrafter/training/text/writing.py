@@ -5,9 +5,8 @@ Knows nothing of where prompts come from, nor of what is kept of a text.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,45 +15,30 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
-from mlx_redrafter.training.text.shards import Progress
+from mlx_redrafter.training.text.data_plan import DataPlan
+from mlx_redrafter.training.text.rendering import Renderer
+from mlx_redrafter.training.text.shards import Progress, Recipe, Shard
 
 LOOK_EVERY = 16  # tokens between looks at which rows have ended; each look waits for the device
 PREFILL_TOKENS = 8192  # tokens of prompts read per call
 
 
-@dataclasses.dataclass
-class Writer:
-    """A model, and how it writes.
+def written_recipe(
+    model: nn.Module,
+    renderer: Renderer,
+    plan: DataPlan,
+    make: Callable[[int, Progress], Shard],
+    shards: int | None = None,
+    limit: int | None = None,
+    **settings: Any,
+) -> Recipe:
+    """A recipe of rows that the target writes.
 
-    Attributes:
-        model: an mlx-lm language model.
-        ends: token ids that end a text.
-        length: tokens of prompt and continuation together, at most.
-        batch_size: rows at a time.
+    They depend on its weights, but not on the batch size: that may change where memory was short.
     """
-
-    model: nn.Module
-    ends: Collection[int]
-    length: int
-    batch_size: int
-
-    def settings(self) -> dict[str, Any]:
-        """What a text depends on, but for the batch size: that may change where memory was short."""
-        return {"model": weights_digest(self.model)}
-
-    def write(
-        self,
-        prompts: Sequence[Sequence[int]],
-        temperatures: Sequence[float],
-        seed: Sequence[int],
-        length: int | None = None,
-        ends: Collection[int] | None = None,
-        warm_up: int = 0,
-        progress: Progress = lambda tokens: None,
-    ) -> list[list[int]]:
-        """Continues prompts: see `write`."""
-        ends, length = self.ends if ends is None else ends, length or self.length
-        return write(self.model, prompts, length, temperatures, ends, seed, self.batch_size, warm_up, progress)
+    model_settings = {"model": weights_digest(model), "temps": list(plan.temps), "tokenizer": renderer.fingerprint()}
+    shards = plan.shards if shards is None else shards
+    return Recipe(plan.settings(**model_settings, **settings), plan.length, shards, make, plan.held_out > 0, limit)
 
 
 def write(
@@ -132,8 +116,13 @@ def _batch(
     for row, prompt in enumerate(prompts):
         padded[row, longest - len(prompt) :] = prompt
     room = [length - len(prompt) for prompt in prompts]
-    cache = _make_cache(model, [longest - len(prompt) for prompt in prompts])
-    _prefill(model, mx.array(padded[:, :-1]), cache)
+    cache = make_prompt_cache(model)
+    if len(set(room)) > 1:  # a cache that knows of padding only where there is some, for its masks cost time
+        cache = [BatchKVCache([longest - len(prompt) for prompt in prompts]) for _ in cache]
+    block = max(1, PREFILL_TOKENS // len(prompts))
+    for first in range(0, longest - 1, block):
+        model(mx.array(padded[:, first : longest - 1][:, :block]), cache=cache)  # its logits are never computed
+        mx.eval([c.state for c in cache])
     token, column = mx.array(padded[:, -1:]), mx.array(temperatures)[:, None]
     written: list[list[int]] = [[] for _ in prompts]
     alive = np.arange(len(prompts))
@@ -175,20 +164,6 @@ def _take(
                 break
         going[i] = len(tokens) < room[row] and tokens[-1] not in ends
     return going
-
-
-def _prefill(model: nn.Module, tokens: mx.array, cache: list[Any]) -> None:
-    rows, columns = tokens.shape
-    step = max(1, PREFILL_TOKENS // rows)
-    for first in range(0, columns, step):
-        model(tokens[:, first : first + step], cache=cache)  # its logits are never computed
-        mx.eval([c.state for c in cache])
-
-
-def _make_cache(model: nn.Module, padding: list[int]) -> list[Any]:
-    """A cache per layer; one that knows of padding only where there is some, for its masks cost time."""
-    plain = make_prompt_cache(model)
-    return [BatchKVCache(padding) for _ in plain] if any(padding) else plain
 
 
 def _keep(cache: list[Any], rows: mx.array) -> bool:
