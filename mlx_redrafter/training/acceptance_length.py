@@ -19,20 +19,16 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE
-from mlx_redrafter.training.teacher import Rows
+from mlx_redrafter.training.text.shards import Rows
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 
 
 def acceptance_length(
     target: Target, drafter: Drafter, prompts: list[list[int]], shape: DraftShape, max_tokens: int
 ) -> float:
-    """Mean acceptance length of greedy decoding: tokens per step of the target.
+    """Mean acceptance length of greedy decoding: tokens per step of the target, `max_tokens` for each prompt.
 
     The drafter's config gets the shares of right drafts by depth.
-
-    Args:
-        prompts: token ids to continue.
-        max_tokens: per prompt.
     """
     verifier = verifier_of(target.model)
     if verifier.capability == NONE:
@@ -61,9 +57,8 @@ class _Learning(Planner):
 def held_out_prompts(rows: Rows, prefix_length: int) -> list[list[int]]:
     """Beginnings of the held-out rows: what is not learned, and a few tokens at least.
 
-    Args:
-        prefix_length: these few, at most a quarter of a row.
+    The few are `prefix_length`, at most a quarter of a row.
     """
-    tokens, counts = rows[np.arange(len(rows) - rows.held_out, len(rows))]
+    tokens, counts = rows[len(rows) - rows.held_out :]
     ends = np.maximum(counts.argmax(axis=1) + 1, min(prefix_length, rows.length // 4))
     return [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]

@@ -16,7 +16,6 @@ class BatchMaker:
     """Cuts batches: which positions are unrolled how far, and what they read and learn.
 
     Args:
-        teacher: reads the rows.
         seed: of the choice of positions.
         dtype: of hidden states and embeddings.
         tokens: whether the drafter reads tokens, and needs their embeddings.
@@ -28,15 +27,13 @@ class BatchMaker:
         self.steps = len(objective.step_weights)
         self.positions = teacher.rows.length - self.steps - 1  # the last step's token has to be in the row
         self.kept = [max(1, round(share * self.positions)) for share in objective.step_shares]
-
         self.positions_per_row = self.kept[0]
 
     def __call__(self, picks: np.ndarray, update: int, part: slice = slice(None)) -> Batch:
-        """The batch of an update.
+        """The batch of update number `update`.
 
         Args:
             picks: (B,) the rows of the update in all processes together.
-            update: its number.
             part: the rows of this process among them.
         """
         chosen, counted = zip(
@@ -54,11 +51,11 @@ class BatchMaker:
             where = (rows[:n], at[:n] + k + 1)
             if self.tokens:
                 embeddings.append(self.teacher.target.embed(mx.array(tokens[where])).astype(self.dtype))
-            shares.append(mx.array(reading.shares[where]))
-            weights.append(mx.array(learned[k, :n] * reading.mass[where].astype(np.float32)))
-            if reading.ids is not None:
-                ids.append(mx.array(reading.ids[where].astype(np.int32)))
-        hidden = mx.array(reading.hidden[rows, at]).view(mx.bfloat16).astype(self.dtype)
+            shares.append(mx.array(reading["shares"][where]))
+            weights.append(mx.array(learned[k, :n] * reading["mass"][where].astype(np.float32)))
+            if self.teacher.has_ids:
+                ids.append(mx.array(reading["ids"][where].astype(np.int32)))
+        hidden = mx.array(reading["hidden"][rows, at]).view(mx.bfloat16).astype(self.dtype)
         return Batch(hidden, embeddings, ids, shares, weights, mx.array(counts, mx.float32))
 
     def _choose(self, counted: np.ndarray, update: int, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,8 +90,10 @@ class WholeRows:
         counts = self.teacher.rows[picks][1]
         learned = np.concatenate([counts[:, 1:], np.zeros((len(counts), 1), bool)], axis=1)
         tokens, reading = self.teacher.read(picks[part])
-        shares = reading.shares.reshape(-1, reading.shares.shape[-1])
-        ids = [] if reading.ids is None else [mx.array(reading.ids.reshape(shares.shape).astype(np.int32))]
-        weights = (learned[part] * reading.mass.astype(np.float32)).reshape(-1)
+        shares = reading["shares"].reshape(-1, reading["shares"].shape[-1])
+        ids = []
+        if self.teacher.has_ids:
+            ids.append(mx.array(reading["ids"].reshape(shares.shape).astype(np.int32)))
+        weights = (learned[part] * reading["mass"].astype(np.float32)).reshape(-1)
         total = mx.array([max(1, int(learned.sum()))], mx.float32)
         return Batch(mx.zeros((0,)), [], ids, [mx.array(shares)], [mx.array(weights)], total, [mx.array(tokens)])

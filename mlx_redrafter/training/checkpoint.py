@@ -19,19 +19,12 @@ from mlx_redrafter.system.files import read_safetensors, replace_file
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands. Rows and positions follow from `done` and the seed; there is no other random state.
+    """Where a run stands. Rows and positions follow from `done` and the seed; there is no other random state."""
 
-    Attributes:
-        done: updates made.
-        best: the best evaluation so far.
-        best_at: updates after which it was measured.
-        since_best: evaluations since then.
-    """
-
-    done: int = 0
-    best: float | None = None
-    best_at: int = 0
-    since_best: int = 0
+    done: int = 0  # updates made
+    best: float | None = None  # of the evaluations so far
+    best_at: int = 0  # updates after which it was measured
+    since_best: int = 0  # evaluations since then
 
     def note(self, value: float) -> bool:
         """Takes in an evaluation; whether it is the best."""
@@ -53,22 +46,11 @@ def save(path: pathlib.Path, weights: Any, optimizer_state: Any, progress: Progr
         mx.save_safetensors(str(file), arrays, metadata={"progress": json.dumps(dataclasses.asdict(progress))})
 
 
-def save_weights(path: pathlib.Path, weights: Any) -> None:
-    """Writes weights alone, as `restore` reads them."""
-    save(path, weights, {}, Progress())
-
-
 def restore(path: pathlib.Path, like: Any) -> tuple[Any, Any, Progress]:
-    """Reads what `save` wrote.
-
-    Args:
-        like: weights of the names and shapes expected.
-
-    Returns:
-        weights, optimiser state and progress.
+    """Reads weights, optimiser state and progress that `save` wrote.
 
     Raises:
-        UserError: a damaged file, or one of another drafter.
+        UserError: a damaged file, or weights of other names and shapes than those of `like`.
     """
     arrays = read_safetensors(path)
     metadata: Any = mx.load(str(path), return_metadata=True)[1]  # type: ignore[index]

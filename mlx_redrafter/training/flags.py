@@ -6,6 +6,7 @@ Knows nothing of running a plan.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -15,6 +16,7 @@ import mlx.core as mx
 from mlx_redrafter.drafting.drafter_files import check_quantization
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.flag_types import real, whole
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.init_weights import OUTPUTS
@@ -24,6 +26,7 @@ from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, DataPlan
 from mlx_redrafter.training.trainer import TrainingPlan, parts_of
 from mlx_redrafter.training.update import AUTO, OFF, ON
 
+POSITIVE = real(math.ulp(0.0), words="more than 0")
 DECAY = 0.9  # weight of each draft step beside the one before it
 
 
@@ -42,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, help="directory for the drafter, its log and its checkpoints")
     add("--resume", nargs=0, default=False, help="go on with the run in --out; other flags are those it was begun with,"
         " unless given: --iters, --eval-every and the like may change")  # fmt: skip
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole(0, 2**32 - 1), default=0)
     add("--upload-repo", metavar="OWNER/NAME", help="Hub repository to upload the finished drafter to")
     add("--trust-remote-code", action="store_true")
 
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefix-length", type=int, default=32, help="tokens of each beginning (default: %(default)s)")
     add("--rows", type=int, help="texts to write or read (default: 2048 to write, all to read)")
     add("--row-length", type=int, default=192, help="tokens of each text (default: %(default)s)")
-    add("--held-out", type=int, default=16, help="texts kept for evaluation (default: %(default)s)")
+    add("--held-out", type=whole(1), default=16, help="texts kept for evaluation (default: %(default)s)")
     add("--temps", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="temperatures the target writes at, in turn")
     add("--write-batch-size", type=int, default=64, help="texts it writes at a time (default: %(default)s)")
 
@@ -67,14 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " heads, one per draft step, or a draft model for mlx_lm, an mlx-lm model given by --init")  # fmt: skip
     add("--init", metavar="DRAFTER", help="begin from a drafter's weights, when its target has changed or there is more"
         " text; its shape is kept")  # fmt: skip
-    add("--exit-dim", type=int, help="width of the residual blocks (default: the target's hidden size)")
-    add("--num-draft-layers", type=int, help="residual blocks (default: 2; of each Medusa head 1)")
+    add("--exit-dim", type=whole(1), help="width of the residual blocks (default: the target's hidden size)")
+    add("--num-draft-layers", type=whole(0, 64), help="residual blocks (default: 2; of each Medusa head 1)")
     add("--no-rnn", nargs=0, default=False, help="sum embeddings in place of the gated recurrence")
-    add("--draft-vocab-size", type=int, help="draft only so many tokens, the most frequent ones (default: all)")
+    add("--draft-vocab-size", type=whole(1), help="draft only so many tokens, the most frequent ones (default: all)")
     add("--output-layer", choices=OUTPUTS, help="begin from the target's output layer (default)"
         " or at random, or stay tied to it: not trained, not stored")  # fmt: skip
-    add("--tree-size", type=int, help="nodes of the static tree that is fitted to held-out text for Medusa heads"
-        f" (default: {len(PUBLISHED)})")  # fmt: skip
+    add("--tree-size", type=whole(1, 1024), help="nodes of the static tree that is fitted to held-out text for Medusa"
+        f" heads (default: {len(PUBLISHED)})")  # fmt: skip
     add("--q-bits", type=int, help="quantise the finished drafter to so many bits")
     add("--q-group-size", type=int, default=64, help="weights that share a scale (default: %(default)s)")
     add("--q-aware", nargs=0, default=False, help="train with the weights rounded to --q-bits")
@@ -84,48 +87,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(parser.add_argument_group("objective").add_argument, action=_Given)
     add("--loss", choices=LABELS, default=KL, help="learn the target's distribution (default), its most probable"
         " token (hard), or the token that follows in the text (Apple's training)")  # fmt: skip
-    add("--teacher-top-k", type=int, default=16, help="tokens of the distribution that count, 0 for all (default: 16)")
-    add("--teacher-temp", type=float, default=1.0, help="temperature of the distribution (default: %(default)s)")
-    add("--beam-length", type=int, default=5, help="tokens per beam, the root included: one draft step less is"
+    add(
+        "--teacher-top-k",
+        type=whole(0),
+        default=16,
+        help="tokens of the distribution that count, 0 for all (default: 16)",
+    )
+    add("--teacher-temp", type=POSITIVE, default=1.0, help="temperature of the distribution (default: %(default)s)")
+    add("--beam-length", type=whole(2, 32), default=5, help="tokens per beam, the root included: one draft step less is"
         " learned (default: %(default)s)")  # fmt: skip
     add("--step-weights", type=float, nargs="+", help="weight of each draft step in the loss (default: 0.9^k)")
     add("--step-shares", type=float, nargs="+", help="share of the positions at which each draft step is learned, a"
         " random choice per update (default: 1 0.5 0.3 0.2 ..)")  # fmt: skip
 
     add = functools.partial(parser.add_argument_group("training").add_argument, action=_Given)
-    add("--iters", type=int, default=2000, help="updates (default: %(default)s)")
-    add("--batch-size", type=int, default=6, help="texts per update, on all machines together (default: %(default)s)")
-    add("--grad-accumulation", type=int, default=1, help="parts to compute a batch in (default: %(default)s)")
-    add("--learning-rate", type=float, default=2e-3, help="at its peak (default: %(default)s)")
-    add("--warm-up", type=int, help="updates over which it rises (default: a tenth of --iters, at most 50)")
-    add("--max-grad-norm", type=float, default=1.0, help="clip longer gradients (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.01, help="of AdamW (default: %(default)s)")
+    add("--iters", type=whole(1), default=2000, help="updates (default: %(default)s)")
+    add(
+        "--batch-size",
+        type=whole(1),
+        default=6,
+        help="texts per update, on all machines together (default: %(default)s)",
+    )
+    add("--grad-accumulation", type=whole(1), default=1, help="parts to compute a batch in (default: %(default)s)")
+    add("--learning-rate", type=POSITIVE, default=2e-3, help="at its peak (default: %(default)s)")
+    add("--warm-up", type=whole(0), help="updates over which it rises (default: a tenth of --iters, at most 50)")
+    add("--max-grad-norm", type=POSITIVE, default=1.0, help="clip longer gradients (default: %(default)s)")
+    add("--weight-decay", type=real(0), default=0.01, help="of AdamW (default: %(default)s)")
     add("--train-dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="to compute in; weights stay in float32 (default: bfloat16 on a GPU, float32 on a CPU)")  # fmt: skip
     add("--compile", choices=(AUTO, ON, OFF), default=AUTO, help="compile the update (default: on a GPU; on a CPU that"
         " takes g++ and half a minute: from 500 updates on)")  # fmt: skip
-    add("--save-every", type=int, default=200, help="updates between checkpoints (default: %(default)s)")
-    add("--eval-every", type=int, help="updates between measurements of acceptance, 0 for none (default: a tenth of"
-        " --iters)")  # fmt: skip
-    add("--patience", type=int, default=0, help="stop after so many of them without a better one; 0: never (default)")
-    add("--cache-gb", type=float, default=4.0, help="disk for what the target made of the text, so that it reads each"
-        " text once (default: %(default)s)")  # fmt: skip
+    add("--save-every", type=whole(1), default=200, help="updates between checkpoints (default: %(default)s)")
+    add("--eval-every", type=whole(0), help="updates between measurements of acceptance, 0 for none (default: a tenth"
+        " of --iters)")  # fmt: skip
+    add("--patience", type=whole(0), default=0, help="stop after so many of them without a better one; 0: never"
+        " (default)")  # fmt: skip
+    add("--cache-gb", type=real(0, 2**20), default=4.0, help="disk for what the target made of the text, so that it"
+        " reads each text once (default: %(default)s)")  # fmt: skip
 
 
 def data_plan(args: argparse.Namespace) -> DataPlan:
     """Raises UserError for a flag out of its range."""
-    return DataPlan(
-        data=tuple(args.data),
-        length=args.row_length,
-        rows=args.rows,
-        held_out=args.held_out,
-        temps=tuple(args.temps),
-        seed=args.seed,
-        prompts=args.prompts,
-        prefixes=tuple(args.prefixes),
-        prefix_length=args.prefix_length,
-        batch_size=args.write_batch_size,
-    )
+    same = ("rows", "held_out", "seed", "prompts", "prefix_length")  # the plan's name is the flag's
+    lists = {name: tuple(getattr(args, name)) for name in ("data", "temps", "prefixes")}
+    named = {name: getattr(args, name) for name in same} | lists
+    return DataPlan(**named, length=args.row_length, batch_size=args.write_batch_size)
 
 
 def training_plan(args: argparse.Namespace, on_cpu: bool) -> TrainingPlan:
@@ -134,54 +140,23 @@ def training_plan(args: argparse.Namespace, on_cpu: bool) -> TrainingPlan:
     weights = args.step_weights or [DECAY**k for k in range(steps)]
     shares = args.step_shares or [1.0, *(max(0.15, 1 / (k + 1) - 0.02 * k) for k in range(1, steps))]
     half = args.train_dtype == "bfloat16" or (args.train_dtype == "auto" and not on_cpu)
+    plain = {field.name for field in dataclasses.fields(TrainingPlan)} & vars(args).keys()
+    named = {name: getattr(args, name) for name in plain} | {
+        "warm_up": min(50, args.iters // 10) if args.warm_up is None else args.warm_up,
+        "eval_every": max(1, args.iters // 10) if args.eval_every is None else args.eval_every,
+        "dtype": mx.bfloat16 if half else mx.float32,
+    }
     return TrainingPlan(
-        iters=args.iters,
-        batch_size=args.batch_size,
-        accumulate=args.grad_accumulation,
-        learning_rate=args.learning_rate,
-        warm_up=min(50, args.iters // 10) if args.warm_up is None else args.warm_up,
-        max_grad_norm=args.max_grad_norm,
-        weight_decay=args.weight_decay,
+        **named,
         objective=Objective(args.loss, args.teacher_top_k, args.teacher_temp, tuple(weights), tuple(shares)),
-        dtype=mx.bfloat16 if half else mx.float32,
         quantization={"group_size": args.q_group_size, "bits": args.q_bits} if args.q_aware else None,
-        compile=args.compile,
-        seed=args.seed,
-        save_every=args.save_every,
-        eval_every=max(1, args.iters // 10) if args.eval_every is None else args.eval_every,
-        patience=args.patience,
     )
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what is wrong with the flags alone."""
-    limits: dict[str, tuple[float, float]] = {
-        "held_out": (1, math.inf),
-        "iters": (1, math.inf),
-        "batch_size": (1, math.inf),
-        "grad_accumulation": (1, math.inf),
-        "warm_up": (0, args.iters),
-        "weight_decay": (0, math.inf),
-        "teacher_top_k": (0, math.inf),
-        "beam_length": (2, 32),
-        "num_draft_layers": (0, 64),
-        "exit_dim": (1, math.inf),
-        "tree_size": (1, 1024),
-        "draft_vocab_size": (1, math.inf),
-        "seed": (0, 2**32 - 1),
-        "save_every": (1, math.inf),
-        "eval_every": (0, math.inf),
-        "patience": (0, math.inf),
-        "cache_gb": (0, 2**20),
-    }
-    for name, (least, most) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
-            raise UserError(f"{flag(name)} is {value}, expected {expected}")
-    for name in ("learning_rate", "max_grad_norm", "teacher_temp"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"{flag(name)} is {getattr(args, name)}, expected more than 0")
+    if args.warm_up is not None and args.warm_up > args.iters:
+        raise UserError(f"--warm-up is {args.warm_up}, expected 0 to {args.iters}, the updates")
     if args.row_length < args.beam_length + 2:
         raise UserError(f"--row-length is {args.row_length}, expected {args.beam_length + 2} or more (--beam-length)")
     _check_steps(args)

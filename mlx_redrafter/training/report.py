@@ -13,7 +13,6 @@ import time
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.drafting.drafter_files import DrafterBase
@@ -24,14 +23,16 @@ from mlx_redrafter.training.acceptance_length import held_out_prompts
 from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.kinds import METHODS
 from mlx_redrafter.training.drafters.vocabulary import coverage, vocab_map_of
-from mlx_redrafter.training.loss import KL, Objective
+from mlx_redrafter.training.loss import HARD, KL, TEXT, Objective
 from mlx_redrafter.training.resume import arguments_of, defaults
+from mlx_redrafter.training.text.data_plan import REGENERATED, SELF
 from mlx_redrafter.training.text.shards import Rows
 from mlx_redrafter.training.trainer import TrainingPlan, TrainingResult
 from mlx_redrafter.tuning.running import RunningShare
 
 EVALUATED_TOKENS = 64  # per prompt, at least
 SECONDS = 1.0  # to measure the target's reading speed for
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 NOT_SHOWN = ("out", "upload_repo")  # in the command on the card
 
 
@@ -52,6 +53,7 @@ def report(
     if isinstance(finished, DrafterBase):  # now knows how often its drafts are right
         write_json(out / "config.json", finished.config.to_dict(), indent=2)
     prefill = prefill_speed(target, rows, args.batch_size)
+    speed = result.positions_per_second
     facts: dict[str, Any] = {
         "mean_acceptance_length": round(length, 3),
         "measured": f"greedy, {drafted}; {len(prompts)} held-out prompts, {tokens} tokens each",
@@ -59,9 +61,9 @@ def report(
         "updates": result.updates,
         "batch_size": plan.batch_size,
         "best_while_training": result.best,
-        "tokens_per_second": round(result.positions_per_second, 1),
+        "tokens_per_second": round(speed, 1),
         "target_tokens_per_second": round(prefill, 1),
-        "prefill_ratio": round(result.positions_per_second / prefill, 3),
+        "prefill_ratio": round(speed / prefill, 3),
         "coverage": coverage(rows, vocab_map_of(finished)),
         "peak_memory_gb": mx.get_peak_memory() / 1e9,
         "bytes": stored,
@@ -75,7 +77,7 @@ def report(
     drawn = draw_curves(log, picture, f"{method.title} for {args.model or 'the embedded target'}")
     print(
         f"{out}: mean acceptance length {length:.2f} on {len(prompts)} held-out prompts (greedy, {drafted})\n"
-        f"{result.positions_per_second:.0f} tokens/s of text learned, {facts['prefill_ratio']:.2f} of the target's own"
+        f"{speed:.0f} tokens/s of text learned, {facts['prefill_ratio']:.2f} of the target's own"
         f" reading speed of {prefill:.0f} tokens/s"
     )
     print(f"{picture}" if drawn else "No curves were drawn: that takes matplotlib (pip install 'mlx-redrafter[bench]')")
@@ -83,7 +85,7 @@ def report(
 
 def prefill_speed(target: Target, rows: Rows, batch_size: int) -> float:
     """Tokens per second that the target reads, no logits computed, as when it reads a prompt."""
-    tokens = mx.array(rows[np.arange(min(batch_size, len(rows)))][0])
+    tokens = mx.array(rows[:batch_size][0])
     start, read = 0.0, -1
     while read < 1 or time.perf_counter() - start < SECONDS:
         if read == 0:  # the first pass was the warm-up
@@ -96,27 +98,25 @@ def prefill_speed(target: Target, rows: Rows, batch_size: int) -> float:
 
 
 def _in_words(objective: Objective) -> str:
+    top_k, hot = objective.top_k, objective.temperature
     labels = {
-        KL: f"cross-entropy against the target's {objective.top_k or 'whole'} "
-        f"{'most probable tokens' if objective.top_k else 'distribution'}"
-        + (f" at temperature {objective.temperature}" if objective.temperature != 1 else ""),
-        "hard": "cross-entropy with the target's most probable token",
-        "text": "cross-entropy with the next token of the text",
+        KL: f"the target's {f'{top_k} most probable tokens' if top_k else 'whole distribution'}"
+        + (f" at temperature {hot}" if hot != 1 else ""),
+        HARD: "the target's most probable token",
+        TEXT: "the next token of the text",
     }[objective.labels]
-    weights = ", ".join(f"{w:.2g}" for w in objective.step_weights)
-    shares = ", ".join(f"{s:.2g}" for s in objective.step_shares)
+    against = "against" if objective.labels == KL else "with"
+    weights, shares = (", ".join(f"{x:.2g}" for x in xs) for xs in (objective.step_weights, objective.step_shares))
+    steps = len(objective.step_weights)
     return (
-        f"{labels}; {len(objective.step_weights)} draft steps, weights {weights}, at shares {shares} of the positions"
+        f"cross-entropy {against} {labels}; {steps} draft steps, weights {weights}, at shares {shares} of the positions"
     )
 
 
 def _text(rows: Rows) -> str:
     data = rows.manifest["settings"]["data"]
-    source = {
-        "self": "written by the target itself",
-        "regenerated": "answers of the target",
-    }.get(data[0], ", ".join(data))
-    return f"{source}; {len(rows) - rows.held_out:,} rows of {rows.length} tokens"
+    own = {SELF: "written by the target itself", REGENERATED: "answers of the target"}
+    return f"{own.get(data[0], ', '.join(data))}; {len(rows) - rows.held_out:,} rows of {rows.length} tokens"
 
 
 def command_line(arguments: dict[str, Any], defaults: dict[str, Any]) -> str:
@@ -132,11 +132,7 @@ def command_line(arguments: dict[str, Any], defaults: dict[str, Any]) -> str:
 
 
 def _card(args: argparse.Namespace, drafter: Any, text: str, facts: dict[str, Any]) -> str:
-    """README.md for the Hub and for people.
-
-    Args:
-        text: what the drafter learned from, in a few words.
-    """
+    """README.md for the Hub and for people; `text` says what the drafter learned from."""
     method, name = METHODS[args.method], args.model or "the embedded target"
     bits = f"{args.q_bits} bits" if args.q_bits else facts["dtype"]
     rows = {
@@ -163,36 +159,35 @@ def _card(args: argparse.Namespace, drafter: Any, text: str, facts: dict[str, An
 
 
 def draw_curves(log: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
-    """Draws log.jsonl as a PNG.
-
-    Returns:
-        False where matplotlib is not installed, and nothing is drawn.
-    """
+    """Draws log.jsonl as a PNG; returns whether matplotlib is there to do it."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    at = [line["iter"] for line in lines]
-    measured = [(line["iter"], line["acceptance"]) for line in lines if "acceptance" in line]
-    figure = Figure(figsize=(9, 3.2 if not measured else 6), layout="constrained")
+    measured = [line for line in lines if "acceptance" in line]
+    figure = Figure(figsize=(9, 6 if measured else 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(2 if measured else 1, 2, squeeze=False)
-    axes[0, 0].plot(at, [line["loss"] for line in lines], color="0.75", linewidth=0.8, label="every 10th update")
-    axes[0, 0].plot(at, _smoothed([line["loss"] for line in lines]), color="#0072B2", label="smoothed")
+
+    def draw(axis: Any, some: list[dict[str, Any]], values: list[float], colour: str = "#0072B2", **style: Any) -> None:
+        axis.plot([line["iter"] for line in some], values, color=colour, **style)
+
+    losses = [line["loss"] for line in lines]
+    draw(axes[0, 0], lines, losses, "0.75", linewidth=0.8, label="every 10th update")
+    draw(axes[0, 0], lines, _smoothed(losses), label="smoothed")
     axes[0, 0].set(ylabel="loss (nats)", title="Cross-entropy against the target")
     axes[0, 0].legend(frameon=False)
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     for k in range(len(lines[0]["hits"]) if lines else 0):
         hits = _smoothed([100 * line["hits"][k] for line in lines])
-        axes[0, 1].plot(at, hits, color=colours[k % len(colours)], label=f"step {k + 1}")
+        draw(axes[0, 1], lines, hits, COLOURS[k % len(COLOURS)], label=f"step {k + 1}")
     axes[0, 1].set(ylabel="first guess right (%)", title="Hits per draft step")
     axes[0, 1].legend(frameon=False, ncols=2)
     if measured:
-        axes[1, 0].plot(*zip(*measured, strict=True), marker="o", markersize=3, color="#0072B2")
+        draw(axes[1, 0], measured, [line["acceptance"] for line in measured], marker="o", markersize=3)
         axes[1, 0].set(ylabel="tokens per step", title="Mean acceptance length, held-out prompts")
-        axes[1, 1].plot(at, [line["positions_per_second"] for line in lines], color="#0072B2")
+        draw(axes[1, 1], lines, [line["positions_per_second"] for line in lines])
         axes[1, 1].set(ylabel="tokens per second", title="Throughput, reading with the target included", ylim=(0, None))
     for axis in axes.flat:
         axis.set_xlabel("update")

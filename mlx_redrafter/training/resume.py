@@ -52,9 +52,15 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
     file = notes / "arguments.json"
     if not file.exists():
         raise UserError(f"--resume: {file} does not exist; there is no run to go on with")
-    # A flag that there was not yet when the run began had what is its default now.
-    flags = defaults()
-    flags |= {name: value for name, value in read_json(file).items() if name in flags}
+    stored, parser = read_json(file), argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    # A flag that there was not yet when the run began has its default; numbers as text go through the flag's type.
+    texts = {name: str(value) if type(value) in (int, float) else value for name, value in stored.items()}
+    parser.set_defaults(**{name: texts[name] for name in texts.keys() & defaults().keys()})
+    try:
+        flags = vars(parser.parse_args([f"--out={args.out}"]))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{file}: {error.argument_name} {error.message}") from error
     begun, changed = (notes / "checkpoint.safetensors").exists(), False
     for name in sorted(args.given):
         value = json.loads(json.dumps(getattr(args, name)))

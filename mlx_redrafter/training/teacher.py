@@ -5,9 +5,7 @@ Knows nothing of drafters, nor of which positions an update learns.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -15,38 +13,9 @@ import numpy as np
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.loss import HARD, KL, TEXT, Objective
 from mlx_redrafter.training.row_cache import RowCache
+from mlx_redrafter.training.text.shards import Rows
 
 _LOGIT_BYTES = 1 << 28  # logits of the target at a time
-
-
-class Rows(Protocol):
-    """Rows of text of equal length; the last `held_out` of them are not for training."""
-
-    length: int
-    held_out: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """tokens (B, length) int32 and whether each is to be learned (B, length) bool."""
-        ...
-
-
-@dataclasses.dataclass
-class Reading:
-    """The target's reading of B rows of T tokens.
-
-    Attributes:
-        hidden: (B, T, hidden_size) bfloat16, as uint16.
-        ids: (B, T, j) draft tokens; None where `shares` has all of them.
-        shares: (B, T, j) float16 their probabilities, summing to 1.
-        mass: (B, T) float16 probability that the target gives to the draft vocabulary.
-    """
-
-    hidden: np.ndarray
-    ids: np.ndarray | None
-    shares: np.ndarray
-    mass: np.ndarray
 
 
 class Teacher:
@@ -56,12 +25,15 @@ class Teacher:
     does not depend on what was kept, bit for bit.
 
     Args:
-        target: the model.
-        rows: the text.
-        objective: what is wanted of it.
         vocab_map: (n,) the target's ids of the draft vocabulary; None for all.
         folder: for the readings.
         budget: bytes they may take.
+
+    Attributes:
+        record: the type of a row's reading, T tokens with j labels each: `hidden` (T, hidden_size)
+            bfloat16, as uint16; `ids` (T, j) draft tokens, there if `has_ids`, else `shares` has all;
+            `shares` (T, j) float16 their probabilities, summing to 1; `mass` (T,) float16 the
+            probability that the target gives to the draft vocabulary.
     """
 
     def __init__(
@@ -81,67 +53,47 @@ class Teacher:
         if vocab_map is not None:
             self._draft_of = np.full(target.vocab_size, -1, np.int32)
             self._draft_of[vocab_map] = np.arange(len(vocab_map))
-        self._per_position = self._labels_per_position()
-        self._fields = self._record_fields()
-        size = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self._fields.values())
-        self._cache = RowCache(folder, size, budget)
+        labels = self._labels = 1 if objective.labels != KL else min(objective.top_k, self.size) or self.size
+        self.has_ids = labels != self.size
+        ids = [] if not self.has_ids else [("ids", "<u2" if self.size <= 2**16 else "<i4", (rows.length, labels))]
+        hidden, shares = ("hidden", "<u2", (rows.length, target.hidden_size)), ("shares", "<f2", (rows.length, labels))
+        self.record = np.dtype([hidden, *ids, shares, ("mass", "<f2", (rows.length,))])
+        self._cache = RowCache(folder, self.record.itemsize, budget)
 
     def __len__(self) -> int:
         """Rows to train on."""
         return len(self.rows) - self.rows.held_out
 
-    def read(self, picks: np.ndarray) -> tuple[np.ndarray, Reading]:
-        """Tokens (B, T) int32 of the picked rows, and what the target made of them."""
+    def read(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (B, T) int32 of the picked rows, and what the target made of them: (B,) records."""
         tokens, _ = self.rows[picks]
         kept = [self._cache.get(int(row)) for row in picks]
-        fields = self._ask(tokens) if None in kept else {}
-        records: list[bytes] = []
+        reading = self._ask(tokens) if None in kept else np.zeros(len(tokens), self.record)
         for i, (row, record) in enumerate(zip(picks, kept, strict=True)):
             if record is None:
-                record = b"".join(fields[name][i].tobytes() for name in self._fields)
-                self._cache.put(int(row), record)
-            records.append(record)
-        return tokens, self._unpack(records)
+                self._cache.put(int(row), reading[i].tobytes())
+            else:
+                reading[i] = np.frombuffer(record, self.record)[0]
+        return tokens, reading
 
     def close(self) -> None:
         self._cache.close()
 
-    def _labels_per_position(self) -> int:
-        if self.objective.labels != KL:
-            return 1
-        return min(self.objective.top_k, self.size) or self.size
-
-    def _record_fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        length, j = self.rows.length, self._per_position
-        ids = {} if j == self.size else {"ids": ((length, j), "uint16" if self.size <= 2**16 else "int32")}
-        hidden = ((length, self.target.hidden_size), "uint16")
-        return {"hidden": hidden, **ids, "shares": ((length, j), "float16"), "mass": ((length,), "float16")}
-
-    def _unpack(self, records: list[bytes]) -> Reading:
-        parts: dict[str, np.ndarray] = {}
-        at = 0
-        table = np.stack([np.frombuffer(record, np.uint8) for record in records])
-        for name, (shape, kind) in self._fields.items():
-            size = int(np.prod(shape)) * np.dtype(kind).itemsize
-            parts[name] = np.ascontiguousarray(table[:, at : at + size]).view(kind).reshape(len(records), *shape)
-            at += size
-        return Reading(parts["hidden"], parts.get("ids"), parts["shares"], parts["mass"])
-
-    def _ask(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    def _ask(self, tokens: np.ndarray) -> np.ndarray:
         """One pass of the target, as many rows at a time as its logits have room for."""
         at_once = max(1, _LOGIT_BYTES // (4 * tokens.shape[1] * self.target.vocab_size))
-        parts: list[list[np.ndarray]] = []
+        reading = np.zeros(len(tokens), self.record)
         for first in range(0, len(tokens), at_once):
             block = tokens[first : first + at_once]
             hidden, logits = self.target.forward(mx.array(block), [None] * len(self.target.model.layers))
             assert hidden is not None  # the command refuses targets that give none
-            labels = self._text_labels(block) if self.objective.labels == TEXT else self._own_labels(logits)
+            ids, shares, mass = self._text_labels(block) if self.objective.labels == TEXT else self._own_labels(logits)
             hidden = hidden.astype(mx.bfloat16).view(mx.uint16)
-            mx.eval(hidden, labels)
-            parts.append([np.array(part) for part in (hidden, *labels)])
-        joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
-        found = dict(zip(("hidden", "ids", "shares", "mass"), joined, strict=True))
-        return {name: found[name].astype(kind) for name, (_, kind) in self._fields.items()}
+            found = {"hidden": hidden, "ids": ids, "shares": shares, "mass": mass}
+            mx.eval(found)
+            for name in self.record.names or ():
+                reading[name][first : first + at_once] = np.array(found[name])
+        return reading
 
     def _own_labels(self, logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """ids, shares and mass as the target's logits (B, T, vocab) have them."""
@@ -156,9 +108,9 @@ class Teacher:
             everything = mx.logsumexp(logits, axis=-1)
             logits = logits[..., self._map]
             mass = mx.exp(mx.logsumexp(logits, axis=-1) - everything)
-        if self._per_position == self.size:
+        if self._labels == self.size:
             return mx.zeros((*mass.shape, 1)), mx.softmax(logits, axis=-1), mass
-        ids = mx.argpartition(-logits, self._per_position - 1, axis=-1)[..., : self._per_position]
+        ids = mx.argpartition(-logits, self._labels - 1, axis=-1)[..., : self._labels]
         return ids, mx.softmax(mx.take_along_axis(logits, ids, axis=-1), axis=-1), mass
 
     def _text_labels(self, tokens: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:

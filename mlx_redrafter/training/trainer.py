@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.training.checkpoint import Progress, restore, save, save_weights
+from mlx_redrafter.training.checkpoint import Progress, restore, save
 from mlx_redrafter.training.drafters.base import Method
 from mlx_redrafter.training.loss import Batch, Objective, distillation_loss
 from mlx_redrafter.training.teacher import Teacher
@@ -32,30 +32,20 @@ LOG_EVERY = 10
 
 @dataclasses.dataclass
 class TrainingPlan:
-    """What a run does.
+    """What a run does: mostly what the flags of `mlx-redrafter train` of the same names say.
 
     Args:
-        iters: updates in all.
         batch_size: rows of text per update, in all processes together.
-        accumulate: parts that a process's share of a batch is computed in, one after another.
-        learning_rate: its peak, after the warm-up; a cosine takes it to a hundredth.
-        warm_up: updates over which it rises.
-        max_grad_norm: longer gradients are shortened to it.
-        weight_decay: of AdamW.
-        objective: what the head learns.
+        grad_accumulation: parts that a process's share of a batch is computed in, one after another.
+        warm_up: updates over which the learning rate rises to its peak; a cosine takes it to a hundredth.
         dtype: the forward and backward pass compute in; weights are kept in float32.
         quantization: {"group_size", "bits"} to train for, None for none.
-        compile: "on", "off", or "auto": on, except on a CPU for runs of fewer than 500 updates, or
-            without the g++ that MLX needs there.
         seed: of the order of the rows and the choice of positions.
-        save_every: updates between checkpoints.
-        eval_every: updates between evaluations; 0 for none.
-        patience: evaluations without a better one after which the run stops; 0 for no limit.
     """
 
     iters: int = 2000
     batch_size: int = 6
-    accumulate: int = 1
+    grad_accumulation: int = 1
     learning_rate: float = 2e-3
     warm_up: int = 50
     max_grad_norm: float = 1.0
@@ -72,19 +62,17 @@ class TrainingPlan:
 
 @dataclasses.dataclass
 class TrainingResult:
-    """What came of a run.
+    """What came of a run; the best evaluation is None if there was none.
 
     Attributes:
         updates: made in all, those before a resumption included.
-        best: the best evaluation, None if there was none.
-        best_at: updates after which it was measured.
         positions_per_second: of text, in this process, reading with the target included and
             evaluations not.
     """
 
     updates: int
     best: float | None
-    best_at: int
+    best_at: int  # updates after which it was measured
     positions_per_second: float
 
 
@@ -105,7 +93,6 @@ def train(
     gradients are averaged; the first one writes.
 
     Args:
-        method: the kind of drafter it is.
         folder: gets log.jsonl, checkpoint.safetensors and best.safetensors.
         resume: go on from the checkpoint there, or begin where there is none yet.
         evaluate: higher is better.
@@ -116,14 +103,14 @@ def train(
     """
     group = mx.distributed.init()
     first = group.rank() == 0
-    parts = parts_of(plan.batch_size, plan.accumulate, group)
+    parts = parts_of(plan.batch_size, plan.grad_accumulation, group)
     make = method.batches(teacher, plan.seed, plan.dtype)
     optimizer = optimizer_for(plan.iters, plan.learning_rate, plan.warm_up, plan.weight_decay)
     drafter.unfreeze()
     drafter.train()
     weights = drafter.trainable_parameters()
     optimizer.init(weights)
-    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
     progress = Progress()
     if resume and checkpoint.exists():
         weights, optimizer.state, progress = restore(checkpoint, weights)
@@ -174,12 +161,11 @@ def train(
                     facts["acceptance"] = evaluate(drafter)
                     drafter.train()
                 if progress.note(facts["acceptance"]) and first:
-                    save_weights(folder / "best.safetensors", weights)
+                    save(best, weights, {}, Progress())
             if first and (done % LOG_EVERY == 0 or "acceptance" in facts or last):
-                log.write(facts)
+                log.note(facts)
             if first and (done % plan.save_every == 0 or "acceptance" in facts or last):
                 save(checkpoint, weights, optimizer.state, progress)
-    best = folder / "best.safetensors"
     if progress.best is not None and best.exists():
         weights = restore(best, weights)[0]
     drafter.update(weights)
@@ -227,12 +213,10 @@ class _Log:
         self._path, self._positions, self._start = path, 0, time.perf_counter()
         if not writes:
             return
-        try:
+        with _written(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text("utf-8").splitlines(keepends=True) if done and path.exists() else []
             path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["iter"] <= done), "utf-8")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
     @property
     def rate(self) -> float:
@@ -248,10 +232,15 @@ class _Log:
         yield
         self._start += time.perf_counter() - began
 
-    def write(self, facts: dict[str, Any]) -> None:
+    def note(self, facts: dict[str, Any]) -> None:
         facts |= {"positions_per_second": self.rate, "peak_memory_gb": mx.get_peak_memory() / 1e9}
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(facts) + "\n")
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+        with _written(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts) + "\n")
+
+
+@contextlib.contextmanager
+def _written(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -67,13 +67,7 @@ def rounded(weight: mx.array, group_size: int, bits: int) -> mx.array:
 
 
 def as_seen(parameters: Any, dtype: mx.Dtype, quantization: dict[str, int] | None) -> Any:
-    """The weights that a forward pass computes with.
-
-    Args:
-        parameters: float32, as the optimiser keeps them.
-        dtype: to compute in.
-        quantization: {"group_size", "bits"} to train for; None for none.
-    """
+    """The weights that a forward pass in `dtype` computes with, rounded for the quantisation that is trained for."""
 
     def view(name: str, value: mx.array) -> mx.array:
         if quantization is not None and name.endswith(".weight"):

@@ -60,6 +60,14 @@ def test_a_batch_that_did_not_split_can_be_corrected(begun):
     assert not (begun / "training" / "readings-0").exists()
 
 
+def test_damaged_flags(begun):
+    """If this fails, a run goes on with a value that no shell would take."""
+    file = begun / "training" / "arguments.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"save_every": 0}))
+    with pytest.raises(UserError, match=r"arguments.json: --save-every is 0, expected 1 or more"):
+        resumed(parse("--out", begun, "--resume"))
+
+
 def test_no_run_to_go_on_with(tmp_path):
     with pytest.raises(UserError, match=r"arguments.json does not exist; there is no run to go on with"):
         resumed(parse("--out", tmp_path, "--resume"))

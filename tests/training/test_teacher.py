@@ -16,10 +16,10 @@ def test_teacher_reads_a_row_once(tmp_path, monkeypatch):
     first = reader.read(np.array([0, 1, 2]))[1]
     again = reader.read(np.array([2, 1]))[1]
     assert read == [3]
-    assert (first.hidden[1] == again.hidden[1]).all() and (first.ids[2] == again.ids[0]).all()
+    assert (first["hidden"][1] == again["hidden"][1]).all() and (first["ids"][2] == again["ids"][0]).all()
     reader.close()
     later = teacher_of(target, rows, tmp_path / "a", budget=10**9).read(np.array([2, 1]))[1]
-    assert read == [3] and (later.shares == again.shares).all()
+    assert read == [3] and (later["shares"] == again["shares"]).all()
     read.clear()
     scarce = teacher_of(target, rows, tmp_path / "b", budget=0)
     for _ in range(2):

@@ -109,12 +109,12 @@ def test_resuming_gives_the_same_weights(learnable, tmp_path, budget):
 
 def test_parts_of_a_batch_add_up(learnable, tmp_path):
     """If this fails, --grad-accumulation changes what is learned."""
-    plans = [TrainingPlan(iters=6, batch_size=8, accumulate=n, learning_rate=1e-3) for n in (1, 4)]
-    whole, parts = (run(learnable, tmp_path / str(p.accumulate), p)[0] for p in plans)
+    plans = [TrainingPlan(iters=6, batch_size=8, grad_accumulation=n, learning_rate=1e-3) for n in (1, 4)]
+    whole, parts = (run(learnable, tmp_path / str(p.grad_accumulation), p)[0] for p in plans)
     for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(parts.parameters()), strict=True):
         assert mx.allclose(a, b, atol=2e-4), name
     with pytest.raises(UserError, match="--batch-size is 8, expected a multiple of 3"):
-        run(learnable, tmp_path / "3", TrainingPlan(batch_size=8, accumulate=3))
+        run(learnable, tmp_path / "3", TrainingPlan(batch_size=8, grad_accumulation=3))
 
 
 def test_early_stop_keeps_the_best(learnable, tmp_path):

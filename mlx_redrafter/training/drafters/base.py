@@ -23,7 +23,8 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.acceptance_length import acceptance_length
 from mlx_redrafter.training.batches import BatchMaker, WholeRows
 from mlx_redrafter.training.loss import Batch
-from mlx_redrafter.training.teacher import Rows, Teacher
+from mlx_redrafter.training.teacher import Teacher
+from mlx_redrafter.training.text.shards import Rows
 
 
 class Method(abc.ABC):
@@ -53,17 +54,16 @@ class Method(abc.ABC):
             if getattr(args, name) not in (None, False):
                 raise UserError(f"{flag(name)} does not apply to --method {self.name}")
 
-    @abc.abstractmethod
-    def check_for(self, args: argparse.Namespace, target: Target) -> None:
+    def check_for(self, args: argparse.Namespace, target: Target) -> None:  # noqa: B027
         """Raises UserError for flags that do not fit this target, before any work is done."""
 
     def steps(self, args: argparse.Namespace) -> int:
         """Draft steps that are learned."""
         return int(args.beam_length) - 1
 
-    @abc.abstractmethod
     def shape_flags(self, drafter: Any) -> dict[str, Any]:
         """The flags, by argparse's names, that a drafter's shape comes from, and their values for this one."""
+        return {}
 
     @abc.abstractmethod
     def new(self, args: argparse.Namespace, target: Target, rows: Rows) -> Any:
@@ -90,11 +90,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def scores(self, drafter: Any, batch: Batch) -> Iterator[mx.array]:
-        """The drafter's scores at each draft step, for the loss.
-
-        Yields:
-            for step k, (n_k, scored) scores at the first n_k positions of the batch.
-        """
+        """For each draft step k, the drafter's scores (n_k, scored) at the first n_k positions of the batch."""
 
     def settle(self, args: argparse.Namespace, drafter: Any, target: Target, rows: Rows) -> None:  # noqa: B027
         """Chooses what is not learned by gradients, once the weights are there."""
@@ -109,16 +105,12 @@ class Method(abc.ABC):
         """Mean acceptance length of greedy decoding, `tokens` for each prompt."""
         return acceptance_length(target, drafter, prompts, self.shape(args)[0], tokens)
 
-    @abc.abstractmethod
-    def quantize(self, drafter: Any, group_size: int, bits: int) -> None:
-        """Quantises all matrices in place and notes it in the config."""
-
     def save(self, args: argparse.Namespace, drafter: Any, target: Target, tokenizer: Any, out: pathlib.Path) -> None:
         """Writes a finished drafter, in the type and the bits that the flags say."""
         drafter.config.target_fingerprint = fingerprint(target, tokenizer, args.model or "the embedded target")
         drafter.set_dtype(getattr(mx, args.dtype))
         if args.q_bits is not None:
-            self.quantize(drafter, args.q_group_size, args.q_bits)
+            drafter.quantize(args.q_group_size, args.q_bits)
         drafter.save(out)
 
     def open(self, out: pathlib.Path, target: Target) -> tuple[Any, int]:
@@ -132,11 +124,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def architecture(self, drafter: Any, coverage: float) -> str:
-        """A drafter in a few words.
-
-        Args:
-            coverage: the share of held-out text that it can draft.
-        """
+        """A drafter in a few words; `coverage` is the share of held-out text that it can draft."""
 
 
 def flag(name: str) -> str:

@@ -29,8 +29,9 @@ from mlx_redrafter.text.loading import load_target
 from mlx_redrafter.training.batches import WholeRows
 from mlx_redrafter.training.drafters.base import Method
 from mlx_redrafter.training.loss import Batch
-from mlx_redrafter.training.teacher import Rows, Teacher
+from mlx_redrafter.training.teacher import Teacher
 from mlx_redrafter.training.text.rendering import Renderer
+from mlx_redrafter.training.text.shards import Rows
 
 
 class DraftModel(Method):
@@ -49,14 +50,8 @@ class DraftModel(Method):
         if args.init is None:
             raise UserError("--method draft-model needs --init, an mlx-lm model with the target's tokenizer")
 
-    def check_for(self, args: argparse.Namespace, target: Target) -> None:
-        pass
-
     def steps(self, args: argparse.Namespace) -> int:
         return 1  # the same at every position
-
-    def shape_flags(self, drafter: nn.Module) -> dict[str, Any]:
-        return {}
 
     def new(self, args: argparse.Namespace, target: Target, rows: Rows) -> nn.Module:
         raise NotImplementedError("a draft model begins from --init")
@@ -96,9 +91,6 @@ class DraftModel(Method):
             ]
             steps += len(drafted) - sum(drafted) + drafted[-1]  # the last step may be cut short
         return len(prompts) * tokens / steps
-
-    def quantize(self, drafter: nn.Module, group_size: int, bits: int) -> None:
-        raise NotImplementedError("--q-bits does not apply")
 
     def save(
         self, args: argparse.Namespace, drafter: nn.Module, target: Target, tokenizer: Any, out: pathlib.Path

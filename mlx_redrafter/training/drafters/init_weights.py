@@ -32,8 +32,7 @@ def new_drafter(
     approximation of that rank to the target's layer (the leading singular vectors).
 
     Args:
-        config: its tie_output is what `output` says.
-        output: "target", "random", or "tied" (not trained, the target's own).
+        output: "target", "random", or "tied" (not trained, the target's own), as config.tie_output says.
         vocab_map: (config.draft_vocab_size,) the target's ids of the draft vocabulary.
     """
     mx.random.seed(seed)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_redrafter.drafting.drafter_files import check_widths
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
@@ -22,7 +21,7 @@ from mlx_redrafter.target.output_layer import output_matrix
 from mlx_redrafter.training.drafters.base import Method
 from mlx_redrafter.training.drafters.init_weights import FROM_TARGET, TIED
 from mlx_redrafter.training.loss import Batch
-from mlx_redrafter.training.teacher import Rows
+from mlx_redrafter.training.text.shards import Rows
 
 
 class Medusa(Method):
@@ -70,12 +69,9 @@ class Medusa(Method):
 
     def settle(self, args: argparse.Namespace, drafter: MedusaHeads, target: Target, rows: Rows) -> None:
         """Fits the static tree to the held-out rows."""
-        tokens, counts = rows[np.arange(len(rows) - rows.held_out, len(rows))]
+        tokens, counts = rows[len(rows) - rows.held_out :]
         accuracies = rank_accuracies(target, drafter, tokens.tolist(), counted=counts)
         drafter.config.medusa_choices = fit_choices(accuracies, args.tree_size or len(PUBLISHED))
-
-    def quantize(self, drafter: MedusaHeads, group_size: int, bits: int) -> None:
-        drafter.quantize(group_size, bits)
 
     def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
         nodes = min(12, args.tree_size or len(PUBLISHED))

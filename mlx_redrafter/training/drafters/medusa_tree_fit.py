@@ -9,7 +9,6 @@ import pathlib
 import tempfile
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa import MedusaHeads
@@ -41,12 +40,8 @@ def fit_medusa_tree(
     Args:
         path: the heads' directory; of its config.json only medusa_choices changes.
         target: directory or Hub id of their target; None for the embedded one.
-        data: as for `mlx-redrafter train`; by itself the target writes the text.
         text: rows that a training wrote, in place of data; the last ones, which are held out, come first.
-        rows: texts to look at.
-        row_length: tokens of each.
-        tree_size: nodes.
-        trust_remote_code: for the target.
+        rows: texts to look at, of `row_length` tokens each.
 
     Returns:
         the choices, and the acceptance length that they are expected to have on this text.
@@ -72,10 +67,9 @@ def fit_medusa_tree(
         else:
             plan = DataPlan(data, length=row_length, rows=rows, held_out=0)
             found = prepare(scratch, reader, tokenizer, plan, embedded=target is None)
-        tokens, counted = found[np.arange(max(0, len(found) - rows), len(found))]
+        tokens, counted = found[-rows:]
     accuracies = rank_accuracies(reader, heads, tokens.tolist(), counted=counted)
     choices = fit_choices(accuracies, tree_size)
     file = pathlib.Path(path) / "config.json"
-    fields = read_json(file) | {"medusa_choices": choices}
-    write_json(file, fields)
+    write_json(file, read_json(file) | {"medusa_choices": choices})
     return choices, expected_length(accuracies, choices)

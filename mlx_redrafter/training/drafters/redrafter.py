@@ -20,7 +20,7 @@ from mlx_redrafter.training.drafters.base import Method, flag
 from mlx_redrafter.training.drafters.init_weights import FROM_TARGET, TIED, new_drafter
 from mlx_redrafter.training.drafters.vocabulary import frequent_tokens
 from mlx_redrafter.training.loss import Batch
-from mlx_redrafter.training.teacher import Rows
+from mlx_redrafter.training.text.shards import Rows
 
 
 class ReDrafter(Method):
@@ -65,9 +65,6 @@ class ReDrafter(Method):
             rows = embedding.shape[0]
             state = drafter.advance(embedding, None if state is None else state[:rows])
             yield drafter.logits(context[:rows], state)
-
-    def quantize(self, drafter: RecurrentDrafter, group_size: int, bits: int) -> None:
-        drafter.quantize(group_size, bits)
 
     def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
         shape = DraftShape(4, args.beam_length, min(12, 4 * (args.beam_length - 1)))

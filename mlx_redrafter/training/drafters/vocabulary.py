@@ -9,31 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from mlx_redrafter.errors import UserError
-from mlx_redrafter.training.teacher import Rows
+from mlx_redrafter.training.text.shards import Rows
 
 _BLOCK = 1024  # rows at a time
 
 
 def frequent_tokens(rows: Rows, size: int, vocab_size: int) -> np.ndarray:
-    """The tokens that are learned most often.
-
-    Args:
-        rows: the text; its held-out rows are not looked at.
-        size: how many.
-        vocab_size: of the target.
-
-    Returns:
-        (size,) int32 token ids in rising order.
-
-    Raises:
-        UserError: more tokens than the target has.
-    """
-    if not 1 <= size <= vocab_size:
-        raise UserError(f"--draft-vocab-size is {size}, expected 1 to {vocab_size}, the target's vocabulary")
+    """The ids of the `size` tokens that are learned most often, (size,) int32 rising; held-out rows do not count."""
     seen = np.zeros(vocab_size, np.int64)
     for first in range(0, len(rows) - rows.held_out, _BLOCK):
-        tokens, counts = rows[np.arange(first, min(first + _BLOCK, len(rows) - rows.held_out))]
+        tokens, counts = rows[first : min(first + _BLOCK, len(rows) - rows.held_out)]
         seen += np.bincount(tokens[counts], minlength=vocab_size)
     # Of equally frequent ones those of lower id, which most tokenisers made first.
     return np.sort(np.argsort(-seen, kind="stable")[:size]).astype(np.int32)
@@ -48,6 +33,6 @@ def coverage(rows: Rows, vocab_map: np.ndarray | None) -> float:
     """The share of held-out tokens that can be drafted."""
     if vocab_map is None:
         return 1.0
-    tokens, counts = rows[np.arange(len(rows) - rows.held_out, len(rows))]
+    tokens, counts = rows[len(rows) - rows.held_out :]
     learned = tokens[counts]
     return float(np.isin(learned, vocab_map).mean()) if learned.size else 1.0

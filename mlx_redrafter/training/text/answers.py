@@ -79,7 +79,7 @@ def answers_recipe(model: nn.Module, renderer: Renderer, questions: list[Questio
 def invented_recipe(model: nn.Module, renderer: Renderer, plan: DataPlan) -> Recipe:
     """Rows in which the target answers what it asked itself."""
     opening = renderer.opening()
-    around = len(renderer.question([{"role": "user", "content": "?"}], "the target"))
+    around = len(_asked(renderer, Question("the target", ["?"]), []))
     room = plan.length - around
     if room < 2 * LEAST_ANSWER:
         raise UserError(
@@ -88,15 +88,11 @@ def invented_recipe(model: nn.Module, renderer: Renderer, plan: DataPlan) -> Rec
         )
     longest = len(opening) + min(QUESTION_TOKENS, room // 2)
 
-    def fits(turn: str) -> bool:
-        asked = renderer.question([{"role": "user", "content": turn}], "the target")
-        return len(asked) + LEAST_ANSWER <= plan.length
-
     def make(shard: int, progress: Progress) -> Shard:
         numbers = plan.numbers(shard)
-        turns: list[str] = []
+        questions: list[Question] = []
         for attempt in range(TRIES):
-            missing = len(numbers) - len(turns)
+            missing = len(numbers) - len(questions)
             if missing <= 0:
                 break
             asks = max(missing, LEAST_ASKED)
@@ -104,14 +100,15 @@ def invented_recipe(model: nn.Module, renderer: Renderer, plan: DataPlan) -> Rec
             written = write(
                 model, [opening] * asks, longest, [1.0] * asks, ends, seed, plan.batch_size, progress=progress
             )
-            turns += [turn for turn in map(renderer.users_turn, written) if turn and fits(turn)]
-        if not turns:
+            asked = [Question("the target", [turn]) for turn in map(renderer.users_turn, written) if turn]
+            questions += [q for q in asked if len(_asked(renderer, q, [])) + LEAST_ANSWER <= plan.length]
+        if not questions:
             raise UserError("the target writes no questions after its chat template; expected --prompts FILE")
         # Where it asked nothing a few times over, another question gets a second answer.
-        questions = [Question("the target", [turns[i % len(turns)]]) for i in range(len(numbers))]
+        chosen = [questions[i % len(questions)] for i in range(len(numbers))]
         at, seed = plan.temperatures(numbers), (plan.seed, shard, TRIES)
-        rows = answer(model, renderer, plan, questions, at, seed, progress)
-        return shard_of(rows, plan.length, {"questions": min(len(turns), len(numbers))})
+        rows = answer(model, renderer, plan, chosen, at, seed, progress)
+        return shard_of(rows, plan.length, {"questions": min(len(questions), len(numbers))})
 
     return written_recipe(model, renderer, plan, make)
 
@@ -127,9 +124,7 @@ def answer(
 ) -> list[Marked]:
     """A row for every turn of every question that fits: the prompt, and the answer, which alone is to be learned.
 
-    Args:
-        temperatures: one per question.
-        seed: numbers that the noise depends on.
+    There is a temperature for each question; the noise depends on the numbers of `seed`.
     """
     rows: list[list[Marked]] = [[] for _ in questions]
     said: list[list[str]] = [[] for _ in questions]

@@ -34,8 +34,8 @@ from mlx_redrafter.training.text.records import (
     decode,
     json_lines,
     kind_of,
-    read_bytes,
     read_records,
+    read_text,
     reading,
 )
 
@@ -94,7 +94,7 @@ class Documents:
 
     def __getitem__(self, number: int) -> Document:
         """Reads one document. Raises UserError where its file cannot be read any more."""
-        file, first, end, place, _ = (int(part) for part in self._places[number])
+        file, first, end, place, _ = self._places[number].tolist()
         path, label, kind = self._paths[file], self.files[file]["path"], self._kinds[file]
         if path is None:
             self._unpacked.seek(first)
@@ -109,18 +109,14 @@ class Documents:
         where = f"{label} {LINES if kind == TEXT else kind} {place}"
         if kind != TEXT:
             return next(document(record, where) for *_, record in json_lines([data], label))
-        return Document(
-            where,
-            decode(data, label),
-            is_start=bool(self._is_first[number]),
-            is_end=bool(self._is_last[number]),
-        )
+        is_start, is_end = bool(self._is_first[number]), bool(self._is_last[number])
+        return Document(where, decode(data, label), is_start=is_start, is_end=is_end)
 
     def _index(self, path: pathlib.Path, label: str, named: bool, places: array.array) -> None:
         number, found = len(self._paths), array.array("q")
         try:
             kind = kind_of(path, label)
-            text = decode(read_bytes(path, label), label) if kind == TEXT else ""
+            text = read_text(path, label) if kind == TEXT else ""
         except NotText:
             if named or bare_suffix(path) not in SOURCE_SUFFIXES:
                 raise

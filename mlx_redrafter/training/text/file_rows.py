@@ -95,9 +95,7 @@ def _conversation(renderer: Renderer, document: Document) -> list[Marked]:
 
 def _hold_out(renderer: Renderer, documents: Documents, order: np.ndarray, plan: DataPlan) -> tuple[int, Shard]:
     """How many documents at the end of the order make the held-out rows, and these."""
-    kept, rows = 0, list[Marked]()
-    texts: list[Document] = []
-    tokens = 0
+    kept, tokens, rows, texts = 0, 0, list[Marked](), list[Document]()
     while len(rows) + tokens // plan.length < plan.held_out:
         if kept == len(order) - 1:
             raise UserError(

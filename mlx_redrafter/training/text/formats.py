@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.training.text.records import PAIRS, TEXT, decode, kind_of, read_bytes, read_records
+from mlx_redrafter.training.text.records import PAIRS, TEXT, kind_of, read_records, read_text
 
 EXPECTED = "messages, conversations, instruction and output, prompt and completion, or text"
 EXPECTED_PROMPTS = "turns, prompt, instruction, messages, or conversations"
@@ -122,7 +122,7 @@ def read_questions(path: str, flag: str, whole: bool = False) -> list[Question]:
     if (kind := kind_of(file, path)) != TEXT:
         found = [question(record, f"{path} {kind} {n}") for n, record in read_records(file, path)]
     else:
-        text = decode(read_bytes(file, path), path).removeprefix("\ufeff")
+        text = read_text(file, path).removeprefix("\ufeff")
         # Only line feeds part prompts: str.splitlines would cut at U+2028 and the like, too.
         lines = [text] if whole else [line.removesuffix("\r") for line in text.split("\n")]
         found = [Question(f"{path} line {n}", [line], plain=True) for n, line in enumerate(lines, 1) if line.strip()]

@@ -66,10 +66,10 @@ def reading(path: pathlib.Path, label: str) -> Iterator[IO[bytes]]:
         raise UserError(f"{label}: cannot be read ({reason})") from error
 
 
-def read_bytes(path: pathlib.Path, label: str) -> bytes:
-    """A whole file, unpacked. Raises UserError."""
+def read_text(path: pathlib.Path, label: str) -> str:
+    """A whole file, unpacked, as text. Raises UserError where it cannot be read, and NotText."""
     with reading(path, label) as file:
-        return file.read()
+        return decode(file.read(), label)
 
 
 def kind_of(path: pathlib.Path, label: str) -> str:
@@ -101,27 +101,24 @@ def kind_of(path: pathlib.Path, label: str) -> str:
 def read_records(path: pathlib.Path, label: str) -> Iterator[tuple[int, Any]]:
     """The records of a file that is not TEXT, each with its number: line, item from 1, or row (the header is row 1).
 
-    Raises:
-        UserError: not UTF-8, broken JSON or CSV; naming the place.
+    Raises UserError that names the place where it is not UTF-8, or broken JSON or CSV.
     """
     kind = kind_of(path, label)
     if kind == LINES:
         with reading(path, label) as file:
             yield from ((line, record) for line, _, _, record in json_lines(file, label))
-    elif kind == ARRAY:
-        yield from enumerate(_array(read_bytes(path, label), label), 1)
+        return
+    text = read_text(path, label).removeprefix("\ufeff")
+    if kind == ARRAY:
+        yield from enumerate(_array(text, label), 1)
     else:
-        yield from _table(decode(read_bytes(path, label).removeprefix(_BOM), label), label)
+        yield from _table(text, label)
 
 
 def json_lines(lines: Iterable[bytes], label: str) -> Iterator[tuple[int, int, int, Any]]:
-    """The records of a .jsonl file.
+    """The records of a .jsonl file: line (from 1), first byte and the byte after the last, and the parsed record.
 
-    Yields:
-        its line (from 1), its first byte and the byte after its last, and the parsed record.
-
-    Raises:
-        UserError: not UTF-8, or broken JSON; naming the line.
+    Raises UserError that names the line where it is not UTF-8, or broken JSON.
     """
     at = 0
     for line, raw in enumerate(lines, 1):
@@ -151,9 +148,9 @@ def _is_object(line: bytes) -> bool:
         return len(line) == _HEAD and line[:2] == b'{"'  # a line that is longer than what we looked at
 
 
-def _array(data: bytes, label: str) -> list[Any]:
+def _array(text: str, label: str) -> list[Any]:
     try:
-        items = json.loads(decode(data.removeprefix(_BOM), label))
+        items = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{label} line {error.lineno}: not valid JSON ({error.msg})") from error
     if not isinstance(items, list):

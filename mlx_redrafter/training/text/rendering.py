@@ -54,10 +54,8 @@ class Renderer:
 
     def first_token(self) -> int:
         """What a text begins with, as far as the tokenizer says."""
-        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+        candidates = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, 0)
+        return next(int(token) for token in candidates if token is not None)
 
     def text(self, document: Document) -> Marked:
         """A plain text, or a prompt and its completion as text, closed by the end-of-text token.
@@ -119,16 +117,13 @@ class Renderer:
 
     def opening(self) -> list[int]:
         """The template's tokens up to where the user begins; empty where nothing stands there."""
-        text, _ = self._around_user()
-        return self.encode(text, special=False)
+        return self.encode(self._around_user()[0], special=False)
 
     def users_turn(self, tokens: list[int]) -> str:
         """What a model wrote after the opening, cut where the user's turn ends."""
         text = self.decode([token for token in tokens if token not in self.ends])
         closing = self._around_user()[1].strip().split("\n")[0]  # where it is no special token, as in "[/INST]"
-        if closing and closing in text:
-            text = text[: text.index(closing)]
-        return text.strip()
+        return (text.partition(closing)[0] if closing else text).strip()
 
     def turn_ends(self) -> frozenset[int]:
         """Token ids that end the user's turn: the ends of text, and a special token that follows the turn."""

@@ -63,10 +63,8 @@ def write(
         temperatures: R numbers; 0 is greedy.
         ends: token ids that end a row.
         seed: numbers that the noise depends on (and on the batch's number, batch_size and R alone).
-        batch_size: rows at a time.
         warm_up: the first so many tokens are sampled at temperature 1 at least, for variety
             where the prompts have none.
-        progress: is told of tokens as they are written.
 
     Returns:
         R continuations, the prompt not included, the ending token included where there is one.

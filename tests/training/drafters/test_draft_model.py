@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.utils import save_config, save_model
+from support.commands import code_of
 
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.system.files import read_json
@@ -42,7 +43,7 @@ def small(stories, tmp_path_factory):
 
 def train(out, init, text, model, *flags):
     given = ["--method", "draft-model", "--init", str(init), "--text", str(text), "--model", str(model), *FLAGS]
-    return main(["train", "--out", str(out), *given, "--eval-every", "0", *flags])
+    return code_of("train", "--out", str(out), *given, "--eval-every", "0", *flags)
 
 
 def numbers(out):

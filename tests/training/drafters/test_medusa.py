@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from support import make_model
+from support.commands import code_of
 from support.rows import VOCAB, TextRows
 
 from mlx_redrafter import DraftShape
@@ -206,7 +207,7 @@ def test_mistakes(name, trained, stories, tmp_path, capsys):
     flags, message = MISTAKES[name]
     flags = [str(trained) if flag == "HEADS" else flag for flag in flags]
     text = ["--text", str(trained / "training" / "text")]
-    assert main(["train", "--model", str(stories), "--out", str(tmp_path / "out"), *SMALL, *text, *flags]) == 2
+    assert code_of("train", "--model", str(stories), "--out", str(tmp_path / "out"), *SMALL, *text, *flags) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
 
