@@ -15,6 +15,7 @@ PEFT's layout as --adapter-path. The table is made from the commands' own parser
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import pathlib
@@ -26,6 +27,7 @@ import pytest
 
 from mlx_redrafter.cli.main import COMMANDS, main
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
+from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.text.loading import EMBEDDED
 
 TARGET, DRAFTER, ADAPTER = "target", "drafter", "adapter"
@@ -44,6 +46,7 @@ EXPECTED = {
     ("convert medusa-tree", "mlx_path"): DRAFTER,
 }
 OTHERS = {"prompt": "x", "max_tokens": "1"}  # required flags that take no directory to read
+PROMPTS = functools.cache(held_out_prefixes)
 IGNORED = {"upload_repo", "data", "text", "init", "draft_model", "prompts", "report", "resume"}
 
 
@@ -196,11 +199,14 @@ def leaves(argv: list[str], parser: argparse.ArgumentParser) -> Iterator[tuple[l
             yield from leaves([*argv, name], child)
 
 
-def commands() -> Iterator[tuple[list[str], list[argparse.Action]]]:
+@functools.cache
+def commands() -> list[tuple[list[str], list[argparse.Action]]]:
+    found = []
     for name, module in COMMANDS.items():
         parser = argparse.ArgumentParser()
         importlib.import_module(module).add_arguments(parser)
-        yield from leaves([name], parser)
+        found += leaves([name], parser)
+    return found
 
 
 def reads(argv: list[str], action: argparse.Action) -> str | None:
@@ -253,6 +259,13 @@ def folders(tmp_path_factory) -> Callable[[str, str], pathlib.Path]:
         return made[kind, name]
 
     return folder
+
+
+@pytest.fixture(autouse=True)
+def without_what_takes_long(monkeypatch):
+    """What commands do before they look at a directory: the standard library is read once, and nothing is freed."""
+    monkeypatch.setattr("mlx_redrafter.benchmarks.flags.held_out_prefixes", PROMPTS)
+    monkeypatch.setattr("mlx_redrafter.doctor.command.active_memory", lambda: 0)
 
 
 @pytest.mark.parametrize(
