@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_redrafter.convert.gguf.kept import as_directory
 from mlx_redrafter.convert.inspection import Inspection, inspect_directory
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.flag_types import real
 from mlx_redrafter.system.hub import snapshot_of
 
 HELP = "say what a directory is, what it lacks and what it would cost to run"
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", metavar="PATH", help="look at this directory (a target, a drafter or adapters) or GGUF file")
     add("--gguf", metavar="NAME", help="read this GGUF file, named in full or in part, where PATH has several")
-    add("--bandwidth", type=float, metavar="GB/S", help="reckon with this memory bandwidth (default: measure"
+    add("--bandwidth", type=real(0.001), metavar="GB/S", help="reckon with this memory bandwidth (default: measure"
         " this machine's)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, and nothing else")
     add("--trust-remote-code", action="store_true", help="run the Python code that the model's directory brings along")
