@@ -22,7 +22,7 @@ import mlx_lm
 from mlx_redrafter.benchmarks.architectures.check import Outcome, check
 from mlx_redrafter.benchmarks.architectures.small_models import modules
 
-from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.files import replace_file, write_json
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.target.verification import CHAIN, NONE, TREE
 
@@ -109,8 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{outcome.module:22} {outcome.capability:6} {outcome.equal!s:5} {outcome.reason}"[:200], flush=True)
     print(summary(outcomes))
     if args.out is not None:
-        with replace_file(args.out / "architectures.json") as file:
-            file.write_text(json.dumps([dataclasses.asdict(o) for o in outcomes], indent=1) + "\n", "utf-8")
+        write_json(args.out / "architectures.json", [dataclasses.asdict(o) for o in outcomes], indent=1)
         with replace_file(args.out / "architectures.md") as file:
             file.write_text(document(outcomes), "utf-8")
 

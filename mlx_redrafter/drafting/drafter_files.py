@@ -5,7 +5,6 @@ Knows nothing of how a drafter computes.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -13,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.files import replace_file, write_json
 from mlx_redrafter.system.weights import tensors
 
 
@@ -134,5 +133,4 @@ class DrafterBase(nn.Module):
         folder = pathlib.Path(path)
         with replace_file(folder / "model.safetensors") as file:
             mx.save_safetensors(str(file), tensors(self), metadata={"format": "mlx"})
-        with replace_file(folder / "config.json") as file:
-            file.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        write_json(folder / "config.json", self.config.to_dict())

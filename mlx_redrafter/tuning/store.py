@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import read_json, replace_file
+from mlx_redrafter.system.files import read_json, write_json
 from mlx_redrafter.system.openblas import cache_dir
 
 VARIABLE = "MLX_REDRAFTER_TUNING"  # a directory to keep the files in, or "off" to keep none
@@ -48,8 +48,7 @@ def write(key: dict[str, Any], fields: dict[str, Any]) -> pathlib.Path | None:
     if (file := file_for(key)) is None:
         return None
     try:
-        with replace_file(file) as temporary:
-            temporary.write_text(json.dumps({"version": VERSION, "key": key, **fields}, indent=1), "utf-8")
+        write_json(file, {"version": VERSION, "key": key, **fields}, indent=1)
     except (UserError, OSError):
         return None
     return file
