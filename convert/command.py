@@ -8,7 +8,6 @@ import pathlib
 from mlx_lm.convert import QUANT_RECIPES
 from mlx_redrafter.convert.drafter import convert_drafter
 from mlx_redrafter.convert.export import export
-from mlx_redrafter.convert.medusa import convert_medusa, is_medusa
 from mlx_redrafter.convert.target import convert_target
 
 from mlx_redrafter.drafting.kinds import open_drafter
@@ -39,20 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--q-bits", type=int, help="bits per weight (default: 4)")
         add("--q-group-size", type=int, help="weights per scale (default: 64)")
         add("--dtype", choices=DTYPES, help="type of unquantised weights (default: as they are)")
-        add("-d", "--dequantize", action="store_true", help="write quantised weights in full")
-        add("--trust-remote-code", action="store_true")
     target.add_argument("--q-mode", choices=MODES, default="affine", help="how to quantise (default: %(default)s)")
     target.add_argument("--gguf", metavar="NAME", help="read this GGUF file, named in full or in part, where"
         " --hf-path has several")  # fmt: skip
     target.add_argument("--quant-predicate", choices=QUANT_RECIPES, help="a mixed recipe, in place of --q-bits")
-    drafter.add_argument(
-        "--target", help="directory or Hub id of the target it is for, to be told later if it is used with another"
-    )
+    drafter.add_argument("--target", help="directory or Hub id of the target it is for, to be told later if it is"
+        " used with another")  # fmt: skip
     add = back.add_argument
     add("--mlx-path", required=True, help="local directory or Hub id to read")
     add("--hf-path", required=True, help="directory to write; must not exist yet")
-    add("-d", "--dequantize", action="store_true", help="write quantised weights in full")
-    add("--trust-remote-code", action="store_true")
     tree = kinds.add_parser("medusa-tree", help="fit the static tree of converted Medusa heads to text")
     add = tree.add_argument
     add("--mlx-path", required=True, help="directory of the heads; their config.json gets the tree")
@@ -63,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, default=64, help="texts to look at (default: %(default)s)")
     add("--row-length", type=int, default=192, help="tokens of each text (default: %(default)s)")
     add("--tree-size", type=int, default=len(PUBLISHED), help="nodes (default: %(default)s)")
-    add("--trust-remote-code", action="store_true")
+    for child in kinds.choices.values():
+        child.add_argument("--trust-remote-code", action="store_true")
     for child in (target, drafter, back):
+        child.add_argument("-d", "--dequantize", action="store_true", help="write quantised weights in full")
         child.add_argument("--upload-repo", metavar="OWNER/NAME", help="Hub repository to upload the result to")
 
 
@@ -74,25 +70,20 @@ def run(args: argparse.Namespace) -> None:
     if args.upload_repo is not None:
         require_login(args.upload_repo)
     if args.kind == "export":
+        source = args.mlx_path
         path = export(args.mlx_path, args.hf_path, args.dequantize, args.trust_remote_code)
         print(f"{path}: in the Hugging Face layout")
     else:
+        source = args.hf_path
         path = _convert(args)
     if args.upload_repo is not None:
-        source = args.mlx_path if args.kind == "export" else args.hf_path
         print(f"{args.upload_repo}: uploaded, see {upload(path, args.upload_repo, source)}")
 
 
 def _fit_tree(args: argparse.Namespace) -> None:
+    sizes = (args.rows, args.row_length, args.tree_size)
     choices, length = fit_medusa_tree(
-        args.mlx_path,
-        args.target,
-        tuple(args.data),
-        args.text,
-        args.rows,
-        args.row_length,
-        args.tree_size,
-        args.trust_remote_code,
+        args.mlx_path, args.target, tuple(args.data), args.text, *sizes, args.trust_remote_code
     )
     print(f"{args.mlx_path}: a tree of {len(choices)} nodes, expected acceptance length {length:.2f} on this text")
 
@@ -100,10 +91,17 @@ def _fit_tree(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> pathlib.Path:
     if args.quantize and args.dequantize:
         raise UserError("--quantize and --dequantize: expected at most one of them")
-    if not args.quantize:
-        for flag in ("q_bits", "q_group_size", "quant_predicate"):
-            if getattr(args, flag, None) is not None:
-                raise UserError(f"--{flag.replace('_', '-')} needs --quantize")
+    mode = getattr(args, "q_mode", "affine")
+    for name in ("q_bits", "q_group_size", "quant_predicate"):
+        flag = f"--{name.replace('_', '-')}"
+        if getattr(args, name, None) is None:
+            continue
+        if not args.quantize:
+            raise UserError(f"{flag} needs --quantize")
+        if mode != "affine":
+            raise UserError(f"{flag} goes with --q-mode affine; {mode} has its own")
+    if mode != "affine" and not args.quantize:
+        raise UserError(f"--q-mode {mode} needs --quantize")
     common = {
         "quantize": args.quantize,
         "q_bits": 4 if args.q_bits is None else args.q_bits,
@@ -113,27 +111,12 @@ def _convert(args: argparse.Namespace) -> pathlib.Path:
         "trust_remote_code": args.trust_remote_code,
     }
     if args.kind == "target":
-        if args.q_mode != "affine":
-            if not args.quantize:
-                raise UserError(f"--q-mode {args.q_mode} needs --quantize")
-            for flag in ("q_bits", "q_group_size", "quant_predicate"):
-                if getattr(args, flag) is not None:
-                    raise UserError(f"--{flag.replace('_', '-')} goes with --q-mode affine; {args.q_mode} has its own")
-        path = convert_target(
-            args.hf_path,
-            args.mlx_path,
-            q_mode=args.q_mode,
-            q_recipe=args.quant_predicate,
-            gguf_name=args.gguf,
-            **common,
-        )
+        kinds = {"q_mode": mode, "q_recipe": args.quant_predicate, "gguf_name": args.gguf}
+        path = convert_target(args.hf_path, args.mlx_path, **kinds, **common)
         print(f"{path}: an mlx-lm model; use it with --model {path}")
         return path
-    convert = convert_medusa if is_medusa(args.hf_path) else convert_drafter
-    path = convert(args.hf_path, args.mlx_path, target=args.target, **common)
+    path = convert_drafter(args.hf_path, args.mlx_path, target=args.target, **common)
     config = open_drafter(path).config
-    print(
-        f"{path}: a drafter for targets of hidden size {config.hidden_size} and vocabulary {config.vocab_size};"
-        f" use it with --draft {path}"
-    )
+    fits = f"hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
+    print(f"{path}: a drafter for targets of {fits}; use it with --draft {path}")
     return path

@@ -1,116 +1,118 @@
-"""Drafters: Apple's ReDrafter checkpoints, in the namings and files they are found in, and our own."""
+"""Drafters of any kind: read, dequantise, cast, quantise, and write in our layout, or in the published one."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import pathlib
-import re
-from collections.abc import Iterable
+import tempfile
+from typing import Any
 
 import mlx.core as mx
-from mlx_redrafter.convert.heads import Kind, convert_head
-from mlx_redrafter.convert.source import source_weights
+from mlx_lm.utils import dequantize_model
+from mlx_redrafter.convert import medusa, redrafter
+from mlx_redrafter.convert.source import TORCH_PATTERNS
 
-from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, build_drafter
+from mlx_redrafter.drafting.drafter_files import check_quantization
+from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.pairing import check_sizes
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import read_json
-from mlx_redrafter.system.weights import tensors
+from mlx_redrafter.system.files import read_json, require_free, write_directory, write_json
+from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.system.weights import save_weights, take_weights
+from mlx_redrafter.target.fingerprint import fingerprint
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.loading import load_target
 
-_HEAD = r"(?:lm_head|lm_heads|lm_heads\.0|0)"
-_BLOCK = re.compile(_HEAD + r"\.(\d+)\.linear\.(weight|bias)")
-_OUTPUT = re.compile(_HEAD + r"\.(\d+)\.weight")
-_INPUT = re.compile(r"(?:input_proj|input_projs|input_projs\.0)\.(weight|bias)")
-_RECURRENCE = ("rnn_u.weight", "rnn_u.bias", "rnn_w.weight")
-
-
-def read_config(source: pathlib.Path) -> DrafterConfig:
-    """The config of a drafter in either layout. Raises UserError."""
-    file = source / "config.json"
-    return DrafterConfig.from_dict(read_json(file), str(file))
+_PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+_ONE_FILE = 2**62  # bytes of a shard: `load` reads one
 
 
-def read(source: pathlib.Path, scratch: pathlib.Path) -> RecurrentDrafter:
-    """A drafter of lazy weights from either layout. Raises UserError; `scratch` as for `source_weights`."""
-    config, weights = read_config(source), source_weights(source, scratch)
-    if not is_converted(weights):
-        weights = rename(weights, config, source)
-    return build_drafter(config, weights, str(source))
+def is_medusa(folder: pathlib.Path) -> bool:
+    """Whether a drafter's config.json is that of Medusa heads. Raises UserError where there is none."""
+    return "medusa_num_heads" in read_json(folder / "config.json")
 
 
-def is_converted(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are in our layout, in which some have names that Apple's never has."""
-    return any(name.startswith(("blocks.", "lm_head.weight", "input_proj_", "vocab_map")) for name in names)
+def read_drafter(folder: pathlib.Path, scratch: pathlib.Path) -> Drafter:
+    """A drafter of lazy weights, published or ours. Raises UserError; `scratch` as for `lazy_weights`."""
+    return (medusa if is_medusa(folder) else redrafter).read(folder, scratch)
 
 
-def _untied(drafter: RecurrentDrafter) -> RecurrentDrafter:
-    """The same with an output layer of its own, or the target would be run to find it."""
-    return RecurrentDrafter(dataclasses.replace(drafter.config, tie_output=False))
-
-
-#: Converts a ReDrafter checkpoint, under Apple's names or our own; arguments as of `convert_head` after the kind.
-convert_drafter = functools.partial(convert_head, Kind(read, RecurrentDrafter.quantize, _untied))
-
-
-def rename(weights: dict[str, mx.array], config: DrafterConfig, source: pathlib.Path) -> dict[str, mx.array]:
-    """Gives a checkpoint's tensors the names of `RecurrentDrafter` and splits input_proj.
-
-    Its first hidden_size columns read the context, the others the recurrent state.
+def convert_drafter(
+    hf_path: str,
+    mlx_path: str,
+    quantize: bool = False,
+    q_bits: int = 4,
+    q_group_size: int = 64,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    target: str | None = None,
+    trust_remote_code: bool = False,
+) -> pathlib.Path:
+    """Converts a checkpoint to config.json + model.safetensors that `load` reads.
 
     Args:
-        weights: under any of the namings lm_head.{i}.linear, lm_heads.*, 0.{i}.linear.
-        source: for messages.
+        hf_path: local directory or Hub id: Apple's ReDrafter, published Medusa heads, or either in our layout.
+        mlx_path: a directory that does not exist yet.
+        quantize, q_bits, q_group_size: affine quantisation of all matrices; one that is
+            quantised already goes through 16 bits.
+        dtype: of the weights that are not quantised; None keeps the checkpoint's.
+        dequantize: write the matrices of a quantised drafter in full.
+        target: directory or Hub id of the target it is for; its fingerprint is noted in the
+            config. None keeps what the checkpoint's config says, if anything.
+        trust_remote_code: for the target.
+
+    Returns:
+        the directory written.
 
     Raises:
-        UserError: a tensor that belongs to no drafter, is of another shape, or comes twice.
+        UserError: naming the file, key or tensor that is wrong; nothing is left behind.
     """
-    renamed: dict[str, mx.array] = {}
-    expected = {name: value.shape for name, value in tensors(RecurrentDrafter(config)).items()}
-
-    def put(name: str, found: str, value: mx.array) -> None:
-        if name in renamed:
-            raise UserError(f"{source}: tensor {found!r} gives {name!r} a second time")
-        if value.shape != expected.get(name, value.shape):
-            raise UserError(f"{source}: tensor {found!r} has shape {value.shape}, expected {expected[name]}")
-        renamed[name] = value
-
-    for name, value in sorted(weights.items()):
-        if match := _BLOCK.fullmatch(name):
-            put(f"blocks.{match[1]}.linear.{match[2]}", name, value)
-        elif match := _OUTPUT.fullmatch(name):
-            if int(match[1]) != config.num_draft_layers:
-                raise UserError(
-                    f"{source}: output layer {name!r} comes after {match[1]} blocks,"
-                    f" but the config's num_draft_layers is {config.num_draft_layers}"
-                )
-            put("lm_head.weight", name, value)
-        elif match := _INPUT.fullmatch(name):
-            if match[1] == "bias":
-                put("input_proj_context.bias", name, value)
-            elif value.shape != (whole := (config.exit_dim, 2 * config.hidden_size)):
-                raise UserError(f"{source}: tensor {name!r} has shape {value.shape}, expected {whole}")
-            else:
-                put("input_proj_context.weight", name, value[:, : config.hidden_size])
-                put("input_proj_state.weight", name, value[:, config.hidden_size :])
-        elif name in _RECURRENCE:
-            put(name, name, value)
-        else:
-            raise UserError(f"{source}: tensor {name!r} does not belong to a ReDrafter checkpoint")
-    return renamed
+    require_free(mlx_path)
+    if quantize:
+        check_quantization(q_bits, q_group_size)
+    published = is_medusa(fetch(hf_path, "--hf-path", ["config.json"]))
+    names = medusa.WEIGHT_FILES if published else ("model.pt", *TORCH_PATTERNS)
+    source = fetch(hf_path, "--hf-path", [*_PATTERNS, *names])
+    with write_directory(mlx_path) as folder:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            drafter = read_drafter(source, pathlib.Path(scratch))
+            if target is not None:
+                drafter.config.target_fingerprint = _fingerprint(target, drafter, trust_remote_code)
+            if quantize or dequantize:
+                _dequantize(drafter)
+            if dtype is not None:
+                drafter.set_dtype(getattr(mx, dtype))
+            if quantize:
+                drafter.quantize(q_group_size, q_bits)
+            save_weights(folder, take_weights(drafter), "writing the drafter", shard_bytes=_ONE_FILE)
+        write_json(folder / "config.json", drafter.config.to_dict())
+    return pathlib.Path(mlx_path)
 
 
-def export_names(drafter: RecurrentDrafter) -> dict[str, mx.array]:
-    """The tensors of an unquantised drafter under Apple's names, input_proj in one piece."""
-    blocks = drafter.config.num_draft_layers
-    weights = {f"lm_head.{blocks}.weight": drafter.lm_head.weight}
-    for i, block in enumerate(drafter.blocks):
-        weights[f"lm_head.{i}.linear.weight"] = block.linear.weight
-        weights[f"lm_head.{i}.linear.bias"] = block.linear.bias
-    if drafter.config.has_input_proj:
-        halves = [drafter.input_proj_context.weight, drafter.input_proj_state.weight]
-        weights["input_proj.weight"] = mx.concatenate(halves, axis=1)
-        weights["input_proj.bias"] = drafter.input_proj_context.bias
-    if drafter.config.rnn:
-        weights["rnn_u.weight"], weights["rnn_u.bias"] = drafter.rnn_u.weight, drafter.rnn_u.bias
-        weights["rnn_w.weight"] = drafter.rnn_w.weight
-    return weights
+def export_drafter(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes a drafter under the names of Apple or Medusa, in full. Raises UserError where they have no form for it."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        drafter: Any = read_drafter(source, pathlib.Path(scratch))
+        for field in ("draft_vocab_size", "tie_output"):
+            if value := getattr(drafter.config, field, None):
+                raise UserError(f"{source}: {field} is {value}, for which this layout has no form")
+        _dequantize(drafter)
+        fields, weights = (medusa if is_medusa(source) else redrafter).published_form(drafter)
+        take_weights(drafter)
+        save_weights(folder, weights, "writing the drafter", kind="pt", shard_bytes=_ONE_FILE)
+    if is_medusa(source):
+        (folder / "model.safetensors").rename(folder / medusa.WEIGHT_FILES[0])
+    write_json(folder / "config.json", fields)
+
+
+def _dequantize(drafter: Drafter) -> None:
+    if drafter.config.quantization is not None:
+        dequantize_model(drafter)
+        drafter.config.quantization = None
+
+
+def _fingerprint(target: str, drafter: Drafter, trust_remote_code: bool) -> dict[str, Any]:
+    model, tokenizer = load_target(fetch(target, "--target"), trust_remote_code=trust_remote_code, lazy=True)
+    found = Target.of(model)
+    if not found.missing:
+        check_sizes(found, drafter, "--hf-path")
+    return fingerprint(found, tokenizer, target)

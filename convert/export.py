@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-import tempfile
 from typing import Any
 
 from mlx_lm.utils import dequantize_model, save_config
-from mlx_redrafter.convert.drafter import export_names, read
-from mlx_redrafter.convert.medusa import WEIGHT_FILES, published_form, read_heads
+from mlx_redrafter.convert.drafter import export_drafter
 from mlx_redrafter.convert.tokenizer import copy_small_files
 
 from mlx_redrafter.errors import UserError, one_line
-from mlx_redrafter.system.files import require_free, write_directory, write_json
+from mlx_redrafter.system.files import require_free, write_directory
 from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.system.weights import save_weights, take_weights
 from mlx_redrafter.text.checks import is_drafter, read_config
@@ -42,27 +40,10 @@ def export(mlx_path: str, hf_path: str, dequantize: bool = False, trust_remote_c
         raise UserError(f"{source}: is quantised, for which this layout has no form; --dequantize writes it in full")
     with write_directory(hf_path) as folder:
         if is_drafter(fields):
-            _export_drafter(source, folder, "medusa_num_heads" in fields)
+            export_drafter(source, folder)
         else:
             _export_target(source, folder, trust_remote_code)
     return pathlib.Path(hf_path)
-
-
-def _export_drafter(source: pathlib.Path, folder: pathlib.Path, medusa: bool) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        head: Any = (read_heads if medusa else read)(source, pathlib.Path(scratch))
-        for field in ("draft_vocab_size", "tie_output"):
-            if value := getattr(head.config, field, None):
-                raise UserError(f"{source}: {field} is {value}, for which this layout has no form")
-        if head.config.quantization is not None:
-            dequantize_model(head)
-            head.config.quantization = None
-        fields, weights = published_form(head) if medusa else (head.config.to_dict(), export_names(head))
-        take_weights(head)
-        save_weights(folder, weights, "writing the drafter", kind="pt", shard_bytes=2**62)
-    if medusa:
-        (folder / "model.safetensors").rename(folder / WEIGHT_FILES[0])
-    write_json(folder / "config.json", fields if medusa else fields | {"num_lookback_tokens": 1})
 
 
 def _export_target(source: pathlib.Path, folder: pathlib.Path, trust_remote_code: bool) -> None:
@@ -93,15 +74,13 @@ def _check_layout(source: pathlib.Path, folder: pathlib.Path, shapes: dict[str, 
     except Exception as error:  # whatever transformers makes of the config
         raise UserError(f"{source}: transformers has no such model: {one_line(error)}") from error
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    tied = _tied(model)
     for name, shape in shapes.items():
         if name not in expected:
-            raise UserError(
-                f"{source}: transformers has no tensor {name!r}; mlx-lm names this architecture's otherwise"
-            )
+            what = f"transformers has no tensor {name!r}; mlx-lm names this architecture's otherwise"
+            raise UserError(f"{source}: {what}")
         if shape != expected[name]:
             raise UserError(f"{source}: tensor {name!r} has shape {shape}, but transformers' has {expected[name]}")
-    if missing := sorted(expected.keys() - shapes.keys() - tied):
+    if missing := sorted(expected.keys() - shapes.keys() - _tied(model)):
         raise UserError(f"{source}: tensor {missing[0]!r} of transformers' model is not there")
 
 

@@ -17,8 +17,9 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import get_total_parameters
-from mlx_redrafter.convert.drafter import is_converted, read, read_config
-from mlx_redrafter.convert.medusa import published_files, read_heads
+from mlx_redrafter.convert.drafter import is_medusa, read_drafter
+from mlx_redrafter.convert.medusa import published_files
+from mlx_redrafter.convert.redrafter import is_converted, read_config
 from mlx_redrafter.convert.source import weight_files
 
 from mlx_redrafter.drafting.kinds import Drafter
@@ -30,14 +31,8 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.checks import check_adapter, has_chat_template, is_drafter
 from mlx_redrafter.text.loading import open_model
 
-TARGET, TORCH_TARGET, DRAFTER, HF_DRAFTER, ADAPTER, UNKNOWN = (
-    "target",
-    "unconverted target",
-    "drafter",
-    "unconverted drafter",
-    "adapter",
-    "unknown",
-)
+TARGET, DRAFTER, ADAPTER, UNKNOWN = "target", "drafter", "adapter", "unknown"
+TORCH_TARGET, HF_DRAFTER = "unconverted target", "unconverted drafter"
 CACHE_LENGTHS = (1024, 8192)  # tokens
 DRAFT_STEPS = 3  # of the default chain
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -87,63 +82,61 @@ def inspect_directory(folder: pathlib.Path, trust_remote_code: bool = False) -> 
     """Looks at a directory. What is wrong with it is said in `lacks`, not raised."""
     found = Inspection(str(folder))
     if (folder / "adapter_config.json").exists() or (folder / "adapters.safetensors").exists():
-        _inspect_adapter(folder, found)
-        return found
+        return _inspect_adapter(folder, found)
     try:
         fields = read_json(folder / "config.json")
     except UserError as error:
         found.lacks.append(str(error))
         return found
+    files: list[pathlib.Path] = []
     try:
         files = published_files(folder) or weight_files(folder)
         found.files, found.weight_bytes = len(files), sum(file.stat().st_size for file in files)
     except UserError as error:
         found.lacks.append(str(error))
-        files = []
-    torch = any(file.suffix != ".safetensors" for file in files)
     if is_drafter(fields):
-        _inspect_drafter(folder, found, "medusa_num_heads" in fields, files, torch)
+        _inspect_drafter(folder, found, files)
     elif "model_type" in fields:
-        _inspect_target(folder, found, str(fields["model_type"]), files, torch, trust_remote_code)
+        found.about = str(fields["model_type"])
+        _inspect_target(folder, found, files, trust_remote_code)
     else:
         found.lacks.append(f"{folder / 'config.json'}: key 'model_type' is missing")
     return found
 
 
-def _inspect_adapter(folder: pathlib.Path, found: Inspection) -> None:
+def _inspect_adapter(folder: pathlib.Path, found: Inspection) -> Inspection:
     found.kind, found.step = ADAPTER, "on top of the target's"
     found.remarks.append("needs the target it was trained on: --model TARGET --adapter-path PATH")
     try:
         fields = check_adapter(folder)
-        settings = fields.get("lora_parameters") or {}
+        rank = (fields.get("lora_parameters") or {}).get("rank")
+        layers, model = fields.get("num_layers"), fields.get("model")
         parts = [
-            fields.get("fine_tune_type", "lora"),
-            *(f"{key} {settings[key]}" for key in ("rank",) if key in settings),
+            str(fields.get("fine_tune_type", "lora")),
+            "" if rank is None else f"rank {rank}",
+            "" if layers is None else f"{layers} layers",
+            "" if model is None else f"for {model}",
         ]
-        if "num_layers" in fields:
-            parts.append(f"{fields['num_layers']} layers")
-        if "model" in fields:
-            parts.append(f"for {fields['model']}")
-        found.about = ", ".join(map(str, parts))
+        found.about = ", ".join(filter(None, parts))
         file = folder / "adapters.safetensors"
         arrays = read_weights([file])
         found.files, found.weight_bytes = 1, file.stat().st_size
         found.parameters = sum(value.size for value in arrays.values())
         found.weight_types = _types(arrays)
-        found.bytes_per_step = sum(value.nbytes for value in arrays.values())
+        found.bytes_per_step = sum(found.weight_types.values())
     except UserError as error:
         found.lacks.append(str(error))
+    return found
 
 
-def _inspect_drafter(
-    folder: pathlib.Path, found: Inspection, medusa: bool, files: list[pathlib.Path], torch: bool
-) -> None:
+def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathlib.Path]) -> None:
+    medusa, torch = is_medusa(folder), _has_torch(files)
     found.kind = HF_DRAFTER if torch or published_files(folder) else DRAFTER
     try:
         config: Any = None if medusa else read_config(folder)
         if files and not torch:
             with tempfile.TemporaryDirectory() as scratch:
-                head = read_heads(folder, pathlib.Path(scratch)) if medusa else read(folder, pathlib.Path(scratch))
+                head = read_drafter(folder, pathlib.Path(scratch))
                 _weigh_drafter(found, head)
                 config = head.config
             if not medusa and not is_converted(read_weights(files)):
@@ -165,6 +158,10 @@ def _inspect_drafter(
         found.lacks.append("conversion: mlx-redrafter convert drafter --hf-path PATH --mlx-path NEW")
 
 
+def _has_torch(files: list[pathlib.Path]) -> bool:
+    return any(file.suffix != ".safetensors" for file in files)
+
+
 def _weigh_drafter(found: Inspection, head: Drafter) -> None:
     found.parameters, found.weight_types = get_total_parameters(head), _types(head)
     if isinstance(head, RecurrentDrafter):
@@ -176,15 +173,10 @@ def _weigh_drafter(found: Inspection, head: Drafter) -> None:
 
 
 def _inspect_target(
-    folder: pathlib.Path,
-    found: Inspection,
-    model_type: str,
-    files: list[pathlib.Path],
-    torch: bool,
-    trust_remote_code: bool,
+    folder: pathlib.Path, found: Inspection, files: list[pathlib.Path], trust_remote_code: bool
 ) -> None:
+    torch = _has_torch(files)
     found.kind = TORCH_TARGET if torch else TARGET
-    found.about = model_type
     if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
         found.lacks.append("a tokenizer (tokenizer.json or tokenizer.model)")
     if torch:
@@ -196,11 +188,9 @@ def _inspect_target(
             return
         model, config = open_model(folder, trust_remote_code)
     except UserError as error:
-        lack = str(error).replace(f"{folder}: mlx-lm cannot load it", "a form that mlx-lm can load")
-        found.lacks.append(lack)
+        found.lacks.append(str(error).replace(f"{folder}: mlx-lm cannot load it", "a form that mlx-lm can load"))
         return
-    found.parameters = get_total_parameters(model)
-    found.weight_types = _types(model)
+    found.parameters, found.weight_types = get_total_parameters(model), _types(model)
     found.bytes_per_step = _bytes_per_pass(model, config, found)
     for length in CACHE_LENGTHS:
         try:
@@ -215,43 +205,38 @@ def _inspect_target(
 
 def _bytes_per_pass(model: nn.Module, config: dict[str, Any], found: Inspection) -> int:
     """Weights that one pass over one token reads."""
-    total = weights(model)[1]
-    tables = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))]
+    total, modules = weights(model)[1], model.modules()
+    tables = [module for module in modules if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))]
     if tables:
         table = max(tables, key=lambda module: weights(module)[1])
-        rows = table.weight.shape[0]
-        heads = [
-            m for m in model.modules() if isinstance(m, (nn.Linear, nn.QuantizedLinear)) and m.weight.shape[0] == rows
-        ]
-        if heads:  # or the table is the output layer, too, and read whole
-            total -= weights(table)[1]
-    experts = [module for module in model.modules() if isinstance(module, (SwitchLinear, QuantizedSwitchLinear))]
+        linear = [module.weight for module in modules if isinstance(module, (nn.Linear, nn.QuantizedLinear))]
+        if any(weight.shape[0] == table.weight.shape[0] for weight in linear):
+            total -= weights(table)[1]  # or the table is the output layer, too, and read whole
+    experts = [module for module in modules if isinstance(module, (SwitchLinear, QuantizedSwitchLinear))]
     if experts:
         places = (config, config.get("text_config") or {})
-        active = next(
-            (place[key] for key in _ACTIVE_EXPERTS for place in places if isinstance(place.get(key), int)), None
-        )
+        values = [place.get(key) for key in _ACTIVE_EXPERTS for place in places]
+        active = next((value for value in values if isinstance(value, int)), None)
         if active is None:
             found.remarks.append("how many experts a token uses is not known; all are counted")
         else:
-            idle = sum(weights(m)[1] * (m.weight.shape[0] - active) // m.weight.shape[0] for m in experts)
+            total -= sum(weights(m)[1] * (m.weight.shape[0] - active) // m.weight.shape[0] for m in experts)
             found.remarks.append(f"experts: {active} of {experts[0].weight.shape[0]} per token")
-            total -= idle
     return total
 
 
 def _types(model: nn.Module | dict[str, mx.array]) -> dict[str, int]:
     """Bytes by type of weights, the largest first."""
     counts: Counter[str] = Counter()
-    quantised: set[str] = set()
+    packed: set[str] = set()
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
             if "scales" in module:
-                quantised.add(f"{name}.")
+                packed.add(name)
                 settings: Any = module
                 counts[f"{settings.bits}-bit {settings.mode}"] += weights(module)[1]
         model = tensors(model)
     for name, value in model.items():
-        if not quantised or name.rpartition(".")[0] + "." not in quantised:
+        if name.rpartition(".")[0] not in packed:
             counts[type_name(value)] += value.nbytes
     return dict(counts.most_common())

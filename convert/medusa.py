@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 import re
 from typing import Any
 
 import mlx.core as mx
-from mlx_redrafter.convert.heads import Kind, convert_head
-from mlx_redrafter.convert.source import source_weights
-from mlx_redrafter.convert.torch_files import as_safetensors
+from mlx_redrafter.convert.source import lazy_weights, weight_files
 
 from mlx_redrafter.drafting.drafter_files import whole_number
 from mlx_redrafter.drafting.medusa import MODEL_TYPE, MedusaConfig, MedusaHeads, build_medusa
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
-from mlx_redrafter.system.hub import fetch
-from mlx_redrafter.system.weights import read_weights
 
 WEIGHT_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
-_PATTERNS = ["config.json", *WEIGHT_FILES, "model*.safetensors", "model.safetensors.index.json"]
 # Head h is a sequence: residual blocks 0, 1, ..., then the output layer.
 _BLOCK = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.linear\.(weight|bias)")
 _OUTPUT = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.weight")
 
 
-def is_medusa(hf_path: str) -> bool:
-    """Whether a checkpoint's config.json is that of Medusa heads. Raises UserError where there is none."""
-    fields = read_json(fetch(hf_path, "--hf-path", patterns=["config.json"]) / "config.json")
-    return "medusa_num_heads" in fields
-
-
-def read_heads(source: pathlib.Path, scratch: pathlib.Path) -> MedusaHeads:
-    """Heads of lazy weights, published or ours. Raises UserError; `scratch` as for `source_weights`."""
+def read(source: pathlib.Path, scratch: pathlib.Path) -> MedusaHeads:
+    """Heads of lazy weights, published or ours. Raises UserError; `scratch` as for `lazy_weights`."""
     file = source / "config.json"
     fields, published = read_json(file), published_files(source)
     if not published:
-        if fields.get("model_type") == MODEL_TYPE and "vocab_size" in fields:
-            return build_medusa(MedusaConfig.from_dict(fields, str(file)), source_weights(source, scratch), str(source))
-        raise UserError(f"{source}: no weights; expected {' or '.join(WEIGHT_FILES)}")
-    weights = read_weights(published if published[0].suffix == ".safetensors" else as_safetensors(published, scratch))
+        if fields.get("model_type") != MODEL_TYPE or "vocab_size" not in fields:
+            raise UserError(f"{source}: no weights; expected {' or '.join(WEIGHT_FILES)}")
+        weights = lazy_weights(weight_files(source), scratch)
+        return build_medusa(MedusaConfig.from_dict(fields, str(file)), weights, str(source))
+    weights = lazy_weights(published, scratch)
     config = _published_config(fields, weights, str(file))
     return build_medusa(config, rename(weights, config, str(published[0])), str(published[0]))
 
@@ -93,7 +82,3 @@ def published_form(heads: MedusaHeads) -> tuple[dict[str, Any], dict[str, mx.arr
         weights[f"{h}.{len(head.blocks)}.weight"] = head.lm_head.weight
     sizes = ("vocab_size", "hidden_size")  # which published configs do not name
     return {key: value for key, value in heads.config.to_dict().items() if key not in sizes}, weights
-
-
-#: Converts published Medusa heads, or our own; arguments as of `convert_head` after the kind.
-convert_medusa = functools.partial(convert_head, Kind(read_heads, MedusaHeads.quantize, lambda heads: heads, _PATTERNS))

@@ -21,8 +21,8 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     raise UserError(f"{folder}: no weights; expected {EXPECTED}")
 
 
-def source_weights(folder: pathlib.Path, scratch: pathlib.Path) -> dict[str, mx.array]:
-    """All tensors of a checkpoint, lazy.
+def lazy_weights(files: list[pathlib.Path], scratch: pathlib.Path) -> dict[str, mx.array]:
+    """All tensors of a checkpoint's files, lazy.
 
     Args:
         scratch: a folder for PyTorch's files as safetensors; it has to outlive the arrays' evaluation.
@@ -30,5 +30,4 @@ def source_weights(folder: pathlib.Path, scratch: pathlib.Path) -> dict[str, mx.
     Raises:
         UserError: naming the file or tensor that is missing or wrong.
     """
-    files = weight_files(folder)
     return read_weights(files if files[0].suffix == ".safetensors" else as_safetensors(files, scratch))

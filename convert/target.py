@@ -66,15 +66,12 @@ def convert_target(
     require_free(mlx_path)
     if quantize and q_mode == "affine":
         check_quantization(q_bits, q_group_size)
-    if is_gguf(hf_path, gguf_name):
-        gguf = find_gguf(hf_path, "--hf-path", gguf_name)
-        if not quantize:
-            with write_directory(mlx_path) as folder:
-                print(f"{gguf}: {write_model(gguf, folder, dequantize, dtype)}", file=sys.stderr)
-            return pathlib.Path(mlx_path)
-    else:
-        gguf, source = None, _fetch(hf_path)
+    gguf = find_gguf(hf_path, "--hf-path", gguf_name) if is_gguf(hf_path, gguf_name) else None
+    source = _fetch(hf_path) if gguf is None else gguf
     with write_directory(mlx_path) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if gguf is not None and not quantize:
+            print(f"{gguf}: {write_model(gguf, folder, dequantize, dtype)}", file=sys.stderr)
+            return pathlib.Path(mlx_path)
         if gguf is not None:
             source = pathlib.Path(scratch) / "gguf"
             source.mkdir()
@@ -89,15 +86,8 @@ def convert_target(
                 _cast(model, config, dtype)
                 if quantize:
                     bits, group = (q_bits, q_group_size) if q_mode == "affine" else (None, None)
-                    recipe: Any = q_recipe and mixed_quant_predicate_builder(q_recipe, model, q_group_size)
-                    model, config = quantize_model(
-                        model,
-                        config,
-                        group,
-                        bits,
-                        q_mode,
-                        quant_predicate=recipe or None,  # type: ignore[arg-type]
-                    )
+                    recipe: Any = mixed_quant_predicate_builder(q_recipe, model, q_group_size) if q_recipe else None
+                    model, config = quantize_model(model, config, group, bits, q_mode, quant_predicate=recipe)
         except Exception as error:  # whatever mlx-lm makes of the model
             raise UserError(f"{source}: mlx-lm cannot convert it: {one_line(error)}") from error
         weights = take_weights(model)

@@ -9,19 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mlx_redrafter.errors import UserError, one_line
-from mlx_redrafter.system.weights import ITEM_BYTES, find_weights, require_space, write_safetensors
-
-_NAMES = {
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+from mlx_redrafter.system.weights import ITEM_BYTES, TYPES, find_weights, require_space, write_safetensors
 
 
 def find_torch_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -71,9 +59,9 @@ def _write(file: pathlib.Path, state: dict[str, Any], out: pathlib.Path) -> None
 
     shapes = {}
     for name, tensor in state.items():
-        dtype = _NAMES.get(str(tensor.dtype).removeprefix("torch."))
+        dtype = TYPES.get(str(tensor.dtype).removeprefix("torch."))
         if dtype is None:
-            known = ", ".join(sorted(_NAMES))
+            known = ", ".join(sorted(TYPES))
             raise UserError(f"{file}: tensor {name!r} has type {tensor.dtype}, expected one of {known}")
         assert tensor.element_size() == ITEM_BYTES[dtype]
         shapes[name] = (dtype, tuple(tensor.shape))

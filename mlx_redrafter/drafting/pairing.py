@@ -15,14 +15,19 @@ def check_pair(target: Target, drafter: Drafter, name: str = "drafter") -> None:
     Raises:
         UserError: the drafter was made for a target of another shape.
     """
+    check_sizes(target, drafter, name)
+    if isinstance(drafter, RecurrentDrafter):
+        tie(drafter, target)
+
+
+def check_sizes(target: Target, drafter: Drafter, name: str) -> None:
+    """Raises UserError where the drafter was made for a target of another shape."""
     for field in ("hidden_size", "vocab_size"):
         found, expected = getattr(drafter.config, field), getattr(target, field)
         if found != expected:
             raise UserError(
                 f"{name}: {field} is {found}, but the target's is {expected}; it was made for another model"
             )
-    if isinstance(drafter, RecurrentDrafter) and not drafter.is_complete:
-        tie(drafter, target)
 
 
 def tie(drafter: RecurrentDrafter, target: Target) -> None:

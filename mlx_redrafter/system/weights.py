@@ -25,23 +25,13 @@ from mlx_redrafter.system.files import check_safetensors, read_json, read_safete
 
 SHARD_BYTES = 5 * 2**30  # mlx-lm's
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
-# The types of the safetensors format that mlx has, and the bytes of one item.
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
-ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
-_NAMES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.int64: "I64",
-    mx.int32: "I32",
-    mx.int16: "I16",
-    mx.int8: "I8",
-    mx.uint64: "U64",
-    mx.uint32: "U32",
-    mx.uint16: "U16",
-    mx.uint8: "U8",
-    mx.bool_: "BOOL",
+# The types of the safetensors format that mlx has, by the names that mlx and PyTorch give them.
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
+TYPES |= {f"int{bits}": f"I{bits}" for bits in (64, 32, 16, 8)} | {
+    f"uint{bits}": f"U{bits}" for bits in (64, 32, 16, 8)
 }
+# The bytes of one item of each.
+ITEM_BYTES = {name: 1 if name == "BOOL" else int(name.lstrip("BFIU")) // 8 for name in TYPES.values()}
 
 
 def find_weights(folder: pathlib.Path, stem: str = "model", suffix: str = ".safetensors") -> list[pathlib.Path]:
@@ -161,7 +151,7 @@ def save_weights(
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
         for i, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            shapes = {name: (_NAMES[weights[name].dtype], weights[name].shape) for name in names}
+            shapes = {name: (TYPES[type_name(weights[name])], weights[name].shape) for name in names}
             write_safetensors(folder / file, shapes, read, bar.update, kind)
             places |= dict.fromkeys(names, file)
     if len(shards) > 1:

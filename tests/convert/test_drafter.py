@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
-from mlx_redrafter.convert.drafter import convert_drafter, export_names
+from mlx_redrafter.convert.drafter import convert_drafter
+from mlx_redrafter.convert.redrafter import published_form
 from mlx_redrafter.convert.target import convert_target
 from support import make_drafter
 
@@ -31,7 +32,7 @@ def write_checkpoint(folder, drafter, naming="lm_head", file="model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     fields = {"num_lookback_tokens": 1, **drafter.config.to_dict(), **config_changes}
     (folder / "config.json").write_text(json.dumps(fields))
-    weights = {NAMINGS[naming](name): value for name, value in export_names(drafter).items()}
+    weights = {NAMINGS[naming](name): value for name, value in published_form(drafter)[1].items()}
     if file.endswith(".safetensors"):
         mx.save_safetensors(str(folder / file), weights)
     else:
@@ -64,7 +65,7 @@ def test_torch_files(tmp_path, file, dtype):
     drafter = make_drafter()
     drafter.set_dtype(getattr(mx, dtype))
     weights = {}
-    for name, value in export_names(drafter).items():
+    for name, value in published_form(drafter)[1].items():
         weights[name] = torch.tensor(value.astype(mx.float32).tolist(), dtype=getattr(torch, dtype))
     source = tmp_path / "hf"
     source.mkdir()
@@ -77,7 +78,7 @@ def test_torch_files(tmp_path, file, dtype):
 def test_export_is_the_way_back(tmp_path):
     """If this fails, input_proj's halves are joined or split in the wrong order."""
     drafter = make_drafter()
-    joined = export_names(drafter)["input_proj.weight"]
+    joined = published_form(drafter)[1]["input_proj.weight"]
     assert joined.shape == (32, 64)
     assert mx.array_equal(joined[:, :32], drafter.input_proj_context.weight)
     assert mx.array_equal(joined[:, 32:], drafter.input_proj_state.weight)

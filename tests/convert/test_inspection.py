@@ -7,10 +7,10 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2_moe
-from mlx_redrafter.convert.drafter import export_names
+from mlx_redrafter.convert.drafter import convert_drafter
 from mlx_redrafter.convert.export import export
 from mlx_redrafter.convert.inspection import inspect_directory
-from mlx_redrafter.convert.medusa import convert_medusa
+from mlx_redrafter.convert.redrafter import published_form
 from mlx_redrafter.convert.target import convert_target
 from support import make_drafter
 
@@ -118,7 +118,7 @@ def test_drafters(tmp_path, capsys):
     apple = tmp_path / "apple"
     apple.mkdir()
     shutil.copy(tmp_path / "d" / "config.json", apple)
-    mx.save_safetensors(str(apple / "model.safetensors"), export_names(drafter))
+    mx.save_safetensors(str(apple / "model.safetensors"), published_form(drafter)[1])
     unconverted = inspected(capsys, apple)
     assert (unconverted["kind"], unconverted["runnable"]) == ("unconverted drafter", False)
     assert unconverted["lacks"][0].startswith("conversion: mlx-redrafter convert drafter")
@@ -169,7 +169,7 @@ def test_medusa_heads_there_and_back(tmp_path):
     assert {path.name for path in (tmp_path / "published").iterdir()} == {"config.json", "medusa_lm_head.safetensors"}
     names = mx.load(str(tmp_path / "published" / "medusa_lm_head.safetensors")).keys()
     assert {"0.0.linear.weight", "0.1.linear.bias", "3.2.weight"} <= names and len(names) == 4 * 5
-    again = open_drafter(convert_medusa(str(tmp_path / "published"), str(tmp_path / "back")))
+    again = open_drafter(convert_drafter(str(tmp_path / "published"), str(tmp_path / "back")))
     assert again.config == heads.config
     expected = dict(tree_flatten(heads.parameters()))
     assert all(mx.array_equal(value, expected[name]) for name, value in tree_flatten(again.parameters()))
@@ -228,10 +228,18 @@ def test_what_is_lacking(tmp_path, capsys, damage, kind, message):
     [
         (["/no/such/place"], "/no/such/place: no such directory"),
         ([__file__], "is a file, expected a directory"),
-        ([".", "--bandwidth", "0"], "--bandwidth is 0"),
     ],
 )
 def test_mistakes(capsys, argv, message):
     assert main(["inspect", *argv]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "fast"])
+def test_bandwidth(capsys, value):
+    """If this fails, a step costs nothing, or less than that."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", str(EMBEDDED / "target"), "--bandwidth", value])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "--bandwidth is " in err and err.count("\n") == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_redrafter.convert.medusa import convert_medusa
+from mlx_redrafter.convert.drafter import convert_drafter
 from support import make_model
 
 import mlx_redrafter
@@ -320,17 +320,19 @@ def test_published_checkpoints(tmp_path, kind, prefix):
     source = published(tmp_path / "hf", heads, kind, prefix)
     with pytest.raises(UserError, match="Medusa heads as published; run `mlx-redrafter convert drafter`"):
         open_drafter(source)
-    found = open_drafter(convert_medusa(source, str(tmp_path / "mlx")))
+    found = open_drafter(convert_drafter(source, str(tmp_path / "mlx")))
     assert found.config == heads.config
     for (name, value), (_, expected) in zip(tree_flatten(found.parameters()), tree_flatten(heads.parameters())):
         assert mx.array_equal(value, expected), name
-    again = open_drafter(convert_medusa(str(tmp_path / "mlx"), str(tmp_path / "again"), quantize=True, q_group_size=32))
+    again = open_drafter(
+        convert_drafter(str(tmp_path / "mlx"), str(tmp_path / "again"), quantize=True, q_group_size=32)
+    )
     assert again.config.quantization == {"group_size": 32, "bits": 4}
 
 
 def test_fewer_heads_than_there_are(tmp_path):
     source = published(tmp_path / "hf", make_heads(heads=5), medusa_num_heads=2)
-    assert len(open_drafter(convert_medusa(source, str(tmp_path / "mlx"))).heads) == 2
+    assert len(open_drafter(convert_drafter(source, str(tmp_path / "mlx"))).heads) == 2
 
 
 @pytest.mark.parametrize(
@@ -344,7 +346,7 @@ def test_fewer_heads_than_there_are(tmp_path):
 def test_a_checkpoint_that_does_not_fit_its_config(tmp_path, config, message):
     source = published(tmp_path / "hf", make_heads(), **config)
     with pytest.raises(UserError, match=message):
-        convert_medusa(source, str(tmp_path / "mlx"))
+        convert_drafter(source, str(tmp_path / "mlx"))
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
@@ -353,10 +355,10 @@ def test_a_tensor_of_no_head(tmp_path):
     file = f"{source}/medusa_lm_head.safetensors"
     mx.save_safetensors(file, {**mx.load(file), "0.0.norm.weight": mx.ones((3,))})
     with pytest.raises(UserError, match=r"tensor .0\.0\.norm\.weight. does not belong to Medusa heads"):
-        convert_medusa(source, str(tmp_path / "mlx"))
+        convert_drafter(source, str(tmp_path / "mlx"))
     (tmp_path / "hf" / "medusa_lm_head.safetensors").unlink()
     with pytest.raises(UserError, match=r"no weights; expected medusa_lm_head.safetensors or medusa_lm_head.pt"):
-        convert_medusa(source, str(tmp_path / "mlx"))
+        convert_drafter(source, str(tmp_path / "mlx"))
 
 
 def test_from_the_shell(tmp_path, capsys, pair):
@@ -377,7 +379,7 @@ def test_from_the_shell(tmp_path, capsys, pair):
 def test_the_target_is_noted(tmp_path, stories):
     """If this fails, heads made for one model are used with another and nobody is told."""
     source = published(tmp_path / "hf", make_heads(vocab=512, hidden=64))
-    found = open_drafter(convert_medusa(source, str(tmp_path / "mlx"), target=str(stories)))
+    found = open_drafter(convert_drafter(source, str(tmp_path / "mlx"), target=str(stories)))
     assert found.config.target_fingerprint
     _, drafter, _ = mlx_redrafter.load(str(stories), str(tmp_path / "mlx"))
     assert isinstance(drafter, MedusaHeads)

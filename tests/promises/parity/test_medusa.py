@@ -11,7 +11,7 @@ import mlx_redrafter  # before torch and mlx: it puts OpenBLAS in front of MLX's
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_redrafter.convert.medusa import convert_medusa
+from mlx_redrafter.convert.drafter import convert_drafter
 from tokenizers import Tokenizer
 
 from mlx_redrafter.decoding.loop import speculative
@@ -59,7 +59,7 @@ def heads(request, target, tmp_path_factory) -> tuple[medusa.MedusaHeads, Medusa
     torch.save(theirs.state_dict(), folder / "medusa_lm_head.pt")
     fields = {"medusa_num_heads": 4, "medusa_num_layers": request.param, "base_model_name_or_path": "a/b"}
     (folder / "config.json").write_text(json.dumps(fields))
-    ours = open_drafter(convert_medusa(str(folder), str(folder.parent / "mlx")))
+    ours = open_drafter(convert_drafter(str(folder), str(folder.parent / "mlx")))
     assert isinstance(ours, MedusaHeads)
     return theirs, ours, text
 
