@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,13 +44,26 @@ def slots(owner: Any, path: str = "") -> Iterator[Slot]:
 
 
 class StandIn:
-    """Stands in for a module: is called and read as the module is, but for what a subclass changes."""
+    """Stands in for a module in the thread that put it there; in others it is called and read as the module is.
+
+    A subclass says in `call` what a call does instead.
+    """
+
+    _thread: int | None = None
 
     def __init__(self, module: nn.Module):
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.call if self.at_work else self.module)(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    @property
+    def at_work(self) -> bool:
+        """Whether this is the thread that it stands in for."""
+        return self._thread == threading.get_ident()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
@@ -57,12 +71,13 @@ class StandIn:
 
 @contextlib.contextmanager
 def standing_in(stand_ins: Sequence[tuple[Slot, StandIn]]) -> Iterator[None]:
-    """While it lasts, each stand-in hangs in its slot.
+    """While it lasts, each stand-in hangs in its slot, for calls from this thread.
 
     A module is a dictionary of what it has; the order of that stays as it was.
     """
     try:
         for slot, stand_in in stand_ins:
+            stand_in._thread = threading.get_ident()
             slot.owner[slot.name] = stand_in
         yield
     finally:

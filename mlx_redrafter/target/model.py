@@ -110,7 +110,7 @@ class _Recorder(StandIn):
 
     seen: mx.array | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         output = self.module(*args, **kwargs)
         self.seen = output[0] if isinstance(output, (tuple, list)) else output
         return output
@@ -119,7 +119,7 @@ class _Recorder(StandIn):
 class _Head(_Recorder):
     """Stands in for an output layer and keeps what it reads."""
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def call(self, x: mx.array) -> mx.array:
         self.seen = x
         return self.module(x)
 
@@ -127,11 +127,12 @@ class _Head(_Recorder):
 class _TiedHead(_Recorder):
     """Stands in for an embedding and keeps what it reads as an output layer."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        self.seen = x
+        if self.at_work:
+            self.seen = x
         return self.module.as_linear(x)  # type: ignore[operator]
 
 

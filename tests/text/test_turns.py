@@ -1,14 +1,20 @@
 """Threads: two that generate at once, one that goes on where another began; and caches of one user at a time."""
 
+import collections
+import itertools
 import threading
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
+from mlx_redrafter.benchmarks.architectures import small_models
 from support import make_drafter, make_model
 
-from mlx_redrafter import Conversation, DraftShape, UserError, stream_generate
+from mlx_redrafter import Conversation, DraftShape, UserError, generate, stream_generate
+from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.turns import InUse, Turns, in_turns
 
 PROMPTS = ["import os\n\n\ndef read_lines(path):\n", "class Reader:\n    def __init__(self", "def mean(values):\n    "]
@@ -65,6 +71,57 @@ def test_threads_that_generate_with_one_model(pair, plain, shape):
     for thread in threads:
         thread.join()
     assert found == {(number, i): plain[i] for number in range(4) for i in range(len(PROMPTS))}  # 12 of 12
+
+
+@pytest.fixture
+def meeting(monkeypatch):
+    """A thread named "ours" waits, at every seventh linear layer, until the other one has called three."""
+    whole, steps, moved = nn.Linear.__call__, collections.Counter(), threading.Condition()
+
+    def call(self, x):
+        name = threading.current_thread().name
+        with moved:
+            steps[name] += 1
+            moved.notify_all()
+            if name == "ours" and steps[name] % 7 == 0:
+                enough = steps["mlx_lm"] + 3
+                moved.wait_for(lambda: steps["mlx_lm"] >= enough, timeout=2)
+        return whole(self, x)
+
+    monkeypatch.setattr(nn.Linear, "__call__", call)
+
+
+@pytest.mark.parametrize("kind", ["attention", "recurrent states"])
+def test_mlx_lm_in_another_thread(pair, monkeypatch, meeting, kind):
+    """If this fails, a plain mlx_lm call beside one of ours meets our stand-ins: its text is wrong, or ours is."""
+    model, drafter, tokenizer = pair
+    if kind != "attention":
+        monkeypatch.setitem(small_models.COMMON, "vocab_size", 4096)
+        model = small_models.build("qwen3_next")
+        drafter = small_models.random_drafter(Target(model))
+    prompts, options = [*PROMPTS, *(text.upper() for text in PROMPTS)], {"max_tokens": 16}
+    expected = [mlx_lm.generate(model, tokenizer, prompt, **options) for prompt in prompts]
+    found, failed = {"mlx_lm": [], "ours": []}, []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+
+    def theirs():
+        for prompt in itertools.cycle(prompts):
+            found["mlx_lm"].append(mlx_lm.generate(model, tokenizer, prompt, **options))
+            if len(found["mlx_lm"]) >= len(prompts) and not ours.is_alive():
+                return
+
+    def mine():
+        for prompt in prompts:
+            found["ours"].append(generate(model, tokenizer, prompt, drafter=drafter, shape=DraftShape(), **options))
+
+    ours, other = threading.Thread(target=mine, name="ours"), threading.Thread(target=theirs, name="mlx_lm")
+    for thread in (ours, other):
+        thread.start()
+    for thread in (ours, other):
+        thread.join()
+    assert not failed, failed[0]
+    assert found["ours"] == expected
+    assert found["mlx_lm"] == [expected[i % len(prompts)] for i in range(len(found["mlx_lm"]))]
 
 
 @pytest.mark.parametrize("lookup", ["off", "on"])

@@ -35,7 +35,7 @@ class MixerStandIn(StandIn):
             and not isinstance(slot.owner, LoRALinear)
         ]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         layer = _recurrent_among((*args, *kwargs.values()))
         if layer is None or layer.frame is None or layer.step is None:
             return self.module(*args, **kwargs)
@@ -85,7 +85,7 @@ class _Recording(StandIn):
         super().__init__(module)
         self.outputs: list[mx.array] = []
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def call(self, x: mx.array) -> mx.array:
         self.outputs.append(self.module(x))
         return self.outputs[-1]
 
@@ -97,7 +97,7 @@ class _Playback(StandIn):
         super().__init__(module)
         self._outputs, self._rows, self._row = list(outputs), rows, row
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def call(self, x: mx.array) -> mx.array:
         read = self._rows if self._row is None else 1
         output = self._outputs.pop(0) if self._outputs else None
         # Where it does not read the same rows in the same form, it reads them for itself.
@@ -113,7 +113,7 @@ class _Listener(StandIn):
         super().__init__(slot.module)
         self._path, self._found = slot.path, found
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         before = len(self._found)
         output = self.module(*args, **kwargs)
         if len(self._found) == before and _recurrent_among((*args, *kwargs.values())) is not None:
