@@ -1,4 +1,7 @@
-"""`mlx-redrafter doctor`: which checks are made of which pair, and in what order."""
+"""`mlx-redrafter doctor`: which checks are made of which pair, and in what order.
+
+Knows nothing of what a check does.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ import dataclasses
 import gc
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from mlx_redrafter.doctor.checks import FAILED, NOT_MADE, NOTE, OK, REPORT, Check, broken, guarded
+from mlx_redrafter.doctor.checks import FAILED, NOT_MADE, NOTE, OK, Check, guarded
 from mlx_redrafter.doctor.comparison import Places, compare
 from mlx_redrafter.doctor.fixed_stages import fixed_stages
 from mlx_redrafter.doctor.float32_precision import products_check
@@ -60,148 +63,103 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.failed else 0
 
 
-def examine(args: argparse.Namespace, places: Places | None = None) -> Report:
+def examine(args: argparse.Namespace) -> Report:
     """All checks: of the device, of the embedded pair, and of the user's where one is named."""
-    places = places or Places.here()
-    before = active_memory()
+    places, before = Places.here(), active_memory()
     model, drafter, tokenizer = load_from(args)
     if drafter is None:
         raise UserError("--draft is missing: a target is checked together with its drafter")
-    facts = device_facts() | {"memory limit": _limit()}
-    report = Report({name: value for name, value in facts.items() if value})
+    mine = args.model is None and args.draft is None and args.adapter_path is None
+    name = EMBEDDED_PAIR if mine else YOUR_PAIR
+    facts = device_facts()
+    if limit := mx.device_info().get("max_recommended_working_set_size"):
+        facts["memory limit"] = f"{int(limit) / 1e9:.1f} GB"
+    report = Report(facts | {name.lower(): f"target {describe(model)}; drafter {describe(drafter)}"})
     with tqdm(desc="checking", unit="check", leave=False) as bar:
 
-        def note(pair: str, checks: Iterator[Check]) -> None:
-            for check in _to_the_end(checks):
+        def note(pair: str, what: str, make: Callable[..., Check | Iterable[Check]], *given: Any) -> None:
+            for check in guarded(what, make, *given):
                 report.checks.setdefault(pair, []).append(check)
                 bar.update()
 
-        note(NO_PAIR, _device_checks(places))
+        note(NO_PAIR, "float32 products", products_check)
+        for stage in fixed_stages():
+            note(NO_PAIR, stage.name, compare, stage, places, 0.0 if on_cpu() else 1e-6)
         reduced = bool(report.checks[NO_PAIR][0].figures.get("reduced"))
-        mine = args.model is None and args.draft is None and args.adapter_path is None
-        name = EMBEDDED_PAIR if mine else YOUR_PAIR
-        report.facts[name.lower()] = f"target {describe(model)}; drafter {describe(drafter)}"
         # Memory comes first, before anything else was held.
-        note(name, _memory_checks(model, drafter, tokenizer, before))
+        note(name, "memory", memory_check, model, drafter, tokenizer, PROMPTS[0], SHAPES[-1], before, TOKENS)
         if not mine:
-            note(EMBEDDED_PAIR, _embedded_stages(places))
-        note(name, _stage_checks(model, drafter, tokenizer, places, embedded=mine))
-        note(name, _cost_checks(model, drafter, report))
+            note(EMBEDDED_PAIR, "stages", lambda: _stage_checks(*load(), places, True))
+        note(name, "stages", _stage_checks, model, drafter, tokenizer, places, mine)
+        note(name, "costs of a step", _cost_check, model, drafter, report)
         kinds = variants(args, model)
         del model, drafter
-        note(name, _text_checks(kinds, reduced))
+        note(name, "texts", _text_checks, kinds, reduced)
     return report
 
 
-def _to_the_end(checks: Iterator[Check]) -> Iterator[Check]:
-    """Checks, and what broke between two of them as one more."""
-    try:
-        yield from checks
-    except UserError:
-        raise
-    except Exception as error:  # whatever a device makes of what it was handed
-        yield broken("what came next", error)
-
-
-def _device_checks(places: Places | None) -> Iterator[Check]:
-    yield guarded("float32 products", products_check)
-    for stage in fixed_stages():
-        yield compare(stage, places, 0.0 if on_cpu() else 1e-6)
-
-
-def _embedded_stages(places: Places | None) -> Iterator[Check]:
-    model, drafter, tokenizer = load()
-    assert drafter is not None
-    yield from _stage_checks(model, drafter, tokenizer, places, embedded=True)
-
-
 def _stage_checks(
-    model: nn.Module, drafter: Drafter, tokenizer: Any, places: Places | None, embedded: bool
+    model: nn.Module, drafter: Drafter | None, tokenizer: Any, places: Places | None, embedded: bool
 ) -> Iterator[Check]:
     """Each stage in both places, and the self-check against plain decoding where it is used."""
-    target, verifier = Target.of(model), verifier_of(model)
-    yield _capability(verifier.found, embedded)
-    ways = every_way(verifier.found) if embedded else [verifier.found]
-    if verifier.capability == NONE:
+    assert drafter is not None
+    target, found = Target.of(model), verifier_of(model).found
+    yield _capability(found, embedded)
+    if found.kind == NONE:
         yield Check("stages", NOT_MADE, "this target cannot verify drafts")
         return
     if places is not None and not embedded and (seconds := reading_seconds(target, places.reference)) > PATIENCE:
         yield Check("stages", NOT_MADE, f"the CPU would take {seconds:.0f} s; see those of the embedded pair")
         return
     place = mx.default_device() if places is None else places.reference
-    given = inputs(target, _encode(tokenizer, PROMPTS[0])[:16], place)
+    given = inputs(target, tokenizer.encode(PROMPTS[0])[:16], place)
     least, most = tolerances(model, target)
     plain = compare(plain_stage(target, given), places, most, PLAIN_ADVICE)
     yield plain
     tolerance = min(most, max(least, 3 * plain.figures.get("difference", 0.0)))
-    for stage in pair_stages(target, drafter, given, ways):
+    for stage in pair_stages(target, drafter, given, every_way(found) if embedded else [found]):
         yield compare(stage, places, tolerance)
 
 
 def _capability(found: Capability, embedded: bool) -> Check:
     """What verification against plain decoding has shown on this device."""
-    name, figures = "verification against plain decoding", dataclasses.asdict(found)
-    if found.kind == TREE and not (embedded and found.split_rows):
-        return Check(name, OK, "equal; any tree can be verified", "", figures)
-    what = f"capability {found.kind!r}{', rows split' if found.split_rows else ''} ({found.reason})"
-    if embedded:  # known to take any tree
-        return Check(name, FAILED, f"{what}, expected {TREE!r}", REPORT, figures)
-    return Check(name, NOTE, what, "", figures)
+    detail, status = "equal; any tree can be verified", OK
+    if found.kind != TREE or (embedded and found.split_rows):
+        detail = f"capability {found.kind!r}{', rows split' * found.split_rows} ({found.reason})"
+        status = NOTE
+    if embedded and status == NOTE:  # known to take any tree
+        detail, status = f"{detail}, expected {TREE!r}", FAILED
+    return Check("verification against plain decoding", status, detail, figures=dataclasses.asdict(found))
 
 
-def _memory_checks(model: nn.Module, drafter: Drafter, tokenizer: Any, before: int) -> Iterator[Check]:
-    prompt = _encode(tokenizer, PROMPTS[0])
-    verifier_of(model)
-    yield guarded("memory", lambda: memory_check(model, drafter, tokenizer, prompt, SHAPES[-1], before, tokens=TOKENS))
-
-
-def _cost_checks(model: nn.Module, drafter: Drafter, report: Report) -> Iterator[Check]:
-    verifier = verifier_of(model)
+def _cost_check(model: nn.Module, drafter: Drafter, report: Report) -> Check:
+    name, verifier = "costs of a step", verifier_of(model)
     if verifier.capability == NONE:
-        yield Check("costs of a step", NOT_MADE, "this target cannot verify drafts")
-        return
-
-    def check() -> Check:
-        session = session_for(verifier, drafter)
-        report.costs, report.choice = session.costs, str(session.memory.current.plan)
-        return Check(
-            "costs of a step", OK, f"{'measured now' if session.measured_now else 'measured before'}, see below"
-        )
-
-    yield guarded("costs of a step", check)
+        return Check(name, NOT_MADE, "this target cannot verify drafts")
+    session = session_for(verifier, drafter)
+    report.costs, report.choice = session.costs, str(session.memory.current.plan)
+    return Check(name, OK, f"{'measured now' if session.measured_now else 'measured before'}, see below")
 
 
 def _text_checks(kinds: list[Variant], reduced: bool) -> Iterator[Check]:
     """Texts of each type of weights; a pair's memory is free before the next one is loaded."""
     for variant in kinds:
-        yield from _texts_of(variant, reduced)
+        name = f"texts, {variant.name}"
+        yield from guarded(name, _texts_of, variant, name, reduced)
         gc.collect()
         mx.clear_cache()
 
 
-def _texts_of(variant: Variant, reduced: bool) -> Iterator[Check]:
-    name = f"texts, {variant.name}"
+def _texts_of(variant: Variant, name: str, reduced: bool) -> Iterator[Check]:
     if variant.why_not:
         yield Check(name, NOT_MADE, variant.why_not)
         return
     model, drafter, tokenizer = variant.load()
-    verifier = verifier_of(model)
-    if verifier.capability == NONE:
-        yield Check(name, NOT_MADE, verifier.reason)
+    if verifier_of(model).capability == NONE:
+        yield Check(name, NOT_MADE, verifier_of(model).reason)
         return
-    prompts = [_encode(tokenizer, prompt) for prompt in PROMPTS]
-    write = greedy_texts(model, drafter, tokenizer)
-    yield guarded(name, lambda: greedy_check(name, measure(write, model, prompts), variant.exact, reduced))
+    prompts, write = [tokenizer.encode(prompt) for prompt in PROMPTS], greedy_texts(model, drafter, tokenizer)
+    yield from guarded(name, lambda: greedy_check(name, measure(write, model, prompts), variant.exact, reduced))
     if variant.exact:
         sampled = f"{name}, sampled"
-        yield guarded(sampled, lambda: sampled_check(sampled, model, drafter, tokenizer, prompts[:2], reduced))
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text))
-
-
-def _limit() -> str:
-    """How much of the memory the GPU should hold at most, where MLX says so."""
-    most = mx.device_info().get("max_recommended_working_set_size")
-    return "" if most is None else f"{int(most) / 1e9:.1f} GB"
+        yield from guarded(sampled, sampled_check, sampled, model, drafter, tokenizer, prompts[:2], reduced)

@@ -75,18 +75,13 @@ def compare(stage: Stage, places: Places | None, tolerance: float, advice: str =
         found = run_in(places.tested, stage)
     except Exception as error:
         return Check(stage.name, FAILED, f"does not run: {type(error).__name__}: {one_line(error)}", advice)
-    if stage.judge is None:
-        worst, problem = difference(found, expected, tolerance)
-    else:
+    worst, problem = difference(found, expected, tolerance)
+    if stage.judge is not None:
         with mx.stream(places.reference):
-            worst, problem = 0.0, stage.judge(found, expected, tolerance)
-        shared = {name for name in found if found[name].shape == expected[name].shape}
-        worst = max((_apart(found[name], expected[name]) for name in shared if _is_float(found[name])), default=0.0)
+            problem = stage.judge(found, expected, tolerance)
     figures = {"difference": worst, "tolerance": tolerance}
-    if problem:
-        return Check(stage.name, FAILED, problem, advice, figures)
-    floats = any(_is_float(array) for array in found.values())
-    return Check(stage.name, OK, f"apart by {worst:.1e} at most" if floats else "equal", "", figures)
+    fine = f"apart by {worst:.1e} at most" if any(map(_is_float, found.values())) else "equal"
+    return Check(stage.name, FAILED if problem else OK, problem or fine, advice, figures)
 
 
 def run_in(place: Place, stage: Stage, compiled: bool = True) -> Outputs:
@@ -97,11 +92,10 @@ def run_in(place: Place, stage: Stage, compiled: bool = True) -> Outputs:
     """
     with contextlib.nullcontext() if compiled else _uncompiled(), mx.stream(place):
         outputs = stage.run()
-        plain = {
-            name: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x for name, x in outputs.items()
-        }
-        mx.eval(plain)
-    return {name: np.array(array) for name, array in plain.items()}
+        for name, x in outputs.items():
+            outputs[name] = x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+        mx.eval(outputs)
+    return {name: np.array(array) for name, array in outputs.items()}
 
 
 @contextlib.contextmanager

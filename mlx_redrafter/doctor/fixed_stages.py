@@ -1,6 +1,6 @@
 """Stages that need no model: what happens to tokens, from made-up beams and logits.
 
-Their results are whole numbers, and have to be the same everywhere.
+Knows nothing of models. The results are whole numbers, and have to be the same everywhere.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ CASES = 3
 
 
 def fixed_stages() -> list[Stage]:
-    """Tree building, sampling and acceptance."""
-    return [Stage("tree building", _trees), _sampling(), _acceptance()]
+    return [Stage("tree building", _trees), Stage("sampling", _samples), Stage("acceptance", _accepted)]
 
 
 def made_up_beam(seed: int) -> Beam:
@@ -42,19 +41,17 @@ def made_up_beam(seed: int) -> Beam:
 
 
 def _trees() -> dict[str, mx.array]:
-    found = {}
-    root = mx.array([7], mx.int32)
-    for seed in range(CASES):
-        for policy in POLICIES:
-            for nodes in NODES:
-                tree = candidate_tree(made_up_beam(seed), root, nodes, policy)
-                name = f"{policy}, {nodes} nodes, beam {seed}"
-                for part in ("tokens", "parents", "depths", "ancestors", "valid"):
-                    found[f"{name}: {part}"] = getattr(tree, part)
-    return found
+    return {
+        f"{policy}, {nodes} nodes, beam {seed}: {part}": getattr(tree, part)
+        for seed in range(CASES)
+        for policy in POLICIES
+        for nodes in NODES
+        for tree in [candidate_tree(made_up_beam(seed), mx.array([7], mx.int32), nodes, policy)]
+        for part in ("tokens", "parents", "depths", "ancestors", "valid")
+    }
 
 
-def _sampling() -> Stage:
+def _samples() -> dict[str, mx.array]:
     logits = mx.array(4 * np.random.default_rng(0).standard_normal((1, ROWS, VOCAB)), mx.float32)
     positions = mx.arange(100, 100 + ROWS, dtype=mx.int32)[None]
     choosers: dict[str, Chooser] = {
@@ -65,40 +62,27 @@ def _sampling() -> Stage:
         "top-k": position_keyed(1.2, seed=4, top_k=20),
         "XTC": position_keyed(1.0, seed=5, xtc_probability=0.5, xtc_threshold=0.05),
     }
-    mx.eval(logits, positions)
-
-    def run() -> dict[str, mx.array]:
-        chosen = {name: choose(logits, positions) for name, choose in choosers.items()}
-        return chosen | {"random numbers": mx.random.randint(0, 2**30, (256,), key=mx.random.key(6))}
-
-    return Stage("sampling", run)
+    chosen = {name: choose(logits, positions) for name, choose in choosers.items()}
+    return chosen | {"random numbers": mx.random.randint(0, 2**30, (256,), key=mx.random.key(6))}
 
 
-def _acceptance() -> Stage:
-    chain = np.arange(LENGTH)
-    shapes = [np.maximum(chain - 1, 0), np.array([0, 0, 0, 1, 1, 2, 3, 6, 7])]
-    cases = []
-    for seed, parents in enumerate(shapes * CASES):
+def _accepted() -> dict[str, mx.array]:
+    chain = np.maximum(np.arange(LENGTH) - 1, 0)
+    found: dict[str, mx.array] = {}
+    for seed, parents in enumerate([chain, np.array([0, 0, 0, 1, 1, 2, 3, 6, 7])] * CASES):
         rng = np.random.default_rng(seed)
-        tokens = rng.permutation(VOCAB)[: len(parents)]
+        tokens, choices = (rng.permutation(VOCAB)[: len(parents)] for _ in range(2))
         # Most rows choose one of their children, so that paths of several lengths are accepted.
-        choices = rng.permutation(VOCAB)[: len(parents)]
         for row in range(1, len(parents)):
             if rng.random() < 0.7:
                 choices[parents[row]] = tokens[row]
-        cases.append((mx.array(tokens[None], mx.int32), tuple(parents.tolist()), mx.array(choices[None], mx.int32)))
-
-    def run() -> dict[str, mx.array]:
-        found: dict[str, mx.array] = {}
-        for i, (tokens, parents, choices) in enumerate(cases):
-            static = CandidateTree.static(tokens, parents)
-            built = CandidateTree.from_parents(tokens, mx.array([parents], mx.int32), static.max_depth)
-            for how, tree in (("static", static), ("built", built)):
-                accepted = accept(tree, choices)
-                counts = mx.arange(accepted.path.shape[1]) <= accepted.count[:, None]
-                parts = {"count": accepted.count, "root": accepted.root, "last": accepted.last}
-                parts |= {"path": mx.where(counts, accepted.path, 0), "tokens": mx.where(counts, accepted.tokens, 0)}
-                found |= {f"case {i}, {how}: {name}": array for name, array in parts.items()}
-        return found
-
-    return Stage("acceptance", run)
+        ids = mx.array(tokens[None], mx.int32)
+        static = CandidateTree.static(ids, tuple(parents.tolist()))
+        built = CandidateTree.from_parents(ids, mx.array(parents[None], mx.int32), static.max_depth)
+        for how, tree in (("static", static), ("built", built)):
+            accepted = accept(tree, mx.array(choices[None], mx.int32))
+            counts = mx.arange(accepted.path.shape[1]) <= accepted.count[:, None]
+            parts = {"count": accepted.count, "root": accepted.root, "last": accepted.last}
+            parts |= {"path": mx.where(counts, accepted.path, 0), "tokens": mx.where(counts, accepted.tokens, 0)}
+            found |= {f"case {seed}, {how}: {name}": array for name, array in parts.items()}
+    return found

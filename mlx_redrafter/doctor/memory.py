@@ -1,4 +1,7 @@
-"""Whether decoding holds what it has to, the target's and drafter's weights and one cache, and no more."""
+"""Whether decoding holds what it has to, the target's and drafter's weights and one cache, and no more.
+
+Knows nothing of what is written.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_redrafter.doctor.checks import FAILED, OK, REPORT, Check
+from mlx_redrafter.doctor.checks import FAILED, OK, Check
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.system.weights import weights
 from mlx_redrafter.target.cache.kv_cache import leaves
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.generate import stream_generate
 
 SPARE = 0.05  # of what was predicted
@@ -28,14 +32,17 @@ def active_memory() -> int:
 
 
 def memory_check(
-    model: nn.Module, drafter: Drafter, tokenizer: Any, prompt: list[int], shape: DraftShape, before: int, tokens: int
+    model: nn.Module, drafter: Drafter, tokenizer: Any, text: str, shape: DraftShape, before: int, tokens: int
 ) -> Check:
     """Writes a text, and compares the peak behind its first token with what was predicted.
 
     Args:
+        text: what is to be continued.
         before: bytes that MLX held before the pair was loaded.
         tokens: to write.
     """
+    verifier_of(model)  # its self-check holds memory of its own
+    prompt = list(tokenizer.encode(text))
     predicted = {"target": weights(model)[1], "drafter": weights(drafter)[1]}
     predicted["one cache"] = cache_bytes(model, len(prompt) + tokens)
     active_memory()
@@ -57,8 +64,6 @@ def verdict(predicted: dict[str, int], peak: int) -> Check:
     total = sum(predicted.values())
     spare = max(SPARE * total, LEAST_SPARE)
     parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in predicted.items())
-    detail = f"peak {peak / 1e6:.1f} MB, predicted {total / 1e6:.1f} ({parts})"
+    detail = f"peak {peak / 1e6:.1f} MB, predicted {total / 1e6:.1f} ({parts}) and {spare / 1e6:.1f} to spare"
     figures = {"peak_bytes": peak, "predicted_bytes": predicted, "spare_bytes": int(spare)}
-    if peak > total + spare:
-        return Check("memory", FAILED, f"{detail} and {spare / 1e6:.1f} to spare", REPORT, figures)
-    return Check("memory", OK, detail, "", figures)
+    return Check("memory", FAILED if peak > total + spare else OK, detail, figures=figures)

@@ -1,8 +1,12 @@
-"""Stages of a target and its drafter, from inputs that the reference has computed."""
+"""Stages of a target and its drafter, from inputs that the reference has computed.
+
+Knows nothing of how they are compared.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +20,7 @@ from mlx_redrafter.doctor.beam_stage import beam_stage
 from mlx_redrafter.doctor.comparison import Place, Stage
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
+from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import is_quantized, probe
 from mlx_redrafter.target.tree import CandidateTree
@@ -79,21 +84,34 @@ def every_way(found: Capability) -> list[Capability]:
 
 def plain_stage(target: Target, given: Inputs) -> Stage:
     """mlx-lm's own pass, without anything of ours."""
-
-    def run() -> dict[str, mx.array]:
-        return {"logits": target.model(given.prompt, cache=make_prompt_cache(target.model))}
-
-    return Stage("plain pass (mlx-lm's own code)", run)
+    model = target.model
+    return Stage(
+        "plain pass (mlx-lm's own code)", lambda: {"logits": model(given.prompt, cache=make_prompt_cache(model))}
+    )
 
 
 def pair_stages(target: Target, drafter: Drafter, given: Inputs, ways: Sequence[Capability]) -> list[Stage]:
     """Drafter, beam search, capability, verification in each way, and commit."""
-    found = [_drafter_stage(target, drafter, given)]
+    found = [Stage("drafter", lambda: _drafted(target, drafter, given))]
     if isinstance(drafter, RecurrentDrafter):
         found.append(beam_stage(drafter, target.embed, given.contexts, given.roots))
     found.append(Stage("capability", lambda: _what_it_can(target)))
-    found += [_verification_stage(target, way, given) for way in ways]
-    return [*found, _commit_stage(target, ways[0], given)]
+    for way in ways:
+        how = {CHAIN: "a chain", TREE: "a tree, rows split" if way.split_rows else "a tree"}[way.kind]
+        found.append(Stage(f"verification of {how}", functools.partial(_verified, target, way, given)))
+    return [*found, Stage("commit", lambda: _committed(target, ways[0], given))]
+
+
+def _drafted(target: Target, drafter: Drafter, given: Inputs) -> dict[str, mx.array]:
+    context = given.contexts[-1:]
+    if not isinstance(drafter, RecurrentDrafter):
+        return {"logits": drafter(context)}
+    projected, state, logits = drafter.project_context(context), None, []
+    for i in range(3):
+        state = drafter.advance(target.embed(given.drafts[:, i]), state)
+        logits.append(drafter.logits(projected, state))
+    assert state is not None
+    return {"state": state, "logits": mx.stack(logits)}
 
 
 def _what_it_can(target: Target) -> dict[str, mx.array]:
@@ -103,59 +121,35 @@ def _what_it_can(target: Target) -> dict[str, mx.array]:
     return {f"kind ({words})": mx.array(len(found.mixers))}
 
 
-def _drafter_stage(target: Target, drafter: Drafter, given: Inputs) -> Stage:
-    def run() -> dict[str, mx.array]:
-        context = given.contexts[-1:]
-        if not isinstance(drafter, RecurrentDrafter):
-            return {"logits": drafter(context)}
-        projected, state, logits = drafter.project_context(context), None, []
-        for i in range(3):
-            state = drafter.advance(target.embed(given.drafts[:, i]), state)
-            logits.append(drafter.logits(projected, state))
-        assert state is not None
-        return {"state": state, "logits": mx.stack(logits)}
-
-    return Stage("drafter", run)
-
-
-def _read(target: Target, way: Capability, given: Inputs) -> tuple[Any, Any, mx.array, mx.array]:
-    """Verifier and cache after a tree of rows (a chain where that is the way), its hidden states and logits."""
+def _read(target: Target, way: Capability, given: Inputs) -> tuple[KVCache, mx.array, mx.array]:
+    """Cache after a tree of rows (a chain where that is the way), its hidden states and logits."""
     verifier = Verifier(target, way)
     cache = verifier.make_cache()
-    verifier.target.forward(given.prompt, cache.layers)
+    target.forward(given.prompt, cache.layers)
     cache.begin_trees(length=given.prompt.shape[1])
     if way.kind == CHAIN:
         tree = CandidateTree.chain(given.drafts)
     else:
         tree = CandidateTree.from_parents(given.drafts, mx.array([PARENTS], mx.int32), max_depth=len(PATH) + 1)
-    return verifier, cache, *verifier(tree, cache)
+    return cache, *verifier(tree, cache)
 
 
-def _verification_stage(target: Target, way: Capability, given: Inputs) -> Stage:
-    def run() -> dict[str, mx.array]:
-        _, _, hidden, logits = _read(target, way, given)
-        return {"hidden states": hidden, "logits": logits}
-
-    how = {CHAIN: "a chain", TREE: "a tree, rows split" if way.split_rows else "a tree"}[way.kind]
-    return Stage(f"verification of {how}", run)
+def _verified(target: Target, way: Capability, given: Inputs) -> dict[str, mx.array]:
+    _, hidden, logits = _read(target, way, given)
+    return {"hidden states": hidden, "logits": logits}
 
 
-def _commit_stage(target: Target, way: Capability, given: Inputs) -> Stage:
+def _committed(target: Target, way: Capability, given: Inputs) -> dict[str, mx.array]:
     """What the layers hold after a path was accepted, and what the target says next."""
-    accepted = len(PATH)
-
-    def run() -> dict[str, mx.array]:
-        verifier, cache, _, _ = _read(target, way, given)
-        path = None if way.kind == CHAIN else mx.array([[*PATH, PATH[-1]]], mx.int32)
-        length = given.prompt.shape[1] + 1 + accepted
-        cache.commit(path, mx.array([accepted], mx.int32), len(PARENTS) - 1 if path is None else path.shape[1])
-        mx.eval(cache.length, cache.arrays())
-        cache.tighten(length)
-        cache.end_trees(length)
-        _, logits = verifier.target.forward(given.prompt[:, :1], cache.layers)
-        held: list[Any] = tree_flatten([layer.state for layer in cache.layers])  # type: ignore[assignment]
-        arrays = [(name, array) for name, array in held if isinstance(array, mx.array)]
-        rows = {f"rows {name}": array for name, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
-        return {"next logits": logits, **rows}
-
-    return Stage("commit", run)
+    cache, _, _ = _read(target, way, given)
+    path = None if way.kind == CHAIN else mx.array([[*PATH, PATH[-1]]], mx.int32)
+    length = given.prompt.shape[1] + 1 + len(PATH)
+    cache.commit(path, mx.array([len(PATH)], mx.int32), len(PARENTS) - 1 if path is None else path.shape[1])
+    mx.eval(cache.length, cache.arrays())
+    cache.tighten(length)
+    cache.end_trees(length)
+    _, logits = target.forward(given.prompt[:, :1], cache.layers)
+    held: list[Any] = tree_flatten([layer.state for layer in cache.layers])  # type: ignore[assignment]
+    arrays = [(name, array) for name, array in held if isinstance(array, mx.array)]
+    rows = {f"rows {name}": array for name, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
+    return {"next logits": logits, **rows}

@@ -1,4 +1,7 @@
-"""The report: short enough to paste, and the same as JSON."""
+"""The report: short enough to paste, and the same as JSON.
+
+Knows nothing of how checks are made.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,18 @@ class Report:
     seconds: float = 0.0
 
     @property
+    def all_checks(self) -> list[Check]:
+        return [check for checks in self.checks.values() for check in checks]
+
+    @property
     def failed(self) -> list[Check]:
-        return [check for _, check in self._all() if check.status == FAILED]
+        return [check for check in self.all_checks if check.status == FAILED]
 
     def to_dict(self) -> dict[str, Any]:
-        """What --json writes; times in seconds, memory in bytes."""
+        """What --report writes; times in seconds, memory in bytes."""
         return {
             "facts": self.facts,
-            "checks": [{"pair": pair} | dataclasses.asdict(check) for pair, check in self._all()],
+            "checks": [{"pair": pair} | dataclasses.asdict(c) for pair, checks in self.checks.items() for c in checks],
             "failed": [check.name for check in self.failed],
             "costs": None if self.costs is None else self.costs.to_dict(),
             "choice": self.choice,
@@ -46,27 +53,24 @@ class Report:
     def text(self) -> str:
         """The same for people."""
         lines = [f"{name}: {value}" for name, value in self.facts.items()]
-        width = max((len(check.name) for _, check in self._all() if check.status != NOT_MADE), default=0)
+        made = [check for check in self.all_checks if check.status != NOT_MADE]
+        width = max((len(check.name) for check in made), default=0)
         for pair, checks in self.checks.items():
             lines += ["", f"{pair}:"]
-            made = [check for check in checks if check.status != NOT_MADE]
-            lines += [f"  {check.status:<6}  {check.name:<{width}}  {check.detail}" for check in made]
-            missing = [check for check in checks if check.status == NOT_MADE]
-            for reason in dict.fromkeys(check.detail for check in missing):
-                names = ", ".join(check.name for check in missing if check.detail == reason)
-                lines.append(f"  not made ({reason}): {names}")
+            missing: dict[str, list[str]] = {}
+            for check in checks:
+                if check.status == NOT_MADE:
+                    missing.setdefault(check.detail, []).append(check.name)
+                else:
+                    lines.append(f"  {check.status:<6}  {check.name:<{width}}  {check.detail}")
+            lines += [f"  not made ({reason}): {', '.join(names)}" for reason, names in missing.items()]
         if self.costs is not None:
             lines += ["", *cost_lines(self.costs), "", f"Choice to begin with: {self.choice}"]
-        return "\n".join([*lines, "", *self._verdict()])
-
-    def _verdict(self) -> list[str]:
-        made = [check for _, check in self._all() if check.status != NOT_MADE]
-        missing = len(list(self._all())) - len(made)
-        if not self.failed:
-            beside = f"; {missing} could not be made" if missing else ""
-            return [f"All is well: {len(made)} checks in {self.seconds:.0f} s{beside}."]
-        lines = [f"{len(self.failed)} of {len(made)} checks failed:"]
-        return lines + [f"  {check.name}: {check.detail}; {check.advice}" for check in self.failed]
-
-    def _all(self) -> list[tuple[str, Check]]:
-        return [(pair, check) for pair, checks in self.checks.items() for check in checks]
+        if self.failed:
+            lines += ["", f"{len(self.failed)} of {len(made)} checks failed:"]
+            lines += [f"  {check.name}: {check.detail}; {check.advice}" for check in self.failed]
+        else:
+            missed = len(self.all_checks) - len(made)
+            beside = f"; {missed} could not be made" if missed else ""
+            lines += ["", f"All is well: {len(made)} checks in {self.seconds:.0f} s{beside}."]
+        return "\n".join(lines)

@@ -1,9 +1,9 @@
 """How often drafted texts equal plain ones, and whether rounding explains those that do not.
 
-In float32 all have to be equal. Elsewhere one row and several rows are computed with other
-rounding, so two nearly equal tokens may change places. How far that goes on a device shows
-without any drafting: the same text is read once more, all tokens together, by mlx-lm alone.
-A text may leave the plain one only between tokens that are closer than that.
+Knows nothing of types of weights. In float32 all have to be equal. Elsewhere one row and
+several rows are computed with other rounding, so two nearly equal tokens may change places. How
+far that goes on a device shows without any drafting: the same text is read once more, all tokens
+together, by mlx-lm alone. A text may leave the plain one only between tokens closer than that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 
-from mlx_redrafter.decoding.sampling import Chooser, position_keyed
+from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.doctor.checks import FAILED, NOTE, OK, REPORT, Check
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import DraftShape
@@ -62,15 +62,15 @@ class Closeness(Equality):
 Texts = Callable[[list[int], DraftShape | None], tuple[list[int], list[mx.array]]]
 
 
-def greedy_texts(model: nn.Module, drafter: Drafter, tokenizer: Any, tokens: int = TOKENS) -> Texts:
+def greedy_texts(model: nn.Module, drafter: Drafter, tokenizer: Any) -> Texts:
     """Texts of mlx_lm (shape None) and ours, with each token's log-probabilities."""
 
     def write(prompt: list[int], shape: DraftShape | None) -> tuple[list[int], list[mx.array]]:
         stream: Any
         if shape is None:
-            stream = mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=tokens)
+            stream = mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=TOKENS)
         else:
-            stream = stream_generate(model, tokenizer, prompt, drafter, max_tokens=tokens, shape=shape)
+            stream = stream_generate(model, tokenizer, prompt, drafter, max_tokens=TOKENS, shape=shape)
         found = [(response.token, response.logprobs) for response in stream]
         return [token for token, _ in found], [row for _, row in found]
 
@@ -78,18 +78,13 @@ def greedy_texts(model: nn.Module, drafter: Drafter, tokenizer: Any, tokens: int
 
 
 def measure(
-    write: Texts,
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    shapes: Sequence[DraftShape] = SHAPES,
-    seconds: float = SECONDS,
+    write: Texts, model: nn.Module, prompts: Sequence[list[int]], shapes: Sequence[DraftShape] = SHAPES
 ) -> Closeness:
-    """Writes each prompt's text plainly and drafted.
+    """Writes each prompt's text plainly and drafted; begins no further one after SECONDS.
 
     Args:
         write: a prompt's tokens and log-probabilities by shape; None for plain decoding.
         prompts: token ids.
-        seconds: after which no further prompt is begun.
     """
     found, begin = Closeness(), time.perf_counter()
     for prompt in prompts:
@@ -103,7 +98,7 @@ def measure(
         found.gap = max([found.gap, *gaps])
         # Both of two tokens move by rounding; what another prompt shows may be a little more.
         found.unexplained += sum(gap > 3 * found.rounding + FEW for gap in gaps)
-        if time.perf_counter() - begin > seconds:
+        if time.perf_counter() - begin > SECONDS:
             break
     return found
 
@@ -134,37 +129,30 @@ def greedy_check(name: str, found: Closeness, exact: bool, reduced: bool) -> Che
         exact: these weights promise equal texts.
         reduced: the device rounds float32 products to fewer bits.
     """
-    figures = dataclasses.asdict(found)
+    equal = found.equal == found.texts
     detail = f"{found} equal to mlx_lm's, {found.before} of {found.tokens} tokens before a"
     detail += f" difference; rounding moves {found.rounding:.1e} nats"
-    if found.equal < found.texts:
-        detail += f", largest gap {found.gap:.1e}"
-    if found.unexplained:
-        return Check(name, FAILED, f"{detail}: more than rounding explains", REPORT, figures)
-    if exact and found.equal < found.texts:
-        return Check(name, FAILED, detail, TF32_ADVICE if reduced else REPORT, figures)
-    return Check(name, OK if found.equal == found.texts else NOTE, detail, "", figures)
+    detail += "" if equal else f", largest gap {found.gap:.1e}"
+    detail += ": more than rounding explains" if found.unexplained else ""
+    status = OK if equal else FAILED if exact or found.unexplained else NOTE
+    advice = TF32_ADVICE if reduced and not found.unexplained else REPORT
+    return Check(name, status, detail, advice, dataclasses.asdict(found))
 
 
 def sampled_check(
-    name: str,
-    model: nn.Module,
-    drafter: Drafter,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    reduced: bool,
-    choose: Chooser = SAMPLED,
+    name: str, model: nn.Module, drafter: Drafter, tokenizer: Any, prompts: Sequence[list[int]], reduced: bool
 ) -> Check:
     """Sampled texts in float32: a seed gives one text, drafted or not."""
+
+    def write(prompt: list[int], used: Drafter | None, shape: DraftShape) -> list[int]:
+        stream = stream_generate(model, tokenizer, prompt, used, max_tokens=TOKENS, chooser=SAMPLED, shape=shape)
+        return [response.token for response in stream]
+
     found = Equality()
     for prompt in prompts:
-        options: dict[str, Any] = {"max_tokens": TOKENS, "chooser": choose}
-        plain = [r.token for r in stream_generate(model, tokenizer, prompt, None, **options)]
+        plain = write(prompt, None, SHAPES[0])
         for shape in SHAPES:
-            drafted = stream_generate(model, tokenizer, prompt, drafter, shape=shape, **options)
-            found.add(plain, [r.token for r in drafted])
+            found.add(plain, write(prompt, drafter, shape))
+    status, advice = OK if found.equal == found.texts else FAILED, TF32_ADVICE if reduced else REPORT
     figures = {"texts": found.texts, "equal": found.equal}
-    detail = f"{found} equal to plain ones with the same seed"
-    if found.equal < found.texts:
-        return Check(name, FAILED, detail, TF32_ADVICE if reduced else REPORT, figures)
-    return Check(name, OK, detail, "", figures)
+    return Check(name, status, f"{found} equal to plain ones with the same seed", advice, figures)

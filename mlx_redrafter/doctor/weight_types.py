@@ -1,10 +1,13 @@
-"""The types of weights that texts are compared in, and whether a pair can have them here."""
+"""The types of weights that texts are compared in, and whether a pair can have them here.
+
+Knows nothing of texts.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.pairing import check_pair
-from mlx_redrafter.system.device import on_cpu
+from mlx_redrafter.system.device import memory_bytes, on_cpu
 from mlx_redrafter.system.weights import weights
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import is_quantized
@@ -48,53 +51,37 @@ def variants(args: argparse.Namespace, model: nn.Module) -> list[Variant]:
         args: flags that name a pair.
         model: its target as they load it.
     """
-    dtype = Target.of(model).dtype
-    kind = str(dtype).removeprefix("mlx.core.")
-    if is_quantized(model) or args.dtype is not None:
-        quantized = is_quantized(model)
-        name = f"quantised, {kind}" if quantized else kind
-        return [Variant(name, lambda: _load(args, args.dtype), exact=dtype == mx.float32 and not quantized)]
-    count, room = weights(model)[0], ROOM * _memory()
+    dtype, quantized = Target.of(model).dtype, is_quantized(model)
+    if quantized or args.dtype is not None:
+        name = "quantised, " * quantized + str(dtype).removeprefix("mlx.core.")
+        return [Variant(name, functools.partial(_load, args, args.dtype), dtype == mx.float32 and not quantized)]
+    count, room = weights(model)[0], ROOM * memory_bytes()
+
+    def variant(name: str, dtype: str, exact: bool = False, bits: int | None = None) -> Variant:
+        needed = count * (4 if dtype == "float32" else 2)  # it is read in full before it is quantised
+        why_not = f"needs {needed / 1e9:.1f} GB of the {room / 1e9:.1f} that may be taken" if needed > room else ""
+        return Variant(name, functools.partial(_load, args, dtype, bits), exact, why_not)
+
     # Quantised products on the CPU add up in the type of the activations, where bfloat16 is too coarse.
     base = "float32" if on_cpu() else "bfloat16"
-    whole = [
-        Variant(name, lambda name=name: _load(args, name), name == "float32", _too_large(count, size, room))  # type: ignore[misc]
-        for name, size in (("float32", 4), ("bfloat16", 2))
+    return [
+        variant("float32", "float32", exact=True),
+        variant("bfloat16", "bfloat16"),
+        variant(f"{BITS}-bit", base, bits=BITS),
     ]
-    size = 4 if base == "float32" else 2  # it is read in full before it is quantised
-    few = Variant(f"{BITS}-bit", lambda: _quantized(_load(args, base)), False, _too_large(count, size, room))
-    return [*whole, few]
 
 
-def _load(args: argparse.Namespace, dtype: str | None) -> Pair:
+def _load(args: argparse.Namespace, dtype: str | None, bits: int | None = None) -> Pair:
+    """The pair that flags name, its target quantised as mlx-lm does where bits are given."""
     options = {"adapter_path": args.adapter_path, "trust_remote_code": args.trust_remote_code}
     model, drafter, tokenizer = load(args.model, args.draft, dtype=dtype, **options)
     assert drafter is not None  # the command has seen to that
+    if bits is not None:
+        nn.quantize(model, GROUP_SIZE, bits, class_predicate=_fits)
+        mx.eval(model.parameters())
+        check_pair(Target.of(model), drafter)  # a drafter that shares the output layer shares the new one
     return model, drafter, tokenizer
 
 
-def _quantized(pair: Pair) -> Pair:
-    """Quantises the target as mlx-lm does: every layer that can be, where the group size divides its width."""
-    model, drafter, tokenizer = pair
-
-    def fits(_: str, module: nn.Module) -> bool:
-        return hasattr(module, "to_quantized") and module.weight.shape[-1] % GROUP_SIZE == 0
-
-    nn.quantize(model, GROUP_SIZE, BITS, class_predicate=fits)
-    mx.eval(model.parameters())
-    check_pair(Target.of(model), drafter)  # a drafter that shares the output layer shares the new one
-    return model, drafter, tokenizer
-
-
-def _too_large(weights: int, bytes_each: int, room: float) -> str:
-    needed = weights * bytes_each
-    return f"needs {needed / 1e9:.1f} GB of the {room / 1e9:.1f} that may be taken" if needed > room else ""
-
-
-def _memory() -> float:
-    """Bytes of the memory that weights lie in."""
-    facts = mx.device_info()
-    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
-        if isinstance(size := facts.get(key), int):
-            return float(size)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def _fits(_: str, module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % GROUP_SIZE == 0

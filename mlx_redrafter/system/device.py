@@ -46,6 +46,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory_bytes() -> float:
+    """Bytes of the memory that weights lie in: what MLX recommends to use of a GPU's, else all of the machine's."""
+    facts = mx.device_info()
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if isinstance(size := facts.get(key), int):
+            return float(size)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def blas_threads() -> int | None:
     """Threads of the OpenBLAS in this process; None where there is none."""
     process: Any = ctypes.CDLL(None)  # OpenBLAS, if any, was opened for the whole process

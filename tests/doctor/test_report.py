@@ -24,7 +24,6 @@ def quick(monkeypatch, pair):
     monkeypatch.setattr(command, "PROMPTS", texts.PROMPTS[:1])
     monkeypatch.setattr(command, "TOKENS", 8)
     monkeypatch.setattr(texts, "TOKENS", 8)
-    monkeypatch.setattr(texts.greedy_texts, "__defaults__", (8,))
 
 
 @pytest.fixture
@@ -196,10 +195,15 @@ def test_checks_that_break():
     def mistaken():
         raise UserError("yours")
 
-    check = guarded("a check", broken)
+    [check] = guarded("a check", broken)
     assert check.status == FAILED and check.detail == "RuntimeError: no such kernel"
     with pytest.raises(UserError):
-        guarded("a check", mistaken)
-    assert [c.status for c in command._to_the_end(broken() for _ in range(1))] == [FAILED]
+        list(guarded("a check", mistaken))
+
+    def several(last):
+        yield Check("the first", OK, "")
+        last()
+
+    assert [c.status for c in guarded("the second", lambda: several(broken))] == [OK, FAILED]
     with pytest.raises(UserError):
-        list(command._to_the_end(mistaken() for _ in range(1)))
+        list(guarded("the second", lambda: several(mistaken)))
