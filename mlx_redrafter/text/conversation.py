@@ -15,6 +15,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.target.cache.kv_cache import cached
+from mlx_redrafter.text.equality import first_difference
 from mlx_redrafter.text.generate import stream_generate
 from mlx_redrafter.text.prompt_cache import load_cache_file, save_cache_file
 from mlx_redrafter.text.prompts import encode, encode_messages, plain_messages
@@ -59,10 +60,9 @@ class Conversation:
             UserError: an answer is still open.
         """
         with self._alone():
-            pass
-        system = self.system_prompt
-        self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self._forget()
+            system = self.system_prompt
+            self.messages = [] if system is None else [{"role": "system", "content": system}]
+            self._forget()
         mx.clear_cache()
 
     def ask(self, text: str) -> Generator[GenerationResponse]:
@@ -126,11 +126,8 @@ class Conversation:
             UserError: a file that cannot be written, an answer that is still open.
         """
         with self._alone():
-            self._save(path, name)
-
-    def _save(self, path: str | pathlib.Path, name: str) -> None:
-        tokens = (self._unknown + self._read)[: cached(self._cache)]
-        save_cache_file(path, self._cache, name, {}, messages=self.messages, tokens=tokens)
+            tokens = (self._unknown + self._read)[: cached(self._cache)]
+            save_cache_file(path, self._cache, name, {}, messages=self.messages, tokens=tokens)
 
     def load(self, path: str | pathlib.Path, name: str) -> None:
         """Goes on from a cache file.
@@ -165,14 +162,11 @@ class Conversation:
     def _keep_common_prefix(self, prompt: list[int]) -> int:
         """Rolls the cache back to what it shares with the prompt; returns how many tokens that is."""
         held = cached(self._cache) - len(self._unknown)
-        same = 0
-        # One token at least has to be read, for there to be logits.
-        for ours, theirs in zip(self._read[:held], prompt[:-1]):
-            if ours != theirs:
-                break
-            same += 1
-        if same < held:
-            same = same if can_trim_prompt_cache(self._cache) else 0
+        read, known = self._read[:held], prompt[:-1]  # one token at least has to be read, for there to be logits
+        same = first_difference(read, known)
+        same = len(read) if same is None else same
+        if same < held and not can_trim_prompt_cache(self._cache):
+            same = 0
         del self._read[same:]
         self._fit_cache()
         return same

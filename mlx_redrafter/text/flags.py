@@ -18,6 +18,10 @@ from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.flag_types import real, whole
 from mlx_redrafter.text.loading import DTYPES, EMBEDDED, NO_DRAFTER, load
 
+# Flags that have the names of arguments: of `position_keyed`, and of `stream_generate`.
+SAMPLING = ("seed", "top_p", "min_p", "top_k", "min_tokens_to_keep", "xtc_probability", "xtc_threshold")
+AS_THEY_ARE = ("max_tokens", "stop", "lookup", "prefill_step_size", "kv_bits", "kv_group_size", "quantized_kv_start")
+
 
 def add_pair_arguments(parser: argparse.ArgumentParser, drafter: bool = True) -> None:
     """Which target, and which drafter where there is to be one."""
@@ -54,10 +58,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """How much text, and how the target chooses."""
-
-    def add(*names: str, default: Any = None, **options: Any) -> None:
-        parser.add_argument(*names, default=default, **options)
-
+    add = parser.add_argument
     tokens = whole(1, also=(-1,), words="1 or more, or -1 for no limit")
     add("--max-tokens", "-m", type=tokens, default=max_tokens, metavar="N", help="end the text after this many tokens;"
         " -1 sets no limit (default: %(default)s)")  # fmt: skip
@@ -124,28 +125,12 @@ def generation_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, An
             tokenizer.add_eos_token(token)
         except ValueError as error:
             raise UserError(f"--extra-eos-token {token}: {one_line(error)}") from error
-    choose = position_keyed(
-        args.temp,
-        args.seed,
-        args.top_p,
-        args.min_p,
-        args.top_k,
-        args.min_tokens_to_keep,
-        args.xtc_probability,
-        args.xtc_threshold,
-        [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-    )
-    return {
-        "max_tokens": args.max_tokens,
-        "chooser": choose,
-        "stop": args.stop,
+    ends = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    return {name: getattr(args, name) for name in AS_THEY_ARE} | {
+        "chooser": position_keyed(args.temp, xtc_special_tokens=ends, **sampling),
         "shape": draft_shape(args),
-        "lookup": args.lookup,
-        "prefill_step_size": args.prefill_step_size,
         "prompt_progress_callback": _progress(),
-        "kv_bits": args.kv_bits,
-        "kv_group_size": args.kv_group_size,
-        "quantized_kv_start": args.quantized_kv_start,
     }
 
 

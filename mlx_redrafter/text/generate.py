@@ -177,17 +177,23 @@ def _steps(
     cached_tokens: Sequence[int],
 ) -> tuple[Generator[Produced], str, str]:
     """The steps of a text, one token at a time; by which method, and why not by that which was asked for."""
-    prompt = mx.array([ids], mx.int32)
-    verifier, reason = None, ""
+    model, prompt = target.model, mx.array([ids], mx.int32)
+    verifier, reason, fixed = None, "", shape if isinstance(shape, DraftShape) else None
     if drafter is not None or lookup != OFF:
-        verifier, reason = _verifier(target.model, drafter, shape, prompt_cache)
+        verifier = verifier_for(model, drafter)
+        if verifier.capability == NONE:
+            reason, verifier = verifier.reason, None
+        else:
+            if fixed is not None:
+                fixed.check(target.vocab_size if drafter is None else drafter.config.scored)
+            if prompt_cache is not None and not KVCache.takes(prompt_cache):
+                verifier, reason = None, "the prompt cache is of a kind that cannot take back rejected tokens"
     if verifier is None:
-        cache = make_prompt_cache(target.model) if prompt_cache is None else prompt_cache
-        return _wired(target.model, autoregressive(target, prompt, cache, options)), "plain", reason
-    fixed = shape if isinstance(shape, DraftShape) else None
+        cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
+        return _wired(model, autoregressive(target, prompt, cache, options)), "plain", reason
     proposer, planner, session = drafting_for(verifier, drafter, fixed, lookup, [*cached_tokens, *ids], options.choose)
     source = _drafting(verifier, proposer, prompt, prompt_cache, options, planner)
-    return _wired(target.model, source, session), "lookup" if drafter is None else drafter.method, verifier.reason
+    return _wired(model, source, session), "lookup" if drafter is None else drafter.method, verifier.reason
 
 
 def _wired(model: nn.Module, source: Generator[Produced], session: Session | None = None) -> Generator[Produced]:
@@ -199,20 +205,6 @@ def _wired(model: nn.Module, source: Generator[Produced], session: Session | Non
             source.close()
             if session is not None:
                 session.save()
-
-
-def _verifier(
-    model: nn.Module, drafter: Drafter | None, shape: DraftShape | str, prompt_cache: list[Any] | None
-) -> tuple[Verifier | None, str]:
-    """The model's verifier, or None and why drafts cannot be used."""
-    verifier = verifier_for(model, drafter)
-    if verifier.capability == NONE:
-        return None, verifier.reason
-    if isinstance(shape, DraftShape):
-        shape.check(verifier.target.vocab_size if drafter is None else drafter.config.scored)
-    if prompt_cache is not None and not KVCache.takes(prompt_cache):
-        return None, "the prompt cache is of a kind that cannot take back rejected tokens"
-    return verifier, ""
 
 
 def _drafting(

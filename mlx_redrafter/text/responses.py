@@ -29,10 +29,13 @@ class GenerationResponse:
         generation_tokens, generation_tps: tokens so far, and per second.
         peak_memory: in GB.
         finish_reason: "stop", "length" or None while it goes on.
-        steps, mean_acceptance_length, acceptance_by_position: see `Statistics`.
+        steps: verifications so far.
+        mean_acceptance_length: tokens per step, the target's own one included; 1.0 without drafts.
+        acceptance_by_position: share of steps that got at least d draft tokens accepted, d = 1, 2, ...
         method: "redrafter", "medusa", "lookup" (alone), or "plain".
         reason: why a given drafter was not used, or with limits, for people; empty otherwise.
-        shape, plain_share, lookup_share: see `Statistics`.
+        shape: how much most steps of a drafter drafted; None where there were none.
+        plain_share, lookup_share: shares of steps that drafted nothing, and only what lookup found.
     """
 
     text: str

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from mlx_redrafter.decoding.step import Produced
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp, Plan
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, LookedUp, Plan
 
 
 @dataclasses.dataclass
@@ -38,43 +38,19 @@ class Statistics:
             self.accepted[self._in_step - 1] += 1
         self._in_step = 0 if produced.last else self._in_step + 1
 
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens per step, the target's own one included; 1.0 without drafts."""
-        return 1 + sum(self.accepted) / self.steps if self.steps else 1.0
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """Share of steps that got at least d draft tokens accepted, d = 1, 2, ..."""
-        return [n / self.steps for n in self.accepted]
-
-    @property
-    def shape(self) -> DraftShape | None:
-        """How much most of the steps of a drafter drafted; None where there were none."""
-        own = Counter(plan.shape for plan in self.plans.elements() if isinstance(plan, Drafted))
-        return max(own, key=lambda shape: own[shape], default=None)
-
-    @property
-    def plain_share(self) -> float:
-        """Share of steps that drafted nothing."""
-        return self.plans[PLAIN] / self.steps if self.steps else 0.0
-
-    @property
-    def lookup_share(self) -> float:
-        """Share of steps that drafted only what lookup found."""
-        found = sum(count for plan, count in self.plans.items() if isinstance(plan, LookedUp))
-        return found / self.steps if self.steps else 0.0
-
     def figures(self) -> dict[str, Any]:
-        """Those that a response has, by its fields' names."""
-        return {name: getattr(self, name) for name in FIGURES}
+        """The fields of a response that they fill; shares are of the steps.
 
-
-FIGURES = (
-    "steps",
-    "mean_acceptance_length",
-    "acceptance_by_position",
-    "shape",
-    "plain_share",
-    "lookup_share",
-)
+        Tokens per step count the target's own one, so they are 1.0 without drafts; the shape is
+        the one that most steps of a drafter had, None where there were none.
+        """
+        steps = max(1, self.steps)
+        shapes = Counter(plan.shape for plan in self.plans.elements() if isinstance(plan, Drafted))
+        return {
+            "steps": self.steps,
+            "mean_acceptance_length": 1 + sum(self.accepted) / steps,
+            "acceptance_by_position": [count / steps for count in self.accepted],
+            "shape": max(shapes, key=lambda shape: shapes[shape], default=None),
+            "plain_share": self.plans[PLAIN] / steps,
+            "lookup_share": sum(n for plan, n in self.plans.items() if isinstance(plan, LookedUp)) / steps,
+        }
