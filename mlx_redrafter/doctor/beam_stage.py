@@ -1,4 +1,7 @@
-"""Beam search in two places: the same beams, or others that are as good."""
+"""Beam search in two places: the same beams, or others that are as good.
+
+Knows nothing of how the places are chosen.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,17 @@ from mlx_redrafter.drafting.beam_search import Embedder, beam_search
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 
 WIDTH, LENGTH = 4, 5
+PARTS = ("tokens", "origins", "log_probs")
 
 
 def beam_stage(drafter: RecurrentDrafter, embed: Embedder, contexts: mx.array, roots: mx.array) -> Stage:
-    """Beam search behind several contexts, one after the other.
-
-    Args:
-        contexts: (n, hidden_size).
-        roots: (n,) int32.
-    """
+    """Beam search behind several contexts, (n, hidden_size), and roots, (n,) int32, one after the other."""
 
     def run() -> dict[str, mx.array]:
         width = min(WIDTH, drafter.config.scored)
-        beams = [
-            beam_search(drafter, embed, contexts[i : i + 1], roots[i : i + 1], width, LENGTH)
-            for i in range(roots.shape[0])
-        ]
-        return {
-            part: mx.concatenate([getattr(beam, part) for beam in beams]) for part in ("tokens", "origins", "log_probs")
-        }
+        cases = [(contexts[i : i + 1], roots[i : i + 1]) for i in range(roots.shape[0])]
+        beams = [beam_search(drafter, embed, context, root, width, LENGTH) for context, root in cases]
+        return {name: mx.concatenate([getattr(beam, name) for beam in beams]) for name in PARTS}
 
     def judge(found: Outputs, expected: Outputs, tolerance: float) -> str:
         return judge_beams(found, expected, _scores(drafter, embed, contexts, roots, found), tolerance)

@@ -14,21 +14,13 @@ REPORT = "please report this, with all of this text or the file of --report"
 
 @dataclasses.dataclass
 class Check:
-    """One line of the report.
-
-    Attributes:
-        name: what was checked.
-        status: OK, NOTE (worth knowing, nothing is wrong), FAILED or NOT_MADE.
-        detail: what was found, or why the check was not made.
-        advice: what to do about a failure; empty without one.
-        figures: what was measured, for JSON.
-    """
+    """One line of the report."""
 
     name: str
-    status: str
-    detail: str
-    advice: str = REPORT
-    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    status: str  # OK, NOTE (worth knowing, nothing is wrong), FAILED or NOT_MADE
+    detail: str  # what was found, or why the check was not made
+    advice: str = REPORT  # what to do about a failure; empty without one
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)  # what was measured, for JSON
 
     def __post_init__(self) -> None:
         if self.status != FAILED:

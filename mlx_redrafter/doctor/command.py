@@ -24,7 +24,7 @@ from mlx_redrafter.doctor.float32_precision import products_check
 from mlx_redrafter.doctor.memory import active_memory, memory_check
 from mlx_redrafter.doctor.pair_stages import every_way, inputs, pair_stages, plain_stage, reading_seconds, tolerances
 from mlx_redrafter.doctor.report import Report
-from mlx_redrafter.doctor.texts import PROMPTS, SHAPES, TOKENS, greedy_check, greedy_texts, measure, sampled_check
+from mlx_redrafter.doctor.texts import PROMPTS, greedy_check, greedy_texts, measure, sampled_check
 from mlx_redrafter.doctor.weight_types import Variant, variants
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.errors import UserError
@@ -87,7 +87,7 @@ def examine(args: argparse.Namespace) -> Report:
             note(NO_PAIR, stage.name, compare, stage, places, 0.0 if on_cpu() else 1e-6)
         reduced = bool(report.checks[NO_PAIR][0].figures.get("reduced"))
         # Memory comes first, before anything else was held.
-        note(name, "memory", memory_check, model, drafter, tokenizer, PROMPTS[0], SHAPES[-1], before, TOKENS)
+        note(name, "memory", memory_check, model, drafter, tokenizer, before)
         if not mine:
             note(EMBEDDED_PAIR, "stages", lambda: _stage_checks(*load(), places, True))
         note(name, "stages", _stage_checks, model, drafter, tokenizer, places, mine)

@@ -7,10 +7,9 @@ equal; others may differ by rounding. The second place is the reference.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -20,12 +19,12 @@ from mlx_redrafter.errors import one_line
 
 Place: TypeAlias = mx.Stream | mx.Device | mx.DeviceType
 Outputs: TypeAlias = dict[str, np.ndarray]
+# What is wrong with the first results, given the second and the tolerance; empty if nothing is.
 Judge: TypeAlias = Callable[[Outputs, Outputs, float], str]
 NO_GPU = "GPU against CPU: there is no GPU here"
 
 
-@dataclasses.dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Where stages run: what is tested, and what it is compared with."""
 
     tested: Place
@@ -38,21 +37,12 @@ class Places:
         return cls(gpu, mx.Device(mx.cpu)) if mx.is_available(gpu) else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A part of a step.
-
-    Attributes:
-        name: for people.
-        run: builds its results from fixed inputs, as a lazy graph on the default stream.
-        judge: says what is wrong with the results of the first place, given those of the
-            second and the tolerance, where equality is too much to ask; empty if nothing is.
-            Its arrays are computed in the second place.
-    """
+class Stage(NamedTuple):
+    """A part of a step."""
 
     name: str
-    run: Callable[[], dict[str, mx.array]]
-    judge: Judge | None = None
+    run: Callable[[], dict[str, mx.array]]  # builds results from fixed inputs, lazily, on the default stream
+    judge: Judge | None = None  # where equality is too much to ask; computes in the second place
 
 
 def compare(stage: Stage, places: Places | None, tolerance: float, advice: str = REPORT) -> Check:

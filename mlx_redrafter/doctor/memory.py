@@ -13,8 +13,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.doctor.checks import FAILED, OK, Check
+from mlx_redrafter.doctor.texts import PROMPTS, SHAPES, TOKENS
 from mlx_redrafter.drafting.kinds import Drafter
-from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.system.weights import weights
 from mlx_redrafter.target.cache.kv_cache import leaves
 from mlx_redrafter.target.probe import verifier_of
@@ -31,22 +31,18 @@ def active_memory() -> int:
     return mx.get_active_memory()
 
 
-def memory_check(
-    model: nn.Module, drafter: Drafter, tokenizer: Any, text: str, shape: DraftShape, before: int, tokens: int
-) -> Check:
+def memory_check(model: nn.Module, drafter: Drafter, tokenizer: Any, before: int) -> Check:
     """Writes a text, and compares the peak behind its first token with what was predicted.
 
     Args:
-        text: what is to be continued.
         before: bytes that MLX held before the pair was loaded.
-        tokens: to write.
     """
     verifier_of(model)  # its self-check holds memory of its own
-    prompt = list(tokenizer.encode(text))
+    prompt = tokenizer.encode(PROMPTS[0])
     predicted = {"target": weights(model)[1], "drafter": weights(drafter)[1]}
-    predicted["one cache"] = cache_bytes(model, len(prompt) + tokens)
+    predicted["one cache"] = cache_bytes(model, len(prompt) + TOKENS)
     active_memory()
-    for i, _ in enumerate(stream_generate(model, tokenizer, prompt, drafter, max_tokens=tokens, shape=shape)):
+    for i, _ in enumerate(stream_generate(model, tokenizer, prompt, drafter, max_tokens=TOKENS, shape=SHAPES[-1])):
         if i == 0:
             mx.reset_peak_memory()
     return verdict(predicted, mx.get_peak_memory() - before)

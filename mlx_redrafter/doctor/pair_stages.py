@@ -5,11 +5,10 @@ Knows nothing of how they are compared.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,33 +30,24 @@ PATH = (2, 4)  # what is accepted of it, the root aside
 ROWS_READ = 200  # rows that one place reads in all stages, about
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What stages start from.
+class Inputs(NamedTuple):
+    """What stages start from."""
 
-    Attributes:
-        prompt: (1, P) token ids.
-        contexts: (n, hidden_size) the target's hidden states at its last tokens.
-        roots: (n,) int32 what it chooses there.
-        drafts: (1, 1 + N) token ids of the rows to verify.
-    """
-
-    prompt: mx.array
-    contexts: mx.array
-    roots: mx.array
-    drafts: mx.array
+    prompt: mx.array  # (1, P) token ids
+    contexts: mx.array  # (n, hidden_size), the target's hidden states at its last tokens
+    roots: mx.array  # (n,) int32, what it chooses there
+    drafts: mx.array  # (1, 1 + N) token ids of the rows to verify
 
 
 def inputs(target: Target, prompt: Sequence[int], place: Place, cases: int = 3) -> Inputs:
     """Reads a prompt in one place."""
-    rows = len(PARENTS)
     with mx.stream(place):
         ids = mx.array([list(prompt)], mx.int32)
         hidden, logits = target.forward(ids, make_prompt_cache(target.model))
         assert hidden is not None
         roots = mx.argmax(logits[0, -cases:], axis=-1).astype(mx.int32)
-        found = Inputs(ids, hidden[0, -cases:], roots, ids[:, 1 : 1 + rows])
-        mx.eval(found.prompt, found.contexts, found.roots, found.drafts)
+        found = Inputs(ids, hidden[0, -cases:], roots, ids[:, 1 : 1 + len(PARENTS)])
+        mx.eval(*found)
     return found
 
 

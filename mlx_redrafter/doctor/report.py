@@ -15,21 +15,13 @@ from mlx_redrafter.tuning.step_costs import Costs
 
 @dataclasses.dataclass
 class Report:
-    """Everything that was found.
+    """Everything that was found."""
 
-    Attributes:
-        facts: device, versions, the pair.
-        checks: by the pair that they were made with.
-        costs: of a step on this device; None where they could not be measured.
-        choice: what auto would begin with.
-        seconds: that all of it took.
-    """
-
-    facts: dict[str, str]
-    checks: dict[str, list[Check]] = dataclasses.field(default_factory=dict)
-    costs: Costs | None = None
-    choice: str = ""
-    seconds: float = 0.0
+    facts: dict[str, str]  # device, versions, the pair
+    checks: dict[str, list[Check]] = dataclasses.field(default_factory=dict)  # by the pair that they were made with
+    costs: Costs | None = None  # of a step on this device
+    choice: str = ""  # what auto would begin with
+    seconds: float = 0.0  # that all of it took
 
     @property
     def all_checks(self) -> list[Check]:

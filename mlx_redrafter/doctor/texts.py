@@ -45,18 +45,11 @@ TF32_ADVICE = (
 
 @dataclasses.dataclass
 class Closeness(Equality):
-    """What was found with one type of weights.
+    """What was found with one type of weights; nats at most."""
 
-    Attributes:
-        gap: how much less probable, in nats, a token was than the one in its place, at most.
-        rounding: how far the log-probabilities of plain decoding are from those of the same
-            tokens read together, at most.
-        unexplained: texts whose gap rounding does not explain.
-    """
-
-    gap: float = 0.0
-    rounding: float = 0.0
-    unexplained: int = 0
+    gap: float = 0.0  # how much less probable a token was than the one in its place
+    rounding: float = 0.0  # between log-probabilities of plain decoding and of the same tokens read together
+    unexplained: int = 0  # texts whose gap rounding does not explain
 
 
 Texts = Callable[[list[int], DraftShape | None], tuple[list[int], list[mx.array]]]

@@ -6,10 +6,9 @@ Knows nothing of texts.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,21 +26,13 @@ BITS, GROUP_SIZE = 4, 64
 ROOM = 0.7  # of the memory that a target may take here
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A pair with weights of one type.
-
-    Attributes:
-        name: for people.
-        load: reads the pair.
-        exact: texts promise to be equal.
-        why_not: why it cannot be had here; empty if it can.
-    """
+class Variant(NamedTuple):
+    """A pair with weights of one type."""
 
     name: str
     load: Callable[[], Pair]
-    exact: bool
-    why_not: str = ""
+    exact: bool  # whether texts promise to be equal
+    why_not: str = ""  # why it cannot be had here
 
 
 def variants(args: argparse.Namespace, model: nn.Module) -> list[Variant]:

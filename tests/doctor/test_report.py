@@ -22,7 +22,7 @@ from mlx_redrafter.target import acceptance
 def quick(monkeypatch, pair):
     """Shorter texts, of fewer prompts."""
     monkeypatch.setattr(command, "PROMPTS", texts.PROMPTS[:1])
-    monkeypatch.setattr(command, "TOKENS", 8)
+    monkeypatch.setattr(memory, "TOKENS", 8)
     monkeypatch.setattr(texts, "TOKENS", 8)
 
 
