@@ -8,7 +8,6 @@ the position of the token being chosen.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -134,19 +133,6 @@ def from_sampler(sampler: Callable[[mx.array], mx.array]) -> Chooser:
         return sampler(logprobs).reshape(batch, rows).astype(mx.int32)
 
     return choose
-
-
-def keyed_sampler(choose: Chooser, position: int) -> Callable[[mx.array], mx.array]:
-    """An mlx-lm sampler for one text that draws with each position's noise, as our own loops do.
-
-    Made for mlx-lm's plain loop, which asks it for one row after the other.
-
-    Args:
-        choose: the chooser.
-        position: of the first token it will choose, which is the length of the prompt.
-    """
-    positions = itertools.count(position)
-    return lambda logprobs: choose(logprobs[:, None], mx.array([[next(positions)]]))[:, 0]
 
 
 _UNKNOWN = 0.7  # temperature that fits a drafter's distribution to what a greedy target chooses
