@@ -20,7 +20,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_redrafter.benchmarks.flags import check_scale
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.weights import weights
@@ -42,7 +41,8 @@ def scale_cost(model: nn.Module, scale: float) -> float:
     Raises:
         UserError: a scale below 1, or a model of another kind.
     """
-    check_scale(scale)
+    if not 1 <= scale <= 1000:
+        raise UserError(f"--cost-scale is {scale}, expected 1 to 1000")
     layers: list[Any] = [m for m in model.modules() if all(isinstance(m.children().get(n), nn.Linear) for n in NAMES)]
     if scale == 1:
         return 1.0

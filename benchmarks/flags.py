@@ -1,4 +1,4 @@
-"""The flags that benchmarks share, and the checks that need no model.
+"""The flags that benchmarks share, and the prompts that they name.
 
 Knows nothing of what is measured.
 """
@@ -6,12 +6,12 @@ Knows nothing of what is measured.
 from __future__ import annotations
 
 import argparse
-import math
 
 from mlx_redrafter.benchmarks.prompts import Prompt, evenly, read_prompts
 
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.flag_types import real, whole
 from mlx_redrafter.text.flags import add_pair_arguments
 
 SCALE = (
@@ -23,7 +23,8 @@ SCALE = (
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The pair, the scale of its cost, and where results go."""
     add_pair_arguments(parser)
-    parser.add_argument("--cost-scale", type=float, default=1.0, metavar="X", help=f"{SCALE} (default: %(default)s)")
+    parser.add_argument("--cost-scale", type=real(1, 1000), default=1.0, metavar="X",
+        help=f"{SCALE} (default: %(default)s)")  # fmt: skip
     add_out_argument(parser)
 
 
@@ -38,8 +39,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, prompts: int = 20) -> 
     add("--prompts", nargs="+", metavar="PATH", help="files of prompts: MT-Bench, Spec-Bench or HumanEval (.jsonl),"
         " text or source; or directories of them (default, for the embedded target: Python files that were held"
         " out of its training)")  # fmt: skip
-    add("--num-prompts", type=int, default=prompts, help="so many of them, spread evenly (default: %(default)s)")
-    add("--prompt-tokens", type=int, help="keep only so many tokens from the beginning of each (default: all)")
+    add("--num-prompts", type=whole(1), default=prompts, help="so many of them, spread evenly (default: %(default)s)")
+    add("--prompt-tokens", type=whole(1), help="keep only so many tokens from the beginning of each (default: all)")
     add("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
 
 
@@ -47,25 +48,16 @@ def add_text_arguments(parser: argparse.ArgumentParser, prompts: int = 20, max_t
     """Which texts to write."""
     add_prompt_arguments(parser, prompts)
     help = "tokens per text (default: %(default)s)"
-    parser.add_argument("--max-tokens", "-m", type=int, default=max_tokens, help=help)
+    parser.add_argument("--max-tokens", "-m", type=whole(2), default=max_tokens, help=help)
 
 
 def add_round_arguments(parser: argparse.ArgumentParser, temps: list[float]) -> None:
     """At which temperatures, and how often."""
     add = parser.add_argument
     shown = " ".join(f"{temp:g}" for temp in temps)
-    add("--temps", type=float, nargs="+", default=temps, help=f"temperatures, one after the other (default: {shown})")
+    add("--temps", type=real(0), nargs="+", default=temps, help=f"temperatures, one after the other (default: {shown})")
     add("--seed", type=int, default=0, help="of the texts at a temperature (default: %(default)s)")
-    add("--repeats", type=int, default=1, help="rounds per prompt (default: %(default)s)")
-
-
-def check_rounds(args: argparse.Namespace) -> None:
-    """Raises UserError for flags of `add_round_arguments` that are out of range."""
-    in_range("--repeats", args.repeats, 1)
-    for temp in args.temps:
-        in_range("--temps", temp, 0)
-        if not math.isfinite(temp):
-            in_range("--temps", temp, 0, 100)
+    add("--repeats", type=whole(1), default=1, help="rounds per prompt (default: %(default)s)")
 
 
 def check_texts(args: argparse.Namespace, any_target: bool = False) -> list[Prompt]:
@@ -74,8 +66,6 @@ def check_texts(args: argparse.Namespace, any_target: bool = False) -> list[Prom
     Args:
         any_target: without --prompts, held-out Python will do for every target.
     """
-    for flag, least in (("--num-prompts", 1), ("--prompt-tokens", 1), ("--max-tokens", 2)):
-        in_range(flag, getattr(args, flag[2:].replace("-", "_")), least)
     if args.prompts is not None:
         return evenly(read_prompts(args.prompts), args.num_prompts)
     if args.model is not None and not any_target:
@@ -84,14 +74,3 @@ def check_texts(args: argparse.Namespace, any_target: bool = False) -> list[Prom
     if not prompts:
         raise UserError("--prompts is missing: this Python has no source of its standard library to take prompts from")
     return prompts
-
-
-def check_scale(scale: float) -> None:
-    """Raises UserError for a scale that no target is widened to."""
-    in_range("--cost-scale", scale, 1, 1000)
-
-
-def in_range(flag: str, value: float | None, least: float, most: float = math.inf) -> None:
-    """Raises UserError for a flag out of range; None passes."""
-    if value is not None and not least <= value <= most:
-        raise UserError(f"{flag} is {value}, expected {least} {'or more' if most == math.inf else f'to {most}'}")

@@ -53,7 +53,8 @@ def cache_bytes(model: nn.Module, tokens: int) -> int:
     """Bytes of mlx-lm's own caches of so many tokens: windows keep their last ones, and states stay as they are."""
     total = 0
     for cache in _read_once(model):
-        arrays = [array for _, array in tree_flatten(cache.state) if isinstance(array, mx.array)]
+        state: Any = tree_flatten(cache.state)
+        arrays = [array for _, array in state if isinstance(array, mx.array)]
         if isinstance(cache, ArraysCache):
             total += sum(array.nbytes for array in arrays)
         else:  # (batch, heads, rows, size), with room for more rows than the one that was read

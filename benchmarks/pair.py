@@ -12,7 +12,6 @@ from typing import Any
 import mlx.nn as nn
 from mlx_redrafter.benchmarks.competitors import Decoder
 from mlx_redrafter.benchmarks.cost_scale import scale_cost
-from mlx_redrafter.benchmarks.flags import check_scale
 from mlx_redrafter.benchmarks.prompts import Prompt, token_ids
 from mlx_redrafter.benchmarks.report import check_out, command_line
 
@@ -75,7 +74,6 @@ def load_pair(args: argparse.Namespace, baseline: bool = True) -> Pair:
             that of one target, and every method runs it.
     """
     check_out(args.out)
-    check_scale(args.cost_scale)
     model, drafter, tokenizer = load_from(args, pack_weights=False)
     if drafter is None:
         raise UserError("--draft is missing: a benchmark compares a target with and without its drafter")

@@ -31,7 +31,7 @@ class Report:
         command: what was typed.
         tables: for people.
         notes: what each figure is.
-        data: all figures, for programs.
+        data: all figures, for programs; dataclasses become objects of the JSON.
         draw: the chart.
         size: of the chart, in inches.
         page: makes an HTML page of the JSON, KIND.html, where there is one.
@@ -69,7 +69,8 @@ class Report:
         print(f"\nWritten: {written}")
 
     def as_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "command": self.command, "facts": self.facts, **self.data}
+        whole = {"kind": self.kind, "command": self.command, "facts": self.facts, **self.data}
+        return json.loads(json.dumps(whole, default=dataclasses.asdict))
 
     def _markdown(self) -> str:
         parts = [f"## {self.title}", f"    {self.command}", "\n".join(f"- {k}: {v}" for k, v in self.facts.items())]

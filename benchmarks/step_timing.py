@@ -29,9 +29,11 @@ from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.proposers import proposer_for
 from mlx_redrafter.drafting.shape import Plan
+from mlx_redrafter.system.module_slots import StandIn
 from mlx_redrafter.system.partial_submit import in_one_piece
 from mlx_redrafter.target.tree import CandidateTree
 from mlx_redrafter.target.verification import CHAIN, Verifier
+from mlx_redrafter.tuning.measure import rows_tree
 
 STAGES = ("draft", "verify", "accept and commit")
 AT_ONCE = 4  # graphs built before the clock starts; more would make attention read far past the committed rows
@@ -54,23 +56,13 @@ class Rows:
 
     def seconds(self, rows: int, calls: int = AT_ONCE) -> float:
         """Time of one verification of a tree of so many rows, the mean of `calls` in a row."""
-        tree = binary_tree(rows, chain=self.verifier.capability == CHAIN)
+        tree = rows_tree(rows, chain=self.verifier.capability == CHAIN)
         outputs = []
         with in_one_piece():
             for _ in range(calls):
                 hidden, logits = self.verifier(tree, self.cache)
                 outputs.append([hidden, logits, *self.cache.arrays()])
         return _submit_all(outputs) / calls
-
-
-def binary_tree(rows: int, chain: bool = False) -> CandidateTree:
-    """A tree of so many rows, every node with two children (or one, in a chain); tokens are of no matter."""
-    parents = [max(0, i - 1 if chain else (i - 1) // 2) for i in range(rows)]
-    tokens = mx.full((1, rows), 1, mx.int32)
-    depth = max(1, rows - 1 if chain else rows.bit_length() - 1)
-    tree = CandidateTree.from_parents(tokens, mx.array([parents], mx.int32), max_depth=depth)
-    mx.eval(tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.valid)
-    return tree
 
 
 def begin(verifier: Verifier, drafter: Drafter, prompt: list[int]) -> tuple[SpeculativeStep, int]:
@@ -129,20 +121,17 @@ def stages(step: SpeculativeStep, committed: int, plan: Plan, steps: int) -> lis
     return found
 
 
-class _Barriers:
+class _Barriers(StandIn):
     """Stands in for a step's verifier: what comes before it is drafting, what comes after acceptance and commit."""
 
     def __init__(self, verifier: Verifier):
-        self.verifier = verifier
+        super().__init__(verifier)  # type: ignore[arg-type]  # no module, but called as one
         self.times: list[tuple[float, float]] = []
         self._tic = 0.0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.verifier, name)
-
     def __call__(self, tree: CandidateTree, cache: Any) -> tuple[mx.array, mx.array]:
         self.stop(tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.valid)
-        hidden, logits = self.verifier(tree, cache)
+        hidden, logits = self.module(tree, cache)
         self.stop(hidden, logits, *cache.arrays())
         return hidden, logits
 

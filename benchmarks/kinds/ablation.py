@@ -10,12 +10,13 @@ import argparse
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from mlx_redrafter.benchmarks.charts import COLOURS, plain_axes
-from mlx_redrafter.benchmarks.compare import equality_of, side_by_side, summarize
+from mlx_redrafter.benchmarks.compare import Method, equality_of, side_by_side, summarize
 from mlx_redrafter.benchmarks.competitors import PLAIN
-from mlx_redrafter.benchmarks.flags import add_out_argument, add_text_arguments, check_texts, in_range
+from mlx_redrafter.benchmarks.flags import add_out_argument, add_text_arguments, check_texts
 from mlx_redrafter.benchmarks.pair import Loaded, encode_texts, load_scaled
 from mlx_redrafter.benchmarks.report import Report, check_out
 
@@ -25,6 +26,7 @@ from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.embedded.corpus import stdlib_files
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
@@ -87,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--work", required=True, metavar="DIR", help="keeps the text and the finished drafters")
     add("--files", nargs="+", metavar="PATH", help="text for the variants that learn from files (default, for the"
         " embedded target: the standard library's files that were not held out)")  # fmt: skip
-    add("--rows", type=int, default=600, help="rows of text (default: %(default)s)")
-    add("--iters", type=int, default=250, help="updates of each variant (default: %(default)s)")
+    add("--rows", type=whole(32), default=600, help="rows of text (default: %(default)s)")
+    add("--iters", type=whole(1), default=250, help="updates of each variant (default: %(default)s)")
     add("--only", nargs="+", metavar="NAME", help=f"only these variants, beside {BASE!r}")
     add_text_arguments(parser)
     add_out_argument(parser)
@@ -97,8 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     prompts = check_texts(args)
-    in_range("--rows", args.rows, 32)
-    in_range("--iters", args.iters, 1)
     check_out(args.out)
     known = [variant.name for variant in VARIANTS]
     for name in args.only or ():
@@ -171,7 +171,7 @@ def _report(
     drafters: dict[str, RecurrentDrafter],
     texts: list[list[int]],
 ) -> Report:
-    methods = {PLAIN: loaded.decoder(None, args.max_tokens).plain}
+    methods: dict[str, Method] = {PLAIN: loaded.decoder(None, args.max_tokens).plain}
     methods |= {name: loaded.decoder(drafter, args.max_tokens).drafted(CHAIN) for name, drafter in drafters.items()}
     found = summarize(side_by_side(methods, texts, reference_every=8))
     rows: list[dict[str, Any]] = [
@@ -187,19 +187,15 @@ def _report(
         }
         for name, drafter in drafters.items()
     ]
-    columns = ("variant", "acceptance, tree of 12", "chain of 3", "MB per draft step", "tokens/s, chain", "speed-up")
-    lines = [
-        (
-            row["variant"],
-            f"{row['acceptance_tree']:.2f}",
-            f"{row['acceptance_chain']:.2f}",
-            f"{row['bytes_per_draft_step'] / 1e6:.2f}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['speed_up']:.2f}x",
-        )
-        for row in rows
-    ]
-    table = Table(f"{args.iters} updates each", columns, lines)
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "variant": lambda row: row["variant"],
+        "acceptance, tree of 12": lambda row: f"{row['acceptance_tree']:.2f}",
+        "chain of 3": lambda row: f"{row['acceptance_chain']:.2f}",
+        "MB per draft step": lambda row: f"{row['bytes_per_draft_step'] / 1e6:.2f}",
+        "tokens/s, chain": lambda row: f"{row['tokens_per_second']:.1f}",
+        "speed-up": lambda row: f"{row['speed_up']:.2f}x",
+    }
+    table = Table.of(f"{args.iters} updates each", columns, rows)
     notes = [
         f"{BASE}: rnn, exit_dim = hidden_size, 2 residual blocks, all tokens, output layer begun from the target's,"
         " text written by the target, its 16 most probable tokens; the others differ in what their name says.",

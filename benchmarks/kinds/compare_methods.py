@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from mlx_redrafter.benchmarks import charts
@@ -17,9 +18,7 @@ from mlx_redrafter.benchmarks.flags import (
     add_common_arguments,
     add_round_arguments,
     add_text_arguments,
-    check_rounds,
     check_texts,
-    in_range,
 )
 from mlx_redrafter.benchmarks.page.page import PUBLISHED, page
 from mlx_redrafter.benchmarks.page.rows import ALL, Row, row_id, rows_of
@@ -31,6 +30,7 @@ from mlx_redrafter.benchmarks.report import Report
 
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.system.weights import weights
 from mlx_redrafter.target.model import Target
@@ -72,14 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " (left out if not given)")  # fmt: skip
     add("--medusa", metavar="DIR", help="Medusa heads for the target (left out if not given)")
     add_round_arguments(parser, temps=[0.0, 0.7, 1.0])
-    add("--search-prompts", type=int, default=4, help="prompts on which each method looks for its best setting,"
+    add("--search-prompts", type=whole(1), default=4, help="prompts on which each method looks for its best setting,"
         " at every temperature (default: %(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Report:
     prompts = check_texts(args)
-    check_rounds(args)
-    in_range("--search-prompts", args.search_prompts, 1)
     pair = load_pair(args)
     if not isinstance(pair.drafter, RecurrentDrafter):
         raise UserError(f"--draft {args.draft}: is of Medusa heads, which --medusa takes; expected a recurrent drafter")
@@ -93,13 +91,16 @@ def run(args: argparse.Namespace) -> Report:
     for temp in temps:
         decoder = pair.decoder(pair.drafter, args.max_tokens, temp, args.seed)
         found = search(contest, decoder, evenly(texts, args.search_prompts))
-        rows += _at_their_best(contest, decoder, found, texts, args.repeats, categories)
+        best = {one.method: one.setting for one in found if one.best}
+        methods = {name: contest.method(decoder, name, setting) for name, setting in best.items()}
+        sizes = {name: contest.drafter_bytes(name) for name in best}
+        runs = side_by_side(methods, texts, args.repeats)
+        rows += rows_of(temp, runs, categories, best, sizes, weights(pair.model)[1])
         tried += [one for one in found if one.tokens_per_second]
-    step = picture_of(pair.model, pair.drafter, pair.tokenizer, evenly(texts, 4))
-    data = {
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "search": [dataclasses.asdict(one) for one in tried],
-        "tree": None if step is None else dataclasses.asdict(step),
+    data: dict[str, Any] = {
+        "rows": rows,
+        "search": tried,
+        "tree": picture_of(pair.model, pair.drafter, pair.tokenizer, evenly(texts, 4)),
         "published": PUBLISHED,
         "findings": [sentence for sentence, _ in findings(rows)],
         "left_out": contest.missing,
@@ -138,50 +139,22 @@ def search(contest: Contest, decoder: Decoder, texts: list[list[int]]) -> list[T
     return tried
 
 
-def _at_their_best(
-    contest: Contest,
-    decoder: Decoder,
-    tried: list[Tried],
-    texts: list[list[int]],
-    repeats: int,
-    categories: list[str],
-) -> list[Row]:
-    """All methods at one temperature, each in the best of its settings."""
-    best = {one.method: one.setting for one in tried if one.best}
-    methods = {name: contest.method(decoder, name, setting) for name, setting in best.items()}
-    sizes = {name: contest.drafter_bytes(name) for name in best}
-    runs = side_by_side(methods, texts, repeats)
-    return rows_of(decoder.temp, runs, categories, best, sizes, weights(decoder.model)[1])
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: title(row.method),
+    "setting": lambda row: row.setting,
+    "tokens/s": lambda row: f"{row.tokens_per_second:.1f}",
+    "speed-up": lambda row: f"{row.speed_up:.2f}",
+    "acceptance": lambda row: f"{row.acceptance:.2f}",
+    "drafter MB": lambda row: f"{row.drafter_bytes / 1e6:.1f}",
+    "memory MB": lambda row: f"{row.memory_bytes / 1e6:.1f}",
+    "first token s": lambda row: f"{row.first_token:.3f}",
+    "equal": lambda row: f"{row.equal}/{row.runs}",
+}
 
 
 def _table(rows: list[Row], temp: float, kind: str) -> Table:
-    columns = [
-        "method",
-        "setting",
-        "tokens/s",
-        "speed-up",
-        "acceptance",
-        "drafter MB",
-        "memory MB",
-        "first token s",
-        "equal",
-    ]
-    lines = [
-        [
-            title(row.method),
-            row.setting,
-            f"{row.tokens_per_second:.1f}",
-            f"{row.speed_up:.2f}",
-            f"{row.acceptance:.2f}",
-            f"{row.drafter_bytes / 1e6:.1f}",
-            f"{row.memory_bytes / 1e6:.1f}",
-            f"{row.first_token:.3f}",
-            f"{row.equal}/{row.runs}",
-        ]
-        for row in rows
-        if (row.temp, row.category) == (temp, kind)
-    ]
-    return Table(f"{charts.at(temp)}, {kind}", columns, lines)
+    some = [row for row in rows if (row.temp, row.category) == (temp, kind)]
+    return Table.of(f"{charts.at(temp)}, {kind}", COLUMNS, some)
 
 
 def _positions(rows: list[Row], temp: float) -> Table:

@@ -18,26 +18,29 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
 from mlx_redrafter.benchmarks import charts
 from mlx_redrafter.benchmarks.compare import Spread, turn_order
 from mlx_redrafter.benchmarks.competitors import CHAIN_OF_3, PLAIN, TREE_OF_7, drafts, shape_named
-from mlx_redrafter.benchmarks.flags import add_common_arguments, in_range
+from mlx_redrafter.benchmarks.flags import add_common_arguments
 from mlx_redrafter.benchmarks.long_context import cache_bytes, lift_context, long_text, never_end, roomy_cache
 from mlx_redrafter.benchmarks.pair import Pair, load_pair
 from mlx_redrafter.benchmarks.report import Report
 from mlx_redrafter.benchmarks.step_timing import step_times
 from tqdm import tqdm
 
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.system.weights import weights
 
 HELP = "speed and memory up to 16k tokens, and the cost of a roomy cache"
 
 DEFAULTS = (PLAIN, CHAIN_OF_3, TREE_OF_7)
+MOST = 2**20  # tokens
 NOTES = [
     "reading: tokens per second until the first token; step: median time from one step's tokens to the next one's",
     "needed: weights of target and drafter (both are loaded throughout), and one cache of all tokens",
@@ -62,24 +65,21 @@ class Reading:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
     add = parser.add_argument
-    add("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 16384], metavar="TOKENS",
+    add("--contexts", type=whole(2, MOST), nargs="+", default=[512, 2048, 8192, 16384], metavar="TOKENS",
         help="lengths to read (default: 512 2048 8192 16384)")  # fmt: skip
-    add("--capacities", type=int, nargs="+", default=[1024, 4096, 16384], metavar="TOKENS",
+    add("--capacities", type=whole(1, MOST), nargs="+", default=[1024, 4096, 16384], metavar="TOKENS",
         help="room of the caches for the second table (default: 1024 4096 16384)")  # fmt: skip
     add("--methods", nargs="+", default=list(DEFAULTS), metavar="METHOD", help="plain (mlx_lm), ours, chain:N,"
         f" beams:WxL:N, best-first:WxL:N (default: {' '.join(DEFAULTS)})")  # fmt: skip
-    add("--max-tokens", "-m", type=int, default=64, help="tokens after each text (default: %(default)s)")
-    add("--repeats", type=int, default=3, help="rounds of the second table (default: %(default)s)")
+    add("--max-tokens", "-m", type=whole(8), default=64, help="tokens after each text (default: %(default)s)")
+    add("--repeats", type=whole(1), default=3, help="rounds of the second table (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Report:
-    for context in args.contexts:
-        in_range("--contexts", context, 2, 2**20)
     short = min(args.contexts)
-    for capacity in args.capacities:
-        in_range("--capacities", capacity, short + args.max_tokens + 32, 2**20)
-    in_range("--max-tokens", args.max_tokens, 8)
-    in_range("--repeats", args.repeats, 1)
+    least = short + args.max_tokens + 32
+    if (found := min(args.capacities)) < least:
+        raise UserError(f"--capacities is {found}, expected {least} to {MOST}")
     names = list(dict.fromkeys(args.methods))
     shapes = [shape for name in names if (shape := shape_named(name)) is not None]
     pair = load_pair(args, baseline=False)  # a second target would be counted as memory
@@ -97,11 +97,11 @@ def run(args: argparse.Namespace) -> Report:
     readings.sort(key=lambda one: (one.tokens, names.index(one.method)))
     roomy = _capacities(pair, names, text[:short], args)
     pair.facts["texts"] = f"held-out Python source, {args.max_tokens} tokens after each"
-    tables = [_reading_table(readings), _capacity_table(roomy, CAPACITY_NOTE.format(short))]
+    tables = [Table.of("long contexts", READINGS, readings), _capacity_table(roomy, CAPACITY_NOTE.format(short))]
     data = {
-        "readings": [dataclasses.asdict(one) for one in readings],
+        "readings": readings,
         "capacities": [
-            {"method": name, "tokens": short, "capacity": capacity, "step_seconds": vars(spread)}
+            {"method": name, "tokens": short, "capacity": capacity, "step_seconds": spread}
             for name, each in roomy.items()
             for capacity, spread in each.items()
         ],
@@ -164,21 +164,15 @@ def _capacities(
     return {name: {room: Spread.of(seconds) for room, seconds in each.items()} for name, each in times.items()}
 
 
-def _reading_table(readings: list[Reading]) -> Table:
-    columns = ["context, method", "reading, tokens/s", "step, ms", "tokens/s", "peak, MB", "needed, MB", "peak/needed"]
-    rows = [
-        [
-            f"{one.tokens}, {one.method}",
-            f"{one.tokens / one.reading_seconds:.0f}",
-            f"{1e3 * one.step_seconds:.2f}",
-            f"{one.tokens_per_second:.1f}",
-            f"{one.peak_bytes / 1e6:.1f}",
-            f"{one.needed_bytes / 1e6:.1f}",
-            f"{one.peak_bytes / one.needed_bytes:.2f}",
-        ]
-        for one in readings
-    ]
-    return Table("long contexts", columns, rows)
+READINGS: dict[str, Callable[[Reading], str]] = {
+    "context, method": lambda one: f"{one.tokens}, {one.method}",
+    "reading, tokens/s": lambda one: f"{one.tokens / one.reading_seconds:.0f}",
+    "step, ms": lambda one: f"{1e3 * one.step_seconds:.2f}",
+    "tokens/s": lambda one: f"{one.tokens_per_second:.1f}",
+    "peak, MB": lambda one: f"{one.peak_bytes / 1e6:.1f}",
+    "needed, MB": lambda one: f"{one.needed_bytes / 1e6:.1f}",
+    "peak/needed": lambda one: f"{one.peak_bytes / one.needed_bytes:.2f}",
+}
 
 
 def _capacity_table(roomy: dict[str, dict[int, Spread]], note: str) -> Table:

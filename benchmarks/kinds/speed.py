@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from mlx_redrafter.benchmarks import charts
@@ -21,7 +22,6 @@ from mlx_redrafter.benchmarks.flags import (
     add_common_arguments,
     add_round_arguments,
     add_text_arguments,
-    check_rounds,
     check_texts,
 )
 from mlx_redrafter.benchmarks.pair import Pair, encode_texts, load_pair
@@ -63,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     prompts = check_texts(args)
-    check_rounds(args)
     names = list(dict.fromkeys([PLAIN, *args.methods]))
     shapes = {name: shape for name in names if (shape := shape_named(name)) is not None}
     pair = load_pair(args)
@@ -81,12 +80,7 @@ def run(args: argparse.Namespace) -> Report:
     ]
     data = {
         "temperatures": [
-            {
-                "temp": temp,
-                "methods": {name: dataclasses.asdict(summary) for name, summary in summaries.items()},
-                "limits": {name: dataclasses.asdict(limit) for name, limit in limits.items()},
-            }
-            for temp, (summaries, limits) in results.items()
+            {"temp": temp, "methods": summaries, "limits": limits} for temp, (summaries, limits) in results.items()
         ],
         "categories": categories,
     }
@@ -144,26 +138,22 @@ def _shown(name: str) -> str:
 
 
 def _table(temp: float, summaries: dict[str, Summary], limits: dict[str, Limit]) -> Table:
-    columns = [
-        "method",
-        "tokens/s",
-        "speed-up",
-        "25 %",
-        "75 %",
-        "acceptance",
-        "efficiency",
-        "limit",
-        "reached",
-        "equal",
-    ]
-    rows = []
-    for name, one in summaries.items():
-        limit = limits.get(name)
-        ratios = (one.speed_up.median, one.speed_up.low, one.speed_up.high, one.acceptance, one.efficiency)
-        bound = [f"{limit.speed_up:.2f}", f"{limit.reached:.0%}"] if limit else ["", ""]
-        figures = [f"{one.tokens_per_second:.1f}", *(f"{ratio:.2f}" for ratio in ratios), *bound]
-        rows.append([_shown(name), *figures, f"{one.equal}/{one.runs}"])
-    return Table(charts.at(temp), columns, rows)
+    def bound(name: str, form: Callable[[Limit], str]) -> str:
+        return form(limits[name]) if name in limits else ""
+
+    columns: dict[str, Callable[[tuple[str, Summary]], str]] = {
+        "method": lambda row: _shown(row[0]),
+        "tokens/s": lambda row: f"{row[1].tokens_per_second:.1f}",
+        "speed-up": lambda row: f"{row[1].speed_up.median:.2f}",
+        "25 %": lambda row: f"{row[1].speed_up.low:.2f}",
+        "75 %": lambda row: f"{row[1].speed_up.high:.2f}",
+        "acceptance": lambda row: f"{row[1].acceptance:.2f}",
+        "efficiency": lambda row: f"{row[1].efficiency:.2f}",
+        "limit": lambda row: bound(row[0], lambda limit: f"{limit.speed_up:.2f}"),
+        "reached": lambda row: bound(row[0], lambda limit: f"{limit.reached:.0%}"),
+        "equal": lambda row: f"{row[1].equal}/{row[1].runs}",
+    }
+    return Table.of(charts.at(temp), columns, summaries.items())
 
 
 def _by_category(temp: float, summaries: dict[str, Summary], categories: list[str]) -> Table:
@@ -181,8 +171,8 @@ def _by_category(temp: float, summaries: dict[str, Summary], categories: list[st
 
 def _bars(summaries: dict[str, Summary], limits: dict[str, Limit]) -> list[charts.Bar]:
     """A bar per method, its quartiles, and a mark where the rows alone would be."""
+    allowed = {name: limit.speed_up for name, limit in limits.items()}
     return [
-        charts.Bar(_shown(name), spread.median, spread.low, spread.high, name == PLAIN, limit and limit.speed_up)
-        for name, one in summaries.items()
-        for spread, limit in [(one.speed_up, limits.get(name))]
+        charts.Bar(_shown(name), spread.median, spread.low, spread.high, name == PLAIN, allowed.get(name))
+        for name, spread in ((name, one.speed_up) for name, one in summaries.items())
     ]

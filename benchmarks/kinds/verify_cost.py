@@ -12,13 +12,14 @@ from typing import Any
 
 from mlx_redrafter.benchmarks import charts
 from mlx_redrafter.benchmarks.compare import Spread, turn_order
-from mlx_redrafter.benchmarks.flags import SCALE, add_out_argument, check_scale, in_range
+from mlx_redrafter.benchmarks.flags import SCALE, add_out_argument
 from mlx_redrafter.benchmarks.long_context import long_text
 from mlx_redrafter.benchmarks.pair import Loaded, load_scaled
 from mlx_redrafter.benchmarks.report import Report, check_out
 from mlx_redrafter.benchmarks.step_timing import Rows
 from tqdm import tqdm
 
+from mlx_redrafter.system.flag_types import real, whole
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.flags import add_pair_arguments
@@ -37,35 +38,16 @@ Measured = dict[tuple[float, int], dict[int, Spread]]  # (scale, context): by ro
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pair_arguments(parser, drafter=False)
     add = parser.add_argument
-    add("--cost-scales", type=float, nargs="+", default=[1.0], metavar="X", help=f"{SCALE} (default: 1)")
-    words = " ".join(map(str, ROWS))
-    add(
-        "--verify-rows",
-        type=int,
-        nargs="+",
-        default=list(ROWS),
-        metavar="M",
-        help=f"rows in one pass (default: {words})",
-    )
-    add(
-        "--contexts",
-        type=int,
-        nargs="+",
-        default=[128, 1024],
-        metavar="TOKENS",
-        help="lengths to read (default: 128 1024)",
-    )
-    add("--repeats", type=int, default=15, help="rounds (default: %(default)s)")
+    add("--cost-scales", type=real(1, 1000), nargs="+", default=[1.0], metavar="X", help=f"{SCALE} (default: 1)")
+    add("--verify-rows", type=whole(1, 256), nargs="+", default=list(ROWS), metavar="M",
+        help=f"rows in one pass (default: {' '.join(map(str, ROWS))})")  # fmt: skip
+    add("--contexts", type=whole(1, 2**20), nargs="+", default=[128, 1024], metavar="TOKENS",
+        help="lengths to read (default: 128 1024)")  # fmt: skip
+    add("--repeats", type=whole(1), default=15, help="rounds (default: %(default)s)")
     add_out_argument(parser)
 
 
 def run(args: argparse.Namespace) -> Report:
-    in_range("--repeats", args.repeats, 1)
-    for flag, values, most in (("--verify-rows", args.verify_rows, 256), ("--contexts", args.contexts, 2**20)):
-        for value in values:
-            in_range(flag, value, 1, most)
-    for scale in args.cost_scales:
-        check_scale(scale)
     check_out(args.out)
     rows, contexts = sorted({1, *args.verify_rows}), sorted(set(args.contexts))
     measured: Measured = {}
@@ -88,7 +70,7 @@ def run(args: argparse.Namespace) -> Report:
 
     data = {
         "measured": [
-            {"cost_scale": scale, "context": context, "rows": count, "seconds": vars(spread)}
+            {"cost_scale": scale, "context": context, "rows": count, "seconds": spread}
             for (scale, context), spreads in measured.items()
             for count, spread in spreads.items()
         ]

@@ -99,7 +99,7 @@ def acceptance_chart(rows: Sequence[Fields]) -> Markup:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "page", "text.color": INK, "axes.labelcolor": INK}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "page", "text.color": INK, "axes.labelcolor": INK}
     style |= {"axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}
     file = io.StringIO()
     with matplotlib.rc_context(style):

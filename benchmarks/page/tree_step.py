@@ -5,7 +5,6 @@ Knows nothing of HTML.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import mlx.nn as nn
@@ -25,39 +24,14 @@ SHAPE = DraftShape(4, 5, 12)
 TOKENS = 48  # of each text that is looked at
 
 
-@dataclasses.dataclass
-class TreeNode:
-    """A candidate; see `trace.Node`."""
-
-    id: str
-    text: str
-    parent: int
-    depth: int
-    accepted: bool
-    probability: float | None
-
-
-@dataclasses.dataclass
-class TreeStep:
-    """One step.
-
-    Attributes:
-        before: the end of the text so far, up to and without the root.
-        nodes: the root first, parents before children.
-        own: the target's own token after the accepted path.
-        shape: what was drafted, in words.
-    """
-
-    before: str
-    nodes: list[TreeNode]
-    own: str
-    shape: str
-
-
-def picture_of(model: nn.Module, drafter: Drafter, tokenizer: Any, texts: list[list[int]]) -> TreeStep | None:
+def picture_of(model: nn.Module, drafter: Drafter, tokenizer: Any, texts: list[list[int]]) -> dict[str, Any] | None:
     """Of a few greedy texts the step with the most to see; None for a target that verifies no trees.
 
     That is one that accepted much beside candidates that were rejected.
+
+    Returns:
+        `before`, the end of the text so far, up to and without the root; `nodes`, the root first, parents before
+        children; `own`, the target's own token after the accepted path; `shape`, what was drafted, in words.
     """
     verifier = verifier_of(model)
     if verifier.capability != TREE:
@@ -75,13 +49,13 @@ def picture_of(model: nn.Module, drafter: Drafter, tokenizer: Any, texts: list[l
         return None
     _, before, step = best
     accepted = sum(node.accepted for node in step.nodes) - 1
-    decode = tokenizer.decode
     nodes = [
-        TreeNode(f"tree/{i}", token_text(tokenizer, n.token), n.parent, n.depth, n.accepted, n.probability)
+        {"id": f"tree/{i}", "text": token_text(tokenizer, n.token), "parent": n.parent, "depth": n.depth}
+        | {"accepted": n.accepted, "probability": n.probability}
         for i, n in enumerate(step.nodes)
     ]
     own = "".join(token_text(tokenizer, token) for token in step.tokens[accepted : accepted + 1])
-    return TreeStep(decode(before[-40:]), nodes, own, str(SHAPE))
+    return {"before": tokenizer.decode(before[-40:]), "nodes": nodes, "own": own, "shape": str(SHAPE)}
 
 
 def _interest(step: WatchedStep) -> float:

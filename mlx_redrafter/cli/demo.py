@@ -22,6 +22,7 @@ from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import device_facts
+from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_model_arguments, draft_shape, load_from
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_prompt_arguments(parser)
     add = parser.add_argument
-    add("--max-tokens", "-m", type=int, help="tokens per text (default: 128; 32 with --show-tree)")
+    add("--max-tokens", "-m", type=whole(2), help="tokens per text (default: 128; 32 with --show-tree)")
     add("--show-tree", action="store_true", help="write one text and show every step's tree: which words were drafted,"
         " accepted, rejected; without a shape, trees of 7")  # fmt: skip
 

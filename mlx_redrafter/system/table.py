@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 @dataclasses.dataclass
@@ -14,6 +15,11 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+
+    @classmethod
+    def of(cls, title: str, columns: Mapping[str, Callable[[Any], str]], items: Iterable, note: str = "") -> Table:
+        """A row for each item; `columns` says, by heading, what a cell shows of it."""
+        return cls(title, list(columns), [[cell(item) for cell in columns.values()] for item in items], note)
 
     def text(self) -> str:
         widths = [max(len(str(line[i])) for line in (self.columns, *self.rows)) for i in range(len(self.columns))]

@@ -105,11 +105,15 @@ def _cache(verifier: Verifier, tokens: int) -> KVCache:
     return cache
 
 
+def rows_tree(rows: int, chain: bool = False) -> CandidateTree:
+    """A tree of so many rows, every node with two children (or one, in a chain); tokens are of no matter."""
+    parents = tuple(max(0, i - 1 if chain else (i - 1) // 2) for i in range(rows))
+    return CandidateTree.static(mx.zeros((1, rows), mx.int32), parents)
+
+
 def _verification(verifier: Verifier, cache: KVCache, rows: int, clock: Clock) -> Callable[[], float]:
     """Times verifications of so many rows, two of them as the loop would submit them."""
-    chain = verifier.capability == CHAIN
-    parents = tuple(max(0, i - 1 if chain else (i - 1) // 2) for i in range(rows))
-    tree = CandidateTree.static(mx.zeros((1, rows), mx.int32), parents)
+    tree = rows_tree(rows, chain=verifier.capability == CHAIN)
 
     def run() -> float:
         begin = clock()

@@ -8,6 +8,7 @@ from mlx_redrafter.benchmarks import step_timing
 from mlx_redrafter import DraftShape, stream_generate
 from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import Verifier
 
 
 @pytest.mark.parametrize("walk", [step_timing.stages, step_timing.device_times])
@@ -25,11 +26,22 @@ def test_taken_apart_a_step_writes_the_same_text(pair, prefixes, walk):
     assert len(step_timing.stages(step, committed + made, Drafted(shape), 2)) == 2
 
 
-def test_rows_cost_more_than_none(pair, prefixes):
+def test_rows_are_those_asked_for_and_nothing_is_committed(pair, prefixes, monkeypatch):
     """Behind one context and without a commit: the rows are the only thing that changes."""
+    seen = []
+
+    def verified(self, tree, cache):
+        seen.append(tree.tokens.shape[1])
+        return verify(self, tree, cache)
+
     rows = step_timing.Rows(verifier_of(pair[0]), prefixes[0])
-    times = {count: min(rows.seconds(count, calls=2) for _ in range(4)) for count in (1, 32)}
-    assert 0 < times[1] < times[32]
+    verify = Verifier.__call__
+    monkeypatch.setattr(Verifier, "__call__", verified)
+    clock = iter([10.0, 16.0, 20.0, 21.0])
+    monkeypatch.setattr(step_timing.time, "perf_counter", lambda: next(clock))
+    # A call's time is its share of what was submitted together.
+    assert [rows.seconds(1, calls=2), rows.seconds(32, calls=4)] == [3.0, 0.25]
+    assert seen == [1, 1, 32, 32, 32, 32]
     assert rows.cache.length.item() == len(prefixes[0])
 
 

@@ -17,3 +17,14 @@ def bench(tmp_path, capsys, kind, *flags):
     assert data["command"].startswith(f"mlx-redrafter bench {kind} ") and data["command"] in text
     assert data["facts"]["device"] and "float32" in data["facts"]["target"]
     return capsys.readouterr().out, data, text
+
+
+def refused(capsys, *argv):
+    """The one line of an error that `mlx-redrafter bench` ends with."""
+    try:
+        code = main(["bench", *map(str, argv)])
+    except SystemExit as stopped:  # of a flag that argparse refuses
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("mlx-redrafter: error: ") and error.count("\n") == 1, error
+    return error

@@ -15,7 +15,7 @@ VOCABULARY = 4096  # of the embedded target, whose tokenizer it has
 
 def write_pair(module, folder, monkeypatch):
     """The flags that name the pair of a small instance of a module."""
-    monkeypatch.setitem(small_models.COMMON, "vocab_size", VOCABULARY)
+    monkeypatch.setitem(small_models.CONFIGS["common"], "vocab_size", VOCABULARY)
     model = small_models.build(module)
     target, drafter = folder / "target", folder / "drafter"
     shutil.copytree(EMBEDDED / "target", target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from mlx_redrafter.benchmarks.kinds.ablation import VARIANTS
+from support.bench import refused
 
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.drafting.redrafter import load_drafter
@@ -51,5 +52,5 @@ def test_an_unknown_variant_is_named_before_anything_is_done(tmp_path, capsys):
 
 @pytest.mark.parametrize("flag, value, least", [("--rows", "31", 32), ("--iters", "0", 1)])
 def test_too_little_is_refused(tmp_path, capsys, flag, value, least):
-    assert ablation(tmp_path / "work", tmp_path / "out", flag, value) == 2
-    assert f"{flag} is {value}, expected {least} or more" in capsys.readouterr().err
+    printed = refused(capsys, "ablation", "--work", tmp_path, flag, value)
+    assert f"{flag} is {value}, expected {least} or more" in printed
