@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_redrafter.benchmarks import charts
@@ -33,6 +33,10 @@ QUICK_WIDTHS, QUICK_LENGTHS, QUICK_NODES = (1, 2, 4), (3, 5), (4, 8)
 POLICY_NODES = (4, 8, 12, 16)
 POLICY_WIDTH, POLICY_LENGTH = 4, 5
 AUTOS = (DRAFTER_AUTO, AUTO)
+
+# What a cell shows of a setting's summary and shape.
+SPEED, SPEED_AND_NODES = "{0.speed_up.median:.2f}", "{0.speed_up.median:.2f} ({1.num_draft_tokens})"
+ACCEPTANCE = "{0.acceptance:.2f}"
 
 NOTES = [
     "speed-up: mlx_lm's time per token over the setting's, median over the texts",
@@ -83,46 +87,41 @@ def run(args: argparse.Namespace) -> Report:
     names = list(dict.fromkeys(policy for policy, _ in policies))
     budgets = sorted({n for _, n in policies})
     at_equal_rows = [[policies.get((name, n)) for n in budgets] for name in names]
-    sides = [f"W = {w}" for w in widths], [f"L = {length}" for length in lengths]
-    trees = f"trees of W = {POLICY_WIDTH}"
+    shown = [name if name == "chain" else f"{name}, W = {POLICY_WIDTH}" for name in names]
+    trees = f"at equal rows, trees of W = {POLICY_WIDTH}"
+    by_beams = [f"W = {w}" for w in widths], [f"L = {length}" for length in lengths], best, results
+    by_policy = names, [f"N = {n}" for n in budgets], at_equal_rows, results
     tables = [
-        _table("speed-up, best N in brackets", *sides, best, results, _speed_and_nodes),
-        _table("mean acceptance length at that N", *sides, best, results, _acceptance),
-        *(
-            _table(
-                f"{title} at equal rows, {trees}", names, [f"N = {n}" for n in budgets], at_equal_rows, results, label
-            )
-            for title, label in (("mean acceptance length", _acceptance), ("speed-up", _speed_text))
-        ),
+        _table("speed-up, best N in brackets", SPEED_AND_NODES, *by_beams),
+        _table("mean acceptance length at that N", ACCEPTANCE, *by_beams),
+        _table(f"mean acceptance length {trees}", ACCEPTANCE, *by_policy),
+        _table(f"speed-up {trees}", SPEED, *by_policy),
     ]
     data = {
         "plain_tokens_per_second": found[PLAIN].tokens_per_second,
         "best": name_of(winner),
         "settings": [
-            {"name": name_of(shape)} | dataclasses.asdict(shape) | dataclasses.asdict(one)
-            for shape, one in results.items()
+            {"name": name_of(shape)} | dataclasses.asdict(shape) | vars(one) for shape, one in results.items()
         ],
-        "auto": {name: dataclasses.asdict(found[name]) for name in AUTOS},
+        "auto": {name: found[name] for name in AUTOS},
     }
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(2, 2)
-        shown = [name if name == "chain" else f"{name}, W = {POLICY_WIDTH}" for name in names]
         length = "mean acceptance length (tokens/step)"
-        for one, title, label, value in (
-            (axes[0][0], "speed-up over mlx_lm, best N in brackets", _speed_and_nodes, _speed),
-            (axes[0][1], f"{length} at that N", _acceptance, lambda r: r.acceptance),
-            (axes[1][0], "speed-up over mlx_lm at equal rows", _speed_text, _speed),
-            (axes[1][1], f"{length} at equal rows", _acceptance, lambda r: r.acceptance),
+        for row, column, title, label, value in (
+            (0, 0, "speed-up over mlx_lm, best N in brackets", SPEED_AND_NODES, _speed),
+            (0, 1, f"{length} at that N", ACCEPTANCE, _acceptance),
+            (1, 0, "speed-up over mlx_lm at equal rows", SPEED, _speed),
+            (1, 1, f"{length} at equal rows", ACCEPTANCE, _acceptance),
         ):
-            upper = one in axes[0]
-            chosen, rows, columns = (best, widths, lengths) if upper else (at_equal_rows, shown, budgets)
-            values = [[value(results[s]) if s else None for s in line] for line in chosen]
-            words = _cells(chosen, results, label)
-            charts.heat_map(figure, one, values, [str(r) for r in rows], [str(c) for c in columns], words)
+            shapes, rows, columns = (best, widths, lengths) if row == 0 else (at_equal_rows, shown, budgets)
+            values = [[value(results[s]) if s else None for s in line] for line in shapes]
+            one, words = axes[row][column], _cells(shapes, results, label)
+            charts.heat_map(figure, one, values, list(map(str, rows)), list(map(str, columns)), words)
             one.set_title(title, fontsize=10)
-            one.set_xlabel("beam length L (tokens, the root included)" if upper else "draft tokens N verified per step")
-            one.set_ylabel("beam width W (beams)" if upper else "")
+            one.set_xlabel("draft tokens N verified per step" if row else "beam length L (tokens, the root included)")
+            one.set_ylabel("" if row else "beam width W (beams)")
 
     return Report("sweep", "Shapes of drafts", pair.facts, pair.command, tables, notes, data, draw, (12.0, 8.0))
 
@@ -169,24 +168,16 @@ def _speed(one: Summary) -> float:
     return one.speed_up.median
 
 
-def _speed_text(one: Summary, shape: DraftShape) -> str:
-    return f"{one.speed_up.median:.2f}"
+def _acceptance(one: Summary) -> float:
+    return one.acceptance
 
 
-def _speed_and_nodes(one: Summary, shape: DraftShape) -> str:
-    return f"{one.speed_up.median:.2f} ({shape.num_draft_tokens})"
-
-
-def _acceptance(one: Summary, shape: DraftShape) -> str:
-    return f"{one.acceptance:.2f}"
-
-
-def _cells(shapes: Shapes, results: Results, label: Callable[[Summary, DraftShape], str]) -> list[list[str]]:
-    return [[label(results[s], s) if s else "" for s in line] for line in shapes]
+def _cells(shapes: Shapes, results: Results, label: str) -> list[list[str]]:
+    return [[label.format(results[shape], shape) if shape else "" for shape in line] for line in shapes]
 
 
 def _table(
-    title: str, rows: Sequence[str], columns: Sequence[str], shapes: Shapes, results: Results, label: Any
+    title: str, label: str, rows: Sequence[str], columns: Sequence[str], shapes: Shapes, results: Results
 ) -> Table:
     cells = _cells(shapes, results, label)
     return Table(title, ["", *columns], [[name, *line] for name, line in zip(rows, cells, strict=True)])
