@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import mlx.nn as nn
 import numpy as np
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.training.text.data_plan import SELF, DataPlan
+from mlx_redrafter.training.text.data_plan import SELF
 from mlx_redrafter.training.text.formats import Question
 from mlx_redrafter.training.text.rendering import Renderer, digest
 from mlx_redrafter.training.text.shards import Marked, Progress, Recipe, Shard, shard_of
-from mlx_redrafter.training.text.writing import write, written_recipe
+from mlx_redrafter.training.text.writing import Writer, write
 
 QUESTION_TOKENS = 128  # the most that a question of the target's own has
 LEAST_ANSWER = 8  # tokens that a row must have room for
@@ -25,7 +24,7 @@ LEAST_ASKED = 16  # questions to ask for at a time, for some are empty or too lo
 TRIES = 4  # times to ask for more
 
 
-def answers_recipe(model: nn.Module, renderer: Renderer, questions: list[Question], plan: DataPlan) -> Recipe:
+def answers_recipe(writer: Writer, questions: list[Question]) -> Recipe:
     """Rows that answer prompts: each once where the target regenerates, else as often as rows are wanted.
 
     A conversation of several turns gives a row for each, with the target's own earlier
@@ -34,6 +33,7 @@ def answers_recipe(model: nn.Module, renderer: Renderer, questions: list[Questio
     Raises:
         UserError: prompts that need a chat template which is not there, or that are all too long.
     """
+    renderer, plan = writer.renderer, writer.plan
     first = [len(_asked(renderer, question, [])) for question in questions]
     fitting = [q for q, n in zip(questions, first, strict=True) if n + LEAST_ANSWER <= plan.length]
     if not fitting:
@@ -67,17 +67,18 @@ def answers_recipe(model: nn.Module, renderer: Renderer, questions: list[Questio
         else:
             here = slice(bounds[shard], bounds[shard + 1])
             some, at, most = picks[here], temperatures[here], None
-        rows = answer(model, renderer, plan, [fitting[i] for i in some], at, (plan.seed, shard), progress)
+        rows = answer(writer, [fitting[i] for i in some], at, (plan.seed, shard), progress)
         return shard_of(rows[:most], plan.length, {"prompts": len(some)})
 
     content = digest([[question.system, question.turns] for question in questions])
     files = [{"path": plan.prompts, "sha256": content, "prompts": len(questions)}]
     limit = None if free else plan.training_rows
-    return written_recipe(model, renderer, plan, make, len(bounds) - 1, limit, files=files)
+    return writer.recipe(make, len(bounds) - 1, limit, files=files)
 
 
-def invented_recipe(model: nn.Module, renderer: Renderer, plan: DataPlan) -> Recipe:
+def invented_recipe(writer: Writer) -> Recipe:
     """Rows in which the target answers what it asked itself."""
+    renderer, plan = writer.renderer, writer.plan
     opening = renderer.opening()
     around = len(_asked(renderer, Question("the target", ["?"]), []))
     room = plan.length - around
@@ -98,7 +99,7 @@ def invented_recipe(model: nn.Module, renderer: Renderer, plan: DataPlan) -> Rec
             asks = max(missing, LEAST_ASKED)
             seed, ends = (plan.seed, shard, attempt), renderer.turn_ends()
             written = write(
-                model, [opening] * asks, longest, [1.0] * asks, ends, seed, plan.batch_size, progress=progress
+                writer.model, [opening] * asks, longest, [1.0] * asks, ends, seed, plan.batch_size, progress=progress
             )
             asked = [Question("the target", [turn]) for turn in map(renderer.users_turn, written) if turn]
             questions += [q for q in asked if len(_asked(renderer, q, [])) + LEAST_ANSWER <= plan.length]
@@ -107,16 +108,14 @@ def invented_recipe(model: nn.Module, renderer: Renderer, plan: DataPlan) -> Rec
         # Where it asked nothing a few times over, another question gets a second answer.
         chosen = [questions[i % len(questions)] for i in range(len(numbers))]
         at, seed = plan.temperatures(numbers), (plan.seed, shard, TRIES)
-        rows = answer(model, renderer, plan, chosen, at, seed, progress)
+        rows = answer(writer, chosen, at, seed, progress)
         return shard_of(rows, plan.length, {"questions": min(len(questions), len(numbers))})
 
-    return written_recipe(model, renderer, plan, make)
+    return writer.recipe(make)
 
 
 def answer(
-    model: nn.Module,
-    renderer: Renderer,
-    plan: DataPlan,
+    writer: Writer,
     questions: Sequence[Question],
     temperatures: Sequence[float],
     seed: Sequence[int],
@@ -130,15 +129,14 @@ def answer(
     said: list[list[str]] = [[] for _ in questions]
     going = list(range(len(questions)))
     for turn in range(max(len(question.turns) for question in questions)):
-        asked = {i: _asked(renderer, questions[i], said[i]) for i in going if turn < len(questions[i].turns)}
-        going = [i for i, ids in asked.items() if len(ids) + LEAST_ANSWER <= plan.length]
-        prompts, at = [asked[i] for i in going], [temperatures[i] for i in going]
-        turn_seed = (*seed, turn)
-        written = write(model, prompts, plan.length, at, renderer.ends, turn_seed, plan.batch_size, progress=progress)
+        asked = {i: _asked(writer.renderer, questions[i], said[i]) for i in going if turn < len(questions[i].turns)}
+        going = [i for i, ids in asked.items() if len(ids) + LEAST_ANSWER <= writer.plan.length]
+        at = [temperatures[i] for i in going]
+        written = writer.write([asked[i] for i in going], at, (*seed, turn), progress)
         for i, tokens in zip(going, written, strict=True):
             row = [*asked[i], *tokens]
             rows[i].append((row, np.arange(len(row)) >= len(asked[i])))
-            said[i].append(renderer.decode(tokens))
+            said[i].append(writer.renderer.decode(tokens))
     return [row for found in rows for row in found]
 
 

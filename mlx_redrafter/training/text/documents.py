@@ -23,21 +23,9 @@ import numpy as np
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.hub import fetch
+from mlx_redrafter.training.text import records
 from mlx_redrafter.training.text.formats import Document, document
-from mlx_redrafter.training.text.records import (
-    KINDS,
-    LINES,
-    SOURCE_SUFFIXES,
-    TEXT,
-    NotText,
-    bare_suffix,
-    decode,
-    json_lines,
-    kind_of,
-    read_records,
-    read_text,
-    reading,
-)
+from mlx_redrafter.training.text.records import KINDS, LINES, SOURCE_SUFFIXES, TEXT, bare_suffix
 
 SKIPPED_FOLDERS = frozenset(("__pycache__", "node_modules", "site-packages", "dist-packages"))
 DATASET_SUFFIXES = (*KINDS, ".txt")
@@ -108,20 +96,20 @@ class Documents:
                 raise UserError(f"{label}: cannot be read ({error.strerror})") from error
         where = f"{label} {LINES if kind == TEXT else kind} {place}"
         if kind != TEXT:
-            return next(document(record, where) for *_, record in json_lines([data], label))
+            return next(document(record, where) for *_, record in records.json_lines([data], label))
         is_start, is_end = bool(self._is_first[number]), bool(self._is_last[number])
-        return Document(where, decode(data, label), is_start=is_start, is_end=is_end)
+        return Document(where, records.decode(data, label), is_start=is_start, is_end=is_end)
 
     def _index(self, path: pathlib.Path, label: str, named: bool, places: array.array) -> None:
         number, found = len(self._paths), array.array("q")
         try:
-            kind = kind_of(path, label)
-            text = read_text(path, label) if kind == TEXT else ""
-        except NotText:
+            kind = records.kind_of(path, label)
+            text = records.read_text(path, label) if kind == TEXT else ""
+        except records.NotText:
             if named or bare_suffix(path) not in SOURCE_SUFFIXES:
                 raise
             return  # trees hold odd files
-        with reading(path, label) as file:
+        with records.reading(path, label) as file:
             unpacked = isinstance(file, gzip.GzipFile) or kind not in (LINES, TEXT)
             if kind == TEXT:
                 data = text.encode()
@@ -130,10 +118,10 @@ class Documents:
                     found.extend((number, start + first, start + end, line, False))
                     line += data.count(10, first, end)
             elif not unpacked:
-                for line, first, end, record in json_lines(file, label):
+                for line, first, end, record in records.json_lines(file, label):
                     found.extend((number, first, end, line, document(record, f"{label} line {line}").has_roles))
             else:
-                for place, record in read_records(path, label):
+                for place, record in records.read_records(path, label):
                     data, roles = json.dumps(record).encode(), document(record, f"{label} {kind} {place}").has_roles
                     first = self._unpack(data)
                     found.extend((number, first, first + len(data), place, roles))
@@ -209,7 +197,7 @@ def _data_files(root: pathlib.Path) -> list[pathlib.Path]:
 def _is_data(path: pathlib.Path) -> bool:
     """Whether the first record of a table or array is a document; source trees hold others."""
     try:
-        return any(document(record, "") for _, record in itertools.islice(read_records(path, path.name), 1))
+        return any(document(record, "") for _, record in itertools.islice(records.read_records(path, path.name), 1))
     except UserError:
         return False
 

@@ -10,15 +10,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import mlx.nn as nn
 import numpy as np
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.training.text.data_plan import DataPlan
 from mlx_redrafter.training.text.documents import Documents
 from mlx_redrafter.training.text.rendering import Renderer
 from mlx_redrafter.training.text.shards import Progress, Recipe, Shard, shard_of
-from mlx_redrafter.training.text.writing import write, written_recipe
+from mlx_redrafter.training.text.writing import Writer, write
 
 WARM_UP = 16  # tokens at temperature 1 after a beginning that is the same in every row
 TRIES = 100  # places to try for a beginning that is long enough
@@ -50,19 +48,19 @@ class Texts:
         return cls([{"path": name, "sha256": digest, "bytes": int(sizes.sum())}], sizes, lambda number: texts[number])
 
 
-def bare_recipe(model: nn.Module, renderer: Renderer, plan: DataPlan) -> Recipe:
+def bare_recipe(writer: Writer) -> Recipe:
     """Rows written from nothing but the token that texts begin with."""
-    opening = renderer.first_token()
+    opening = writer.renderer.first_token()
 
     def make(shard: int, progress: Progress) -> Shard:
-        prompts = [[opening]] * len(plan.numbers(shard))
-        return _continued(model, renderer, plan, prompts, shard, progress, WARM_UP)
+        return _continued(writer, [[opening]] * len(writer.plan.numbers(shard)), shard, progress, WARM_UP)
 
-    return written_recipe(model, renderer, plan, make)
+    return writer.recipe(make)
 
 
-def prefixes_recipe(model: nn.Module, renderer: Renderer, texts: Texts, plan: DataPlan) -> Recipe:
+def prefixes_recipe(writer: Writer, texts: Texts) -> Recipe:
     """Rows continued from beginnings cut at random places, those of held-out rows from documents of their own."""
+    plan = writer.plan
     if plan.prefix_length >= plan.length:
         raise UserError(f"--prefix-length is {plan.prefix_length}, expected less than --row-length, {plan.length}")
     order = np.random.default_rng(plan.seed).permutation(len(texts.sizes))
@@ -76,24 +74,17 @@ def prefixes_recipe(model: nn.Module, renderer: Renderer, texts: Texts, plan: Da
     def make(shard: int, progress: Progress) -> Shard:
         rng = np.random.default_rng((plan.seed, shard))
         pool = order[len(order) - kept :] if shard == plan.shards else order[: len(order) - kept]
-        prompts = [_cut(renderer, texts, pool, rng, plan.prefix_length) for _ in plan.numbers(shard)]
-        return _continued(model, renderer, plan, prompts, shard, progress)
+        prompts = [_cut(writer.renderer, texts, pool, rng, plan.prefix_length) for _ in plan.numbers(shard)]
+        return _continued(writer, prompts, shard, progress)
 
     more: dict[str, Any] = {"prefix-length": plan.prefix_length, "files": texts.files}
-    return written_recipe(model, renderer, plan, make, **more)
+    return writer.recipe(make, **more)
 
 
-def _continued(
-    model: nn.Module,
-    renderer: Renderer,
-    plan: DataPlan,
-    prompts: list[list[int]],
-    shard: int,
-    progress: Progress,
-    warm_up: int = 0,
-) -> Shard:
+def _continued(writer: Writer, prompts: list[list[int]], shard: int, progress: Progress, warm_up: int = 0) -> Shard:
+    plan, renderer = writer.plan, writer.renderer
     at, seed = plan.temperatures(plan.numbers(shard)), (plan.seed, shard)
-    written = write(model, prompts, plan.length, at, renderer.ends, seed, plan.batch_size, warm_up, progress)
+    written = write(writer.model, prompts, plan.length, at, renderer.ends, seed, plan.batch_size, warm_up, progress)
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, written, strict=True)]
     return shard_of([(row, np.ones(len(row), bool)) for row in rows], plan.length)
 

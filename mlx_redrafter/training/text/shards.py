@@ -55,6 +55,9 @@ def shard_of(rows: Sequence[Marked], length: int, facts: dict[str, int] | None =
     return Shard(tokens, counts, facts or {})
 
 
+Make = Callable[[int, Progress], Shard]
+
+
 @dataclasses.dataclass
 class Recipe:
     """How the rows of a folder come about.
@@ -69,7 +72,7 @@ class Recipe:
     settings: dict[str, Any]
     length: int
     shards: int
-    make: Callable[[int, Progress], Shard]
+    make: Make
     held_out: bool
     limit: int | None = None
 

@@ -21,6 +21,7 @@ from mlx_redrafter.training.text.formats import read_questions
 from mlx_redrafter.training.text.prefixes import Texts, bare_recipe, prefixes_recipe
 from mlx_redrafter.training.text.rendering import Renderer
 from mlx_redrafter.training.text.shards import Recipe, Rows, write_rows
+from mlx_redrafter.training.text.writing import Writer
 
 
 def prepare(
@@ -57,17 +58,18 @@ def _recipe(target: Target, renderer: Renderer, plan: DataPlan, embedded: bool) 
             if value:
                 raise UserError(f"{flag} is for --data {SELF} or {REGENERATED}, found --data {' '.join(plan.data)}")
         return files_recipe(renderer, plan)
+    writer = Writer(target.model, renderer, plan)
     if plan.prompts is not None:
         if plan.prefixes:
             raise UserError("--prompts and --prefixes: expected one of them")
-        return answers_recipe(target.model, renderer, read_questions(plan.prompts, "--prompts"), plan)
+        return answers_recipe(writer, read_questions(plan.prompts, "--prompts"))
     if plan.data == (REGENERATED,):
         raise UserError(f"--data {REGENERATED}: expected a file of prompts, --prompts FILE")
     if plan.prefixes:
-        return prefixes_recipe(target.model, renderer, Texts.of_files(plan.prefixes), plan)
+        return prefixes_recipe(writer, Texts.of_files(plan.prefixes))
     if embedded:
         texts = [text for _, text, held_out, _ in stdlib_files() if not held_out and text]
-        return prefixes_recipe(target.model, renderer, Texts.of_strings("the standard library", texts), plan)
+        return prefixes_recipe(writer, Texts.of_strings("the standard library", texts))
     if renderer.has_template and renderer.opening():
-        return invented_recipe(target.model, renderer, plan)
-    return bare_recipe(target.model, renderer, plan)
+        return invented_recipe(writer)
+    return bare_recipe(writer)

@@ -5,8 +5,9 @@ Knows nothing of where prompts come from, nor of what is kept of a text.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,28 +18,36 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from mlx_redrafter.training.text.data_plan import DataPlan
 from mlx_redrafter.training.text.rendering import Renderer
-from mlx_redrafter.training.text.shards import Progress, Recipe, Shard
+from mlx_redrafter.training.text.shards import Make, Progress, Recipe
 
 LOOK_EVERY = 16  # tokens between looks at which rows have ended; each look waits for the device
 PREFILL_TOKENS = 8192  # tokens of prompts read per call
 
 
-def written_recipe(
-    model: nn.Module,
-    renderer: Renderer,
-    plan: DataPlan,
-    make: Callable[[int, Progress], Shard],
-    shards: int | None = None,
-    limit: int | None = None,
-    **settings: Any,
-) -> Recipe:
-    """A recipe of rows that the target writes.
+@dataclasses.dataclass
+class Writer:
+    """A target that writes rows as a plan says."""
 
-    They depend on its weights, but not on the batch size: that may change where memory was short.
-    """
-    model_settings = {"model": weights_digest(model), "temps": list(plan.temps), "tokenizer": renderer.fingerprint()}
-    shards = plan.shards if shards is None else shards
-    return Recipe(plan.settings(**model_settings, **settings), plan.length, shards, make, plan.held_out > 0, limit)
+    model: nn.Module
+    renderer: Renderer
+    plan: DataPlan
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], seed: Sequence[int], progress: Progress
+    ) -> list[list[int]]:
+        """Continues prompts to rows: see `write`."""
+        length, ends, at_once = self.plan.length, self.renderer.ends, self.plan.batch_size
+        return write(self.model, prompts, length, temperatures, ends, seed, at_once, progress=progress)
+
+    def recipe(self, make: Make, shards: int | None = None, limit: int | None = None, **settings: Any) -> Recipe:
+        """The recipe of rows that the target writes.
+
+        They depend on its weights, but not on the batch size: that may change where memory was short.
+        """
+        plan, own = self.plan, {"model": weights_digest(self.model), "temps": list(self.plan.temps)}
+        settings = plan.settings(**own, tokenizer=self.renderer.fingerprint(), **settings)
+        shards = plan.shards if shards is None else shards
+        return Recipe(settings, plan.length, shards, make, plan.held_out > 0, limit)
 
 
 def write(
