@@ -40,8 +40,7 @@ class Progress:
 
 def save(path: pathlib.Path, weights: Any, optimizer_state: Any, progress: Progress) -> None:
     """Writes a checkpoint. Raises UserError if the place cannot be written; the one before it then stays."""
-    arrays: dict[str, Any] = {f"drafter.{name}": value for name, value in dict(tree_flatten(weights)).items()}
-    arrays |= {f"optimizer.{name}": value for name, value in dict(tree_flatten(optimizer_state)).items()}
+    arrays: dict[str, Any] = dict(tree_flatten({"drafter": weights, "optimizer": optimizer_state}))
     with replace_file(path) as file:
         mx.save_safetensors(str(file), arrays, metadata={"progress": json.dumps(dataclasses.asdict(progress))})
 
@@ -54,13 +53,9 @@ def restore(path: pathlib.Path, like: Any) -> tuple[Any, Any, Progress]:
     """
     arrays = read_safetensors(path)
     metadata: Any = mx.load(str(path), return_metadata=True)[1]  # type: ignore[index]
-    parts: dict[str, dict[str, mx.array]] = {"drafter": {}, "optimizer": {}}
-    for name, value in arrays.items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = value
     for name, expected in dict(tree_flatten(like)).items():
         shape: Any = expected.shape  # type: ignore[union-attr]
-        found = parts["drafter"].get(name)
+        found = arrays.get(f"drafter.{name}")
         if found is None or found.shape != shape:
             what = "is missing" if found is None else f"has shape {found.shape}, expected {shape}"
             raise UserError(f"--resume: {path} is not of this drafter: tensor {name!r} {what}")
@@ -69,5 +64,6 @@ def restore(path: pathlib.Path, like: Any) -> tuple[Any, Any, Progress]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--resume: {path} is no checkpoint of a training run") from error
     # In the order of `like`: the norm of all gradients is a sum in that order, to the last bit.
-    weights = tree_map_with_path(lambda name, _: parts["drafter"][name], like)
-    return weights, tree_unflatten(list(parts["optimizer"].items())), progress
+    weights = tree_map_with_path(lambda name, _: arrays[f"drafter.{name}"], like)
+    tree: Any = tree_unflatten(list(arrays.items()))
+    return weights, tree.get("optimizer", {}), progress

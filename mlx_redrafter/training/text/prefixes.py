@@ -16,7 +16,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.training.text.documents import Documents
 from mlx_redrafter.training.text.rendering import Renderer
 from mlx_redrafter.training.text.shards import Progress, Recipe, Shard, shard_of
-from mlx_redrafter.training.text.writing import Writer, write
+from mlx_redrafter.training.text.writing import Writer
 
 WARM_UP = 16  # tokens at temperature 1 after a beginning that is the same in every row
 TRIES = 100  # places to try for a beginning that is long enough
@@ -82,9 +82,9 @@ def prefixes_recipe(writer: Writer, texts: Texts) -> Recipe:
 
 
 def _continued(writer: Writer, prompts: list[list[int]], shard: int, progress: Progress, warm_up: int = 0) -> Shard:
-    plan, renderer = writer.plan, writer.renderer
-    at, seed = plan.temperatures(plan.numbers(shard)), (plan.seed, shard)
-    written = write(writer.model, prompts, plan.length, at, renderer.ends, seed, plan.batch_size, warm_up, progress)
+    plan = writer.plan
+    temperatures = plan.temperatures(plan.numbers(shard))
+    written = writer.write(prompts, temperatures, (plan.seed, shard), progress, warm_up)
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, written, strict=True)]
     return shard_of([(row, np.ones(len(row), bool)) for row in rows], plan.length)
 

@@ -5,7 +5,6 @@ Knows nothing of files and rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
@@ -16,13 +15,14 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.text.prompts import render
 from mlx_redrafter.training.text.formats import Document
 from mlx_redrafter.training.text.shards import Marked
+from mlx_redrafter.tuning import store
 
 _MARK = "<what the user says>"
 
 
 def digest(facts: Any) -> str:
     """A short name for something that JSON can hold."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return store.digest(json.dumps(facts).encode())
 
 
 class Renderer:

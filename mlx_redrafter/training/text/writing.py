@@ -6,7 +6,6 @@ Knows nothing of where prompts come from, nor of what is kept of a text.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 from mlx_redrafter.training.text.data_plan import DataPlan
 from mlx_redrafter.training.text.rendering import Renderer
 from mlx_redrafter.training.text.shards import Make, Progress, Recipe
+from mlx_redrafter.tuning import store
 
 LOOK_EVERY = 16  # tokens between looks at which rows have ended; each look waits for the device
 PREFILL_TOKENS = 8192  # tokens of prompts read per call
@@ -33,11 +33,16 @@ class Writer:
     plan: DataPlan
 
     def write(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], seed: Sequence[int], progress: Progress
+        self,
+        prompts: Sequence[Sequence[int]],
+        temperatures: Sequence[float],
+        seed: Sequence[int],
+        progress: Progress,
+        warm_up: int = 0,
     ) -> list[list[int]]:
         """Continues prompts to rows: see `write`."""
         length, ends, at_once = self.plan.length, self.renderer.ends, self.plan.batch_size
-        return write(self.model, prompts, length, temperatures, ends, seed, at_once, progress=progress)
+        return write(self.model, prompts, length, temperatures, ends, seed, at_once, warm_up, progress)
 
     def recipe(self, make: Make, shards: int | None = None, limit: int | None = None, **settings: Any) -> Recipe:
         """The recipe of rows that the target writes.
@@ -102,10 +107,8 @@ def weights_digest(model: nn.Module) -> str:
     tensors: list[tuple[str, mx.array]] = sorted(dict(tree_flatten(model.parameters())).items())
     samples = [tensor.reshape(-1)[:8].astype(mx.float32) for _, tensor in tensors]
     mx.eval(samples)
-    digest = hashlib.sha256()
-    for (name, tensor), sample in zip(tensors, samples, strict=True):
-        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode() + np.array(sample).tobytes())
-    return digest.hexdigest()[:16]
+    facts = zip(tensors, samples, strict=True)
+    return store.digest(b"".join(f"{n} {t.shape} {t.dtype}".encode() + np.array(x).tobytes() for (n, t), x in facts))
 
 
 def _batch(

@@ -82,7 +82,7 @@ def test_it_learns_and_mlx_lm_drafts_with_it(trained, small, stories):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("top_k", ["16", "512"])
+@pytest.mark.parametrize("top_k", ["16", pytest.param("512", marks=pytest.mark.slow)])
 def test_the_target_itself_has_nothing_to_learn(stories, text, tmp_path, top_k):
     """If this fails, a model is shown the target's words of other positions than its own."""
     flags = ["--iters", "1", "--warm-up", "0", "--learning-rate", "1e-9", "--teacher-top-k", top_k]
