@@ -96,7 +96,7 @@ def test_mlx_lm_in_another_thread(pair, monkeypatch, meeting, kind):
     """If this fails, a plain mlx_lm call beside one of ours meets our stand-ins: its text is wrong, or ours is."""
     model, drafter, tokenizer = pair
     if kind != "attention":
-        monkeypatch.setitem(small_models.COMMON, "vocab_size", 4096)
+        monkeypatch.setitem(small_models.CONFIGS["common"], "vocab_size", 4096)
         model = small_models.build("qwen3_next")
         drafter = small_models.random_drafter(Target(model))
     prompts, options = [*PROMPTS, *(text.upper() for text in PROMPTS)], {"max_tokens": 16}
