@@ -253,35 +253,27 @@ def open_contest(target: Target, drafter: RecurrentDrafter, draft_model: str | N
     if draft_model is None:
         contest.missing.append("mlx_lm's draft model takes no part: --draft-model was not given.")
     else:
-        contest.draft = _load_draft_model(draft_model, target)
-        contest.facts["draft model"] = f"{draft_model}, {weights(contest.draft)[1] / 1e6:.1f} MB of weights"
+        contest.draft, _ = load_target(fetch(draft_model, "--draft-model"), None, None)
+        found = Target.of(contest.draft).vocab_size
+        if found != target.vocab_size:
+            raise UserError(f"--draft-model {draft_model}: vocabulary of {found}, the target's is {target.vocab_size}")
+        contest.facts["draft model"] = f"{draft_model}, {_laid_out(contest.draft, target)}"
     if medusa is None:
         contest.missing.append("Medusa takes no part: --medusa was not given.")
     else:
-        contest.medusa = _load_medusa(medusa, target)
-        contest.facts["Medusa heads"] = f"{medusa}, {weights(contest.medusa)[1] / 1e6:.1f} MB of weights"
+        heads = open_drafter(fetch(medusa, "--medusa"))
+        if not isinstance(heads, MedusaHeads):
+            raise UserError(f"--medusa {medusa}: is a recurrent drafter, expected Medusa heads")
+        check_pair(target, heads, f"--medusa {medusa}")
+        contest.medusa = heads
+        contest.facts["Medusa heads"] = f"{medusa}, {_laid_out(heads, target)}"
     return contest
 
 
-def _load_draft_model(path: str, target: Target) -> nn.Module:
-    """A draft model in the target's type, laid out as the target is that it drafts for."""
-    model, _ = load_target(fetch(path, "--draft-model"), None, None)
-    found = Target.of(model).vocab_size
-    if found != target.vocab_size:
-        raise UserError(f"--draft-model {path}: vocabulary of {found}, the target's is {target.vocab_size}")
-    if not any("scales" in module for module in model.modules()):
-        model.set_dtype(target.dtype)
-    mx.eval(model.parameters())
-    return pack(model)
-
-
-def _load_medusa(path: str, target: Target) -> MedusaHeads:
-    heads = open_drafter(fetch(path, "--medusa"))
-    if not isinstance(heads, MedusaHeads):
-        raise UserError(f"--medusa {path}: is a recurrent drafter, expected Medusa heads")
-    check_pair(target, heads, f"--medusa {path}")
-    if heads.config.quantization is None:
-        heads.set_dtype(target.dtype)
-    mx.eval(heads.parameters())
-    pack(heads)
-    return heads
+def _laid_out(module: nn.Module, target: Target) -> str:
+    """Gives a drafter the target's type, unless it is quantised, and its layout; returns its size in words."""
+    if not any("scales" in each for each in module.modules()):
+        module.set_dtype(target.dtype)
+    mx.eval(module.parameters())
+    pack(module)
+    return f"{weights(module)[1] / 1e6:.1f} MB of weights"

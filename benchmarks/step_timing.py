@@ -122,7 +122,10 @@ def stages(step: SpeculativeStep, committed: int, plan: Plan, steps: int) -> lis
 
 
 class _Barriers(StandIn):
-    """Stands in for a step's verifier: what comes before it is drafting, what comes after acceptance and commit."""
+    """Stands in for a step's verifier: what comes before it is drafting, what comes after acceptance and commit.
+
+    It hangs in no slot, so a call of it is one in every thread.
+    """
 
     def __init__(self, verifier: Verifier):
         super().__init__(verifier)  # type: ignore[arg-type]  # no module, but called as one

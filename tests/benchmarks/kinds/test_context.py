@@ -1,8 +1,10 @@
 """`mlx-redrafter bench context`."""
 
+import pytest
 from support.bench import bench
 
 
+@pytest.mark.slow  # test_command.py runs this kind on a tiny target
 def test_context(tmp_path, capsys):
     flags = ["--contexts", "64", "2100", "--capacities", "256", "512", "--methods", "plain", "chain:2"]
     _, data, _ = bench(tmp_path, capsys, "context", *flags, "-m", "12", "--repeats", "1")
