@@ -14,12 +14,7 @@ from typing import Any
 from mlx_redrafter.benchmarks import charts
 from mlx_redrafter.benchmarks.compare import side_by_side, summarize
 from mlx_redrafter.benchmarks.competitors import DRAFT_MODEL, PLAIN, SETTINGS, Contest, Decoder, open_contest
-from mlx_redrafter.benchmarks.flags import (
-    add_common_arguments,
-    add_round_arguments,
-    add_text_arguments,
-    check_texts,
-)
+from mlx_redrafter.benchmarks.flags import add_common_arguments, add_round_arguments, add_text_arguments, check_texts
 from mlx_redrafter.benchmarks.page.page import PUBLISHED, page
 from mlx_redrafter.benchmarks.page.rows import ALL, Row, row_id, rows_of
 from mlx_redrafter.benchmarks.page.tree_step import picture_of

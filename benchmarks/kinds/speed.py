@@ -18,12 +18,7 @@ from typing import Any
 from mlx_redrafter.benchmarks import charts
 from mlx_redrafter.benchmarks.compare import Runs, Summary, median_time, side_by_side, summarize
 from mlx_redrafter.benchmarks.competitors import DEFAULTS, PLAIN, shape_named
-from mlx_redrafter.benchmarks.flags import (
-    add_common_arguments,
-    add_round_arguments,
-    add_text_arguments,
-    check_texts,
-)
+from mlx_redrafter.benchmarks.flags import add_common_arguments, add_round_arguments, add_text_arguments, check_texts
 from mlx_redrafter.benchmarks.pair import Pair, encode_texts, load_pair
 from mlx_redrafter.benchmarks.report import Report
 from mlx_redrafter.benchmarks.step_timing import Rows
