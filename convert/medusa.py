@@ -46,10 +46,9 @@ def _published_config(fields: dict[str, Any], weights: dict[str, mx.array], sour
         if (match := _OUTPUT.fullmatch(name)) and int(match[2]) == layers and value.ndim == 2:
             sizes = {"vocab_size": value.shape[0], "hidden_size": value.shape[1]}
             return MedusaConfig.from_dict(fields | sizes, source)
-    raise UserError(
-        f"{source}: no output layer was found after {layers} residual blocks of a head (medusa_num_layers);"
-        f" tensors are called {', '.join(sorted(weights)[:3])}, ..."
-    )
+    found = f"tensors are called {', '.join(sorted(weights)[:3])}, ..."
+    where = f"after {layers} residual blocks of a head (medusa_num_layers)"
+    raise UserError(f"{source}: no output layer was found {where}; {found}")
 
 
 def rename(weights: dict[str, mx.array], config: MedusaConfig, source: str) -> dict[str, mx.array]:

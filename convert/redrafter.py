@@ -68,10 +68,8 @@ def rename(weights: dict[str, mx.array], config: DrafterConfig, source: pathlib.
             put(f"blocks.{match[1]}.linear.{match[2]}", name, value)
         elif match := _OUTPUT.fullmatch(name):
             if int(match[1]) != config.num_draft_layers:
-                raise UserError(
-                    f"{source}: output layer {name!r} comes after {match[1]} blocks,"
-                    f" but the config's num_draft_layers is {config.num_draft_layers}"
-                )
+                but = f"but the config's num_draft_layers is {config.num_draft_layers}"
+                raise UserError(f"{source}: output layer {name!r} comes after {match[1]} blocks, {but}")
             put("lm_head.weight", name, value)
         elif match := _INPUT.fullmatch(name):
             if match[1] == "bias":

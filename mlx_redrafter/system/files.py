@@ -158,7 +158,6 @@ def remove_left_over(folder: pathlib.Path) -> None:
 
 def _reason(error: OSError) -> str:
     """Why a file cannot be read, for people."""
-    known = {FileNotFoundError: "no such file", IsADirectoryError: "not a file", PermissionError: "may not be read"}
-    return known.get(type(error), error.strerror or str(error)) + (
-        " (permission denied)" if isinstance(error, PermissionError) else ""
-    )
+    known = {FileNotFoundError: "no such file", IsADirectoryError: "not a file"}
+    known[PermissionError] = "may not be read (permission denied)"
+    return known.get(type(error), error.strerror or str(error))

@@ -13,16 +13,8 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 
 from mlx_redrafter.errors import UserError, one_line
 
-MODEL_PATTERNS = [
-    "*.json",
-    "model*.safetensors",
-    "*.py",
-    "tokenizer.model",
-    "*.tiktoken",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-]
+MODEL_PATTERNS = ["*.json", "model*.safetensors", "*.py", "tokenizer.model"]
+MODEL_PATTERNS += ["*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 
 
 def fetch(
@@ -57,19 +49,19 @@ def fetch(
     try:
         allow = patterns or MODEL_PATTERNS
         return pathlib.Path(snapshot_download(path_or_repo, repo_type=repo_type, allow_patterns=allow))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{flag} {path_or_repo}: access to this repository is gated; accept its terms on the Hub"
-            " and log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"{flag} {path_or_repo}: no such directory here and no such repository on the Hub") from error
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{flag} {path_or_repo}: no such directory here, and the Hub: {one_line(error)}") from error
     except Exception as error:  # whatever the network, the Hub and the disk come up with half-way
-        raise UserError(
-            f"{flag} {path_or_repo}: the download broke off ({one_line(error)}); whole files are kept for the next try"
-        ) from error
+        raise UserError(f"{flag} {path_or_repo}: {_refusal(error)}") from error
+
+
+def _refusal(error: Exception) -> str:
+    """Why a repository cannot be downloaded, for people."""
+    if isinstance(error, GatedRepoError):
+        return "access to this repository is gated; accept its terms on the Hub and log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such directory here and no such repository on the Hub"
+    if isinstance(error, (LocalEntryNotFoundError, HFValidationError)):
+        return f"no such directory here, and the Hub: {one_line(error)}"
+    return f"the download broke off ({one_line(error)}); whole files are kept for the next try"
 
 
 def snapshot_of(folder: pathlib.Path) -> pathlib.Path:

@@ -65,10 +65,9 @@ def _choose() -> str:
     if wish:
         return _load(wish) or f"MLX's own BLAS (${_VARIABLE}: cannot load {wish})"
     problem = ""
-    ways = (_from_system, _from_wheel) if _system_is_newer() else (_from_wheel, _from_system)
-    for make in ways:
+    for place in ("system", "wheel") if _system_is_newer() else ("wheel", "system"):
         try:
-            library = make()
+            library = _from_wheel() if place == "wheel" else _SYSTEM  # which the loader finds
         except (OSError, subprocess.CalledProcessError) as error:
             problem = f"OpenBLAS could not be prepared: {error}"
             continue
@@ -76,10 +75,6 @@ def _choose() -> str:
             return found
     problem = problem or "the extra brings OpenBLAS: pip install 'mlx-redrafter[linux]'"
     return f"MLX's own BLAS, slow ({problem})"
-
-
-def _from_system() -> pathlib.Path:
-    return pathlib.Path(_SYSTEM)  # found by the loader
 
 
 def _system_is_newer() -> bool:

@@ -12,7 +12,7 @@ the CPU do not use OpenBLAS: nothing is changed there.
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -199,9 +199,4 @@ def _compare() -> bool:
 
 def _best(work: Callable[[], mx.array]) -> float:
     """Seconds of the fastest of some rounds."""
-    times = []
-    for _ in range(8):
-        begun = time.perf_counter()
-        mx.eval([work() for _ in range(4)])
-        times.append(time.perf_counter() - begun)
-    return min(times)
+    return min(timeit.repeat(lambda: mx.eval([work() for _ in range(4)]), repeat=8, number=1))

@@ -104,18 +104,14 @@ def unread_chat_template(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
         UserError: a file that cannot be read, or whose template is neither text nor named texts.
     """
-    if "chat_template" in _fields(folder / "tokenizer_config.json") or any(
-        True for pattern in TOKENIZER_FILES if pattern.endswith(".jinja") for _ in folder.glob(pattern)
-    ):
+    if "chat_template" in _fields(folder / "tokenizer_config.json") or _jinja_files(folder):
         return {}
     for name in ("chat_template.json", "processor_config.json"):
         found = _fields(folder / name).get("chat_template")
         if isinstance(found, dict):
             found = [{"name": key, "template": value} for key, value in found.items()]
-        if isinstance(found, str) or (
-            isinstance(found, list)
-            and all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in found)
-        ):
+        named = isinstance(found, list) and all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in found)
+        if named or isinstance(found, str):
             return {"chat_template": found}
         if found is not None:
             raise UserError(f"{folder / name}: chat_template is neither a text nor a list of named ones")
@@ -124,9 +120,12 @@ def unread_chat_template(folder: pathlib.Path) -> dict[str, Any]:
 
 def has_chat_template(folder: pathlib.Path) -> bool:
     """Whether a chat template lies in any of the places where they do."""
-    settings = _fields(folder / "tokenizer_config.json")
-    jinja = [path for pattern in TOKENIZER_FILES if pattern.endswith(".jinja") for path in folder.glob(pattern)]
-    return bool(jinja or {"chat_template", "chat_template_type"} & settings.keys() or unread_chat_template(folder))
+    named = {"chat_template", "chat_template_type"} & _fields(folder / "tokenizer_config.json").keys()
+    return bool(named or _jinja_files(folder) or unread_chat_template(folder))
+
+
+def _jinja_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [path for pattern in TOKENIZER_FILES if pattern.endswith(".jinja") for path in folder.glob(pattern)]
 
 
 def check_chat_template(folder: pathlib.Path, tokenizer: TokenizerWrapper) -> None:
