@@ -83,12 +83,16 @@ def speculative(
             ahead = submit(waiting=False)
         [count] = _wait_for(current.count)
         before = tokens[-1:]  # the root that this step has read
-        tokens = _row(current.tokens)[: count + 1]
+        # A slice on the device would be an operation of its own, behind the step that is on its way already.
+        tokens = _wait_for(current.tokens)[0][: count + 1]
         made, length = made + count + 1, length + count + 1
         cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
         if proposer is not None:
             proposer.learn(tokens)
-        planner.learn(_read(current, tokens, length))
+        read = StepRead(current.plan, tokens, length, most=current.most)
+        if current.path is not None and current.parents is not None:
+            read.path, read.parents = _wait_for(current.path)[0][: len(tokens)], _wait_for(current.parents)[0]
+        planner.learn(read)
         if step.history is not None:
             step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
             mx.async_eval(step.history)
@@ -133,23 +137,11 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
             history = mx.concatenate([history, current[0]])
             logits = process(options.processors, history, logits)
         token = choose()
-        yield Produced(_row(current), current_logits, [False], from_prompt=made == 1)
+        yield Produced(_wait_for(current)[0], current_logits, [False], from_prompt=made == 1)
         if made % 256 == 0:
             mx.clear_cache()
-
-
-def _read(step: Submitted, tokens: list[int], length: int) -> StepRead:
-    """What the host has read of a step whose tokens it knows."""
-    if step.path is None or step.parents is None:
-        return StepRead(step.plan, tokens, length, most=step.most)
-    return StepRead(step.plan, tokens, length, _row(step.path)[: len(tokens)], _row(step.parents))
 
 
 def _wait_for(numbers: mx.array) -> Any:
     """The host's copy of a few whole numbers, as lists, once the device has them."""
     return numbers.tolist()
-
-
-def _row(numbers: mx.array) -> list[int]:
-    """The same of (1, n). A slice would be an operation of its own, behind the step that is on its way already."""
-    return _wait_for(numbers)[0]

@@ -51,6 +51,6 @@ class DecodingOptions:
             raise UserError(f"kv_bits is {self.kv_bits}, expected 2, 4 or 8")
 
     def quantize(self, layers: list[Any], length: int) -> None:
-        """Quantises the caches where it is time for it."""
-        if self.kv_bits is not None:
-            quantize_layers(layers, self.quantized_kv_start, self.kv_group_size, self.kv_bits, length)
+        """Quantises mlx-lm caches, or ours, that hold so many rows, where it is time for it."""
+        if self.kv_bits is not None and length >= self.quantized_kv_start:
+            quantize_layers(layers, self.kv_group_size, self.kv_bits)

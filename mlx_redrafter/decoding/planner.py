@@ -30,11 +30,6 @@ class StepRead:
     parents: list[int] | None = None
     most: int | None = None
 
-    @property
-    def accepted(self) -> int:
-        """Draft tokens that were accepted."""
-        return len(self.tokens) - 1
-
 
 class Planner:
     """Drafts the same in every step.

@@ -56,11 +56,6 @@ class Submitted:
     path: mx.array | None
     parents: mx.array | None
 
-    def arrays(self) -> list[mx.array]:
-        """What the host will read; of logits, those that no choice was made of in this form."""
-        arrays = [self.count, self.tokens] if self.path is None else [self.count, self.tokens, self.path, self.logits]
-        return arrays if self.parents is None else [*arrays, self.parents]
-
 
 def prefill(
     target: Target, prompt: mx.array, cache: list[Any], options: DecodingOptions
@@ -153,6 +148,9 @@ class SpeculativeStep:
     def submit(self, plan: Plan) -> Submitted:
         """Builds a step and sends it to the device."""
         submitted = self(plan)
-        state = [] if self.proposer is None else self.proposer.arrays()
-        mx.async_eval(submitted.arrays(), self.root, self.context, *self.cache.arrays(), *state)
+        arrays = [submitted.count, submitted.tokens, self.root, self.context, *self.cache.arrays()]
+        if submitted.path is not None and submitted.parents is not None:
+            # Of a tree's logits no choice was made in this form.
+            arrays += [submitted.path, submitted.parents, submitted.logits]
+        mx.async_eval(arrays, [] if self.proposer is None else self.proposer.arrays())
         return submitted

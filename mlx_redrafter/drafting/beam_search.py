@@ -62,27 +62,25 @@ def beam_search(
     Returns:
         The L - 1 steps; within a step the entries are in order of falling log-probability.
     """
-    batch, vocab = root.shape[0], drafter.config.scored
-
-    def grow(log_probs: mx.array | None, entries: int) -> tuple[mx.array, mx.array, mx.array]:
+    batch = root.shape[0]
+    # Entries lie along the batch axis, (B * W, ...): two axes cost MLX fewer operations than three.
+    projected, state = drafter.project_context(context), drafter.advance(embed(root), None)
+    log_probs: mx.array | None = None
+    steps = []
+    for step in range(1, length):
         logits = drafter.logits(projected, state).astype(mx.float32)
         if temperature != 1 and width > 1:  # a single beam takes the best token at any temperature
             logits = logits * (1 / temperature)
-        best, origins, log_probs = _grow(logits.reshape(batch, entries, vocab), log_probs, width)
-        return drafter.target_ids(best), origins, log_probs
-
-    # Entries lie along the batch axis, (B * W, ...): two axes cost MLX fewer operations than three.
-    projected = drafter.project_context(context)
-    state = drafter.advance(embed(root), None)
-    steps = [grow(None, 1)]
-    if batch > 1:
-        projected = mx.repeat(projected, width, axis=0)
-    for step in range(1, length - 1):
-        tokens, origins, log_probs = steps[-1]
-        entries = 1 if step == 1 else width
+        entries = state.shape[0] // batch
+        best, origins, log_probs = _grow(logits.reshape(batch, entries, -1), log_probs, width)
+        tokens = drafter.target_ids(best)
+        steps.append((tokens, origins, log_probs))
+        if step == length - 1:
+            break
+        if step == 1 and batch > 1:
+            projected = mx.repeat(projected, width, axis=0)
         rows = mx.arange(0, batch * entries, entries, dtype=mx.int32)[:, None] + origins
         state = drafter.advance(embed(tokens.reshape(-1)), state[rows.reshape(-1)])
-        steps.append(grow(log_probs, width))
     return Beam(*(mx.stack(list(parts), axis=1) for parts in zip(*steps, strict=True)))
 
 

@@ -92,7 +92,7 @@ def join(tree: CandidateTree, tokens: mx.array, found: mx.array, share: int) -> 
         found: (B,) bool, False where there is no branch.
         share: rows that may go to the branch, 1 to N.
     """
-    stay, depth = tree.rows - share, tokens.shape[1]
+    stay, (batch, depth) = tree.rows - share, tokens.shape
     kept = CandidateTree(
         tree.tokens[:, :stay],
         tree.parents[:, :stay],
@@ -106,7 +106,8 @@ def join(tree: CandidateTree, tokens: mx.array, found: mx.array, share: int) -> 
     # At depth D its last token was asked for once more; no row there can have children.
     level = walked.count[:, None] + mx.arange(share, dtype=mx.int32)
     joins = (found & (walked.count < depth))[:, None]
-    above = mx.concatenate([walked.last[:, None], _rows(tree.tokens.shape[0], stay, share - 1)], axis=1)
+    new_rows = mx.broadcast_to(stay + mx.arange(share - 1, dtype=mx.int32), (batch, share - 1))
+    above = mx.concatenate([walked.last[:, None], new_rows], axis=1)
     new = mx.take_along_axis(tokens, mx.minimum(level, depth - 1), axis=1)
     return CandidateTree.from_parents(
         mx.concatenate([kept.tokens, mx.where(joins, new, tree.tokens[:, stay:])], axis=1),
@@ -116,10 +117,6 @@ def join(tree: CandidateTree, tokens: mx.array, found: mx.array, share: int) -> 
     )
 
 
-def _rows(batch: int, first: int, count: int) -> mx.array:
-    return mx.broadcast_to(mx.arange(first, first + count, dtype=mx.int32), (batch, count))
-
-
 class LookupProposer(Proposer):
     """Puts what lookup finds in the place of another proposer's drafts, or beside them in one tree.
 
@@ -127,7 +124,7 @@ class LookupProposer(Proposer):
     that the tree has not got; a chain is replaced as a whole.
 
     Args:
-        inner: the other proposer; None where lookup alone drafts.
+        inner: the other proposer, one that drafts from the context and the root alone; None where lookup alone drafts.
         index: the text so far on the host, which this proposer extends.
     """
 
@@ -139,8 +136,6 @@ class LookupProposer(Proposer):
         self._in_flight: deque[Accepted] = deque()
 
     def begin(self, text: mx.array, root: mx.array) -> None:
-        if self.inner is not None:
-            self.inner.begin(text, root)
         self.text, self._unused, self._root = None, 0, root
         self._in_flight.clear()
         if text.shape[0] > 1:  # the host follows one text only
@@ -149,25 +144,31 @@ class LookupProposer(Proposer):
     def propose(
         self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
     ) -> CandidateTree:
-        first = root[:, None].astype(mx.int32)
         if isinstance(plan, LookedUp):
-            tokens, _ = self._buffer().continuation(plan.num_draft_tokens)
-            return CandidateTree.chain(mx.concatenate([first, tokens], axis=1))
-        assert self.inner is not None
-        tree = self.inner.propose(context, root, plan, chain_only)
-        if not plan.with_lookup or tree.rows == 1:
-            return tree
-        depth = min(plan.shape.beam_length - 1, plan.shape.num_draft_tokens)
-        tokens, found = self._buffer().continuation(depth)
-        if tree.in_order:
+            tree, depth = None, plan.num_draft_tokens
+        else:
+            assert self.inner is not None
+            tree = self.inner.propose(context, root, plan, chain_only)
+            if not plan.with_lookup or tree.rows == 1:
+                return tree
+            depth = min(plan.shape.beam_length - 1, plan.shape.num_draft_tokens)
+        self._unused = 0
+        if self.text is None:  # given up: made from the host's copy
+            text = mx.array([self.index.tokens], mx.int32)
+            if self._root is not None:
+                text = mx.concatenate([text, self._root[:, None].astype(mx.int32)], axis=1)
+            self.text = TextBuffer(text)
+            for accepted in self._in_flight:  # built, and not read by the host yet
+                self.text.extend(accepted)
+        tokens, found = self.text.continuation(depth)
+        if tree is not None and not tree.in_order:
+            return join(tree, tokens, found, share=max(1, (tree.rows - 1) // 2))
+        if tree is not None:
             drafted = tree.tokens[:, 1 : 1 + depth]
             tokens = mx.where(found[:, None], tokens[:, : drafted.shape[1]], drafted)
-            return CandidateTree.chain(mx.concatenate([first, tokens], axis=1))
-        return join(tree, tokens, found, share=max(1, (tree.rows - 1) // 2))
+        return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), tokens], axis=1))
 
     def advance(self, accepted: Accepted) -> None:
-        if self.inner is not None:
-            self.inner.advance(accepted)
         self._in_flight.append(accepted)
         self._unused += 1
         if self.text is not None:
@@ -176,8 +177,6 @@ class LookupProposer(Proposer):
                 self.text = None
 
     def learn(self, tokens: list[int]) -> None:
-        if self.inner is not None:
-            self.inner.learn(tokens)
         if self._root is None:
             read = self._in_flight.popleft()
             if self.text is not None:
@@ -186,17 +185,4 @@ class LookupProposer(Proposer):
         self.index.extend(tokens)
 
     def arrays(self) -> list[mx.array]:
-        mine = [] if self.text is None else [self.text.tokens, self.text.end]
-        return mine + ([] if self.inner is None else self.inner.arrays())
-
-    def _buffer(self) -> TextBuffer:
-        """The text on the device, made from the host's where it was given up."""
-        self._unused = 0
-        if self.text is None:
-            text = mx.array([self.index.tokens], mx.int32)
-            if self._root is not None:
-                text = mx.concatenate([text, self._root[:, None].astype(mx.int32)], axis=1)
-            self.text = TextBuffer(text)
-            for accepted in self._in_flight:  # built, and not read by the host yet
-                self.text.extend(accepted)
-        return self.text
+        return [] if self.text is None else [self.text.tokens, self.text.end]

@@ -75,14 +75,12 @@ class RecurrentProposer(Proposer):
         self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
     ) -> CandidateTree:
         assert isinstance(plan, Drafted)
-        shape = plan.shape
-        if chain_only or shape.beam_width == 1:
-            shape = shape.as_chain()
-            beam = beam_search(self.drafter, self.embed, context, root, 1, shape.beam_length)
+        shape, width, length = plan.shape, plan.shape.beam_width, plan.shape.beam_length
+        if chain_only or width == 1:
+            width, length = 1, min(length, shape.num_draft_tokens + 1)
+        beam = beam_search(self.drafter, self.embed, context, root, width, length, self.temperature)
+        if width == 1:
             return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), beam.tokens[:, :, 0]], axis=1))
-        beam = beam_search(
-            self.drafter, self.embed, context, root, shape.beam_width, shape.beam_length, self.temperature
-        )
         return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)
 
 

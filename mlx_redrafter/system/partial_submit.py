@@ -13,14 +13,12 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from mlx_redrafter.system.device import on_cpu
-
 _whole = False  # while it is True, nothing is sent before its graph is complete
 
 
 def submit_part(*arrays: mx.array) -> None:
     """Starts computing arrays that a graph under construction has come to; on a GPU, nothing."""
-    if not _whole and on_cpu():
+    if not _whole and mx.default_device() == mx.cpu:
         mx.async_eval(*arrays)
 
 

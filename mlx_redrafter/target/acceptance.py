@@ -41,8 +41,14 @@ def accept(tree: CandidateTree, choices: mx.array) -> Accepted:
         tree: the candidates.
         choices: (B, 1 + N) int32 the target's token at every row.
     """
-    if tree.in_order:
-        return _accept_chain(tree, choices)
+    if tree.in_order:  # as many tokens as agree from the first one on
+        path = tree.depths  # row i at depth i
+        if path.shape[1] == 1:
+            return Accepted(tree.parents[:, 0], path, choices, choices[:, 0], path[:, 0])
+        agrees = (tree.tokens[:, 1:] == choices[:, :-1]).astype(mx.int32)
+        count = mx.sum(mx.cumprod(agrees, axis=1), axis=1)
+        root = mx.take_along_axis(choices, count[:, None], axis=1)[:, 0]
+        return Accepted(count, path, choices, root, count)
     agrees = (tree.tokens == mx.take_along_axis(choices, tree.parents, axis=1)) & tree.valid
     # The root was chosen by the target in the step before.
     doubtful = mx.concatenate([mx.zeros((agrees.shape[0], 1), mx.bool_), ~agrees[:, 1:]], axis=1)
@@ -57,14 +63,3 @@ def accept(tree: CandidateTree, choices: mx.array) -> Accepted:
     tokens = mx.take_along_axis(choices, path, axis=1)
     root = mx.take_along_axis(choices, last[:, None], axis=1)[:, 0]
     return Accepted(count, path, tokens, root, last)
-
-
-def _accept_chain(tree: CandidateTree, choices: mx.array) -> Accepted:
-    """The same for a single path: as many tokens as agree from the first one on."""
-    path = tree.depths  # row i at depth i
-    if tree.rows == 1:
-        return Accepted(tree.parents[:, 0], path, choices, choices[:, 0], path[:, 0])
-    agrees = (tree.tokens[:, 1:] == choices[:, :-1]).astype(mx.int32)
-    count = mx.sum(mx.cumprod(agrees, axis=1), axis=1)
-    root = mx.take_along_axis(choices, count[:, None], axis=1)[:, 0]
-    return Accepted(count, path, choices, root, count)

@@ -27,7 +27,8 @@ class Target:
         model: an mlx-lm language model; the same after every call as before.
 
     Attributes:
-        vocab_size, hidden_size: of the token embedding.
+        embed: the token embedding; gives (..., hidden_size) for ids of any shape.
+        vocab_size, hidden_size: of the embedding.
         missing: why there are no hidden states to draft from, for people; empty where
             there are. Plain decoding works all the same.
         context_length: the longest sequence the model's config says it can read, in tokens;
@@ -60,8 +61,8 @@ class Target:
             self.missing = f"model type {getattr(model, 'model_type', '?')!r} has no stack of layers with an embedding"
             return
         body, embedding = parts
-        self._embedding: Any = embedding.module
-        self.vocab_size, self.hidden_size = _embedding_shape(self._embedding)
+        self.embed: Any = embedding.module
+        self.vocab_size, self.hidden_size = _embedding_shape(self.embed)
         # What hangs inside the body goes in last and comes out first.
         self._stand_ins = [(body, _Recorder(body.module)), (embedding, _TiedHead(embedding.module))]
         for name, child in body.module.children().items():  # a body with the head inside returns logits
@@ -72,10 +73,6 @@ class Target:
     def dtype(self) -> mx.Dtype:
         """The type of the embeddings, which is that of the model's activations."""
         return self.embed(mx.zeros((1, 1), mx.int32)).dtype
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        """e(x): the rows of the target's embedding, (..., hidden_size), for token ids of any shape."""
-        return self._embedding(tokens)
 
     def forward(
         self, tokens: mx.array, cache: list[Any], positions: mx.array | None = None

@@ -49,7 +49,7 @@ def probe(target: Target) -> Capability:
         if names := refused(kinds):
             return Capability(NONE, f"its layers with a {names} cannot take back rejected tokens")
         recurrent = any(isinstance(cache, ArraysCache) for cache in leaves(kinds))
-        mixers = find_mixers(target.model, KVCache.adopt(kinds).layers) if recurrent else ()
+        mixers = find_mixers(target.model, KVCache(kinds).layers) if recurrent else ()
         tolerance, noise = _rounding(target)
         if noise > tolerance:
             return Capability(NONE, "batched and token-by-token logits differ in mlx-lm itself")
@@ -128,7 +128,7 @@ def _chains(target: Target) -> list[_Round]:
 def _problem(verifier: Verifier, rounds: list[_Round], tolerance: float) -> str:
     """Empty if verification says what plain decoding does, else what went wrong."""
     try:
-        cache = verifier.adopt(short_cache(verifier.target.model))
+        cache = verifier.make_cache(short_cache(verifier.target.model))
         verifier.target.forward(_prompt(verifier.target), cache.layers)
         cache.begin_trees(length=PROMPT)
         distances: list[Any] = []

@@ -13,8 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.system.device import on_cpu
-
 
 @contextlib.contextmanager
 def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
@@ -29,7 +27,7 @@ def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
             place of whole numbers that a model finds by counting the rows of its keys.
     """
     before = getattr(_LOCAL, "positions", None), getattr(_LOCAL, "tables", None)
-    _LOCAL.positions, _LOCAL.tables = positions, {}
+    _LOCAL.positions, _LOCAL.tables = positions, {} if mx.default_device() == mx.cpu else None
     with _LOCK:
         _users[0] += 1
         mx.fast.rope = _rope
@@ -50,9 +48,21 @@ def _rope(a: mx.array, dims: int, *, offset: Any, **options: Any) -> mx.array:
         raise ValueError(f"rope over {a.shape[-2]} rows where a tree has {offset.shape[1]}")
     tables = getattr(_LOCAL, "tables", None)
     # MLX turns half precision in float32 and rounds once; tables in it would round more often.
-    if tables is None or not on_cpu() or a.shape[-1] != dims or a.dtype != mx.float32:
+    if tables is None or a.shape[-1] != dims or a.dtype != mx.float32:
         return _rope_per_row(a, dims, offset, options)
-    return _rope_from_tables(a, offset, options, tables)
+    # The CPU has no rope of its own: each call is some twenty operations, most of them on the positions alone. So
+    # cosines and sines are computed once for all layers: what MLX's rope makes of the pair (1, 0) is (cos, sin).
+    shape = (a.shape[0], *(1 for _ in a.shape[1:-2]), a.shape[-2], dims)
+    given = [("offset", offset), *sorted(options.items())]
+    key = (shape, *((name, id(value) if isinstance(value, mx.array) else value) for name, value in given))
+    if key not in tables:
+        first, swap = _pairs(dims, bool(options.get("traditional")), a.dtype)
+        turned = _rope_per_row(mx.broadcast_to(first, shape), dims, offset, options)
+        cosines, sines = turned * first, turned * (1 - first)
+        kept = (offset, options)  # no other array may get the id of one of these meanwhile
+        tables[key] = (cosines + cosines @ swap, sines - sines @ swap, swap, kept)
+    cosines, sines, swap, _ = tables[key]
+    return a * cosines + (a @ swap) * sines
 
 
 def _rope_per_row(a: mx.array, dims: int, offset: Any, options: dict[str, Any]) -> mx.array:
@@ -66,26 +76,6 @@ def _rope_per_row(a: mx.array, dims: int, offset: Any, options: dict[str, Any]) 
     turned = _FAST_ROPE(moved, dims, offset=offset.reshape(-1), **options)
     turned = turned.reshape(batch, rows, heads, -1).swapaxes(1, 2)
     return turned if a.ndim == 4 else turned.reshape(a.shape)
-
-
-def _rope_from_tables(a: mx.array, offset: Any, options: dict[str, Any], tables: dict[Any, Any]) -> mx.array:
-    """The same numbers from cosines and sines that are computed once for all layers.
-
-    The CPU has no rope of its own: each call is some twenty operations, most of them on the
-    positions alone. What MLX's rope makes of the pair (1, 0) is the pair (cos, sin).
-    """
-    dims = a.shape[-1]
-    shape = (a.shape[0], *(1 for _ in a.shape[1:-2]), a.shape[-2], dims)
-    given = [("offset", offset), *sorted(options.items())]
-    key = (shape, a.dtype, *((name, id(value) if isinstance(value, mx.array) else value) for name, value in given))
-    if key not in tables:
-        first, swap = _pairs(dims, bool(options.get("traditional")), a.dtype)
-        turned = _rope_per_row(mx.broadcast_to(first, shape), dims, offset, options)
-        cosines, sines = turned * first, turned * (1 - first)
-        kept = (offset, options)  # no other array may get the id of one of these meanwhile
-        tables[key] = (cosines + cosines @ swap, sines - sines @ swap, swap, kept)
-    cosines, sines, swap, _ = tables[key]
-    return a * cosines + (a @ swap) * sines
 
 
 @functools.lru_cache(maxsize=16)

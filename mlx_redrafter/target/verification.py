@@ -59,13 +59,10 @@ class Verifier:
         there = slots(target.model) if found.mixers else ()
         self._mixers = [(slot, MixerStandIn(slot.module)) for slot in there if slot.path in found.mixers]
 
-    def make_cache(self) -> KVCache:
-        """An empty cache that trees can be written to (not for capability "none")."""
-        return self.adopt(make_prompt_cache(self.target.model))
-
-    def adopt(self, prompt_cache: list[Any]) -> KVCache:
-        """A cache that goes on from what mlx-lm caches hold."""
-        return KVCache.adopt(prompt_cache, self.found.replay)
+    def make_cache(self, prompt_cache: list[Any] | None = None) -> KVCache:
+        """A cache that trees can be written to (not for capability "none"); goes on from what mlx-lm caches hold."""
+        caches = make_prompt_cache(self.target.model) if prompt_cache is None else prompt_cache
+        return KVCache(caches, self.found.replay)
 
     def __call__(self, tree: CandidateTree, cache: KVCache) -> tuple[mx.array, mx.array]:
         """Reads all rows of a tree in one call of the model.

@@ -23,7 +23,7 @@ from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.ranks import number_of_ranks
-from mlx_redrafter.target.cache.kv_cache import KVCache, cached
+from mlx_redrafter.target.cache.kv_cache import cached, refused
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import NONE, Verifier
 from mlx_redrafter.text.prompts import Prompt, encode
@@ -186,7 +186,7 @@ def _steps(
         else:
             if fixed is not None:
                 fixed.check(target.vocab_size if drafter is None else drafter.config.scored)
-            if prompt_cache is not None and not KVCache.takes(prompt_cache):
+            if prompt_cache is not None and refused(prompt_cache):
                 verifier, reason = None, "the prompt cache is of a kind that cannot take back rejected tokens"
     if verifier is None:
         cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
@@ -216,7 +216,7 @@ def _drafting(
     planner: Planner,
 ) -> Generator[Produced]:
     """Speculative decoding whose rows end up in the caller's cache, exactly those of what was yielded."""
-    cache = verifier.make_cache() if prompt_cache is None else verifier.adopt(prompt_cache)
+    cache = verifier.make_cache(prompt_cache)
     held, max_tokens = cached(prompt_cache or []), options.max_tokens
     yielded: list[int] = []
     source = speculative(verifier, proposer, ids, cache, options, planner)

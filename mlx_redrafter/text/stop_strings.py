@@ -31,14 +31,11 @@ class StopStrings:
         if found:
             out, self._held = self._held[: min(found)], ""
             return out, True
-        keep = 0 if last else self._beginning_of_a_stop()
-        at = len(self._held) - keep
+        at = len(self._held)
+        # What is held back is the longest end of the text that a stop string begins with.
+        for start in range(max(0, at - max(map(len, self._stops), default=0)), 0 if last else at):
+            if any(stop.startswith(self._held[start:]) for stop in self._stops):
+                at = start
+                break
         out, self._held = self._held[:at], self._held[at:]
         return out, False
-
-    def _beginning_of_a_stop(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
-        for length in range(min(len(self._held), max(map(len, self._stops), default=0)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0

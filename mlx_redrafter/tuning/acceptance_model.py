@@ -46,14 +46,15 @@ class AcceptanceModel:
         for row, parent in enumerate(step.parents or [], 0):
             if row:
                 below.setdefault(parent, []).append(row)
-        for depth in range(min(step.accepted + 1, DEPTHS)):
+        for depth in range(min(len(step.tokens), DEPTHS)):
+            right = depth < len(step.tokens) - 1
             if step.parents is None or step.path is None:  # a chain
                 children = int(depth < chain)
-                taken = 0 if depth < step.accepted else children
+                taken = 0 if right else children
             else:
                 siblings = below.get(step.path[depth], [])  # in the order of their probability
                 children = len(siblings)
-                taken = siblings.index(step.path[depth + 1]) if depth < step.accepted else children
+                taken = siblings.index(step.path[depth + 1]) if right else children
             if children == 0:
                 return
             self.first[depth].learn(taken == 0)

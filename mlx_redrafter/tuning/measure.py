@@ -141,7 +141,7 @@ def _steps(
         begin = clock()
         for _ in range(2):
             submitted = step.submit(plan)
-        mx.eval(submitted.arrays(), step.root, step.context)
+        mx.eval(submitted.count, submitted.tokens, step.root, step.context)
         seconds = (clock() - begin) / 2
         if cache.can_rewind:  # back to where it was
             cache.plain_rows(context)

@@ -112,7 +112,7 @@ class PairMemory:
         if arm is None or isinstance(step.plan, LookedUp):
             return
         if isinstance(step.plan, Drafted):
-            arm.fit.learn(step.accepted, self.acceptance.expected(step.plan.shape))
+            arm.fit.learn(len(step.tokens) - 1, self.acceptance.expected(step.plan.shape))
             self.acceptance.learn(step)
         if arm is not self.current:
             self.spent += max(0.0, usual - len(step.tokens) / self.speed(step.length))

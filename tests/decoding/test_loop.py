@@ -11,7 +11,7 @@ from mlx_lm.utils import quantize_model
 from support import REPEATING, Script, make_drafter, make_model, plainly
 from support.texts import by_mlx_lm
 
-from mlx_redrafter.decoding.loop import _row, autoregressive, speculative
+from mlx_redrafter.decoding.loop import _wait_for, autoregressive, speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
@@ -251,7 +251,7 @@ def test_reading_a_step_does_not_wait_for_the_next():
     for _ in range(6):
         product = product @ large
     mx.async_eval(product)
-    assert _row(tokens) == [3, 1, 4]
+    assert _wait_for(tokens) == [[3, 1, 4]]
     read = time.perf_counter() - begin
     mx.eval(product)
     assert read < 0.3 * (time.perf_counter() - begin)
@@ -318,11 +318,11 @@ def test_what_is_read_is_what_was_made(small_model):
     for script in (SCRIPTS[1], [JOINED_CHAIN], [JOINED, TREE]):
         steps, planner = scripted(small_model, script, prompt, 100)
         length = len(prompt)
-        assert len(planner.steps) == len(steps) - 1 and max(read.accepted for read in planner.steps) > 2
+        assert len(planner.steps) == len(steps) - 1 and max(len(read.tokens) for read in planner.steps) > 3
         for step, read in zip(steps[1:], planner.steps, strict=True):
             length += len(step.tokens)
             assert (read.plan, read.tokens, read.length) == (step.plan, step.tokens, length)
-            assert read.accepted == len(step.tokens) - 1 == sum(step.drafted)
+            assert len(read.tokens) - 1 == len(step.tokens) - 1 == sum(step.drafted)
             tree = isinstance(read.plan, Drafted) and read.plan.shape.beam_width > 1
             assert (read.path is None) == (read.parents is None) == (not tree)
             if tree:
@@ -330,7 +330,7 @@ def test_what_is_read_is_what_was_made(small_model):
                 assert len(read.path) == len(read.tokens) and read.path[0] == 0
                 assert all(read.parents[row] == above for above, row in itertools.pairwise(read.path))
             else:
-                assert read.accepted <= read.plan.num_draft_tokens
+                assert len(read.tokens) - 1 <= read.plan.num_draft_tokens
 
 
 def test_plain_steps_between_drafted_ones_are_plain(small_model):

@@ -12,8 +12,3 @@ def test_always_the_same():
         for tokens in ([1], [1, 2, 3]):
             assert planner.plan() == plan == planner.plan()
             planner.learn(StepRead(plan, tokens, 20))
-
-
-def test_accepted_is_all_but_the_targets_own():
-    """If this fails, the target's own token counts as a right draft."""
-    assert [StepRead(PLAIN, list(range(1, n + 1)), 20).accepted for n in (1, 4)] == [0, 3]

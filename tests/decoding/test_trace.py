@@ -138,7 +138,7 @@ def test_plain_steps_in_between_are_shown_as_such(pair, prefixes):
     for (step, made), read in zip(found[1:], planner.steps, strict=True):
         assert step.nodes[0].token == written[-1] and step.tokens == made == read.tokens[: len(made)]
         assert len(step.nodes) == 1 + read.plan.num_draft_tokens
-        assert [node.token for node in step.nodes[1:] if node.accepted][: len(made)] == made[: read.accepted]
+        assert [node.token for node in step.nodes[1:] if node.accepted][: len(made)] == made[: len(read.tokens) - 1]
         assert step.by_lookup == isinstance(read.plan, LookedUp)
         assert all((node.probability is None) == step.by_lookup for node in step.nodes[1:])
         written += made

@@ -14,7 +14,6 @@ from mlx_redrafter.doctor.pair_stages import every_way, inputs, pair_stages, pla
 from mlx_redrafter.drafting import beam_search
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
-from mlx_redrafter.target import acceptance
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import probe
@@ -112,14 +111,14 @@ def broken_argmax(places, patch):
 
 
 def broken_acceptance(places, patch):
-    whole = acceptance._accept_chain
+    whole = fixed.accept
 
     def accept(tree, choices):
         found = whole(tree, choices)
         found.count = found.count + (1 if on(places.tested) else 0)
         return found
 
-    patch.setattr(acceptance, "_accept_chain", accept)
+    patch.setattr(fixed, "accept", accept)
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_in_a_cache_that_holds_earlier_turns(small_model):
     earlier, prompt = REPEATING, [3, 14, 15]
     verifier.target.forward(mx.array([earlier]), cache)
     proposer, options = proposer_for(verifier, None, earlier + prompt), DecodingOptions(max_tokens=20)
-    adopted, tokens = verifier.adopt(cache), []
+    adopted, tokens = verifier.make_cache(cache), []
     for produced in speculative(verifier, proposer, mx.array([prompt]), adopted, options, Planner(LookedUp(5))):
         tokens += produced.tokens
     assert tokens[:20] == plainly(small_model, earlier + prompt, 20)

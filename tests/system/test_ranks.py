@@ -21,9 +21,12 @@ def test_nothing_is_started_where_nothing_launched(monkeypatch, two):
     """If this fails, every text of every single process pays for a backend."""
     for name in ranks.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
+    ranks.number_of_ranks.cache_clear()
     assert ranks.number_of_ranks() == 1 and not mx.distributed.init.called  # type: ignore[attr-defined]
     monkeypatch.setenv("MLX_RANK", "0")
+    ranks.number_of_ranks.cache_clear()
     assert ranks.number_of_ranks() == (2 if mx.distributed.is_available() else 1)
+    ranks.number_of_ranks.cache_clear()
 
 
 @pytest.mark.parametrize("options", [{}, {"shape": "auto", "lookup": "off"}, {"shape": DraftShape(), "lookup": "auto"}])

@@ -9,6 +9,7 @@ cache's stays 0.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,8 @@ class TreeRows:
         if self.frame is None:
             return super().keys_and_values()  # type: ignore[misc]
         first, visible = self._span[0] - self.base, self._span[1]
-        read = map_arrays(lambda buffer: buffer[..., first : first + visible, :], (self.keys, self.values))
+        rows = operator.itemgetter((..., slice(first, first + visible), slice(None)))
+        read = map_arrays(rows, (self.keys, self.values))
         return map_arrays(self.frame.for_split_rows, read) if self.frame.split_rows else read
 
     def encode(self, rows: mx.array) -> Any:

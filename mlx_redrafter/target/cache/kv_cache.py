@@ -26,14 +26,18 @@ from mlx_redrafter.target.tree import CandidateTree
 class KVCache:
     """All layers' caches with one committed length.
 
+    Args:
+        prompt_cache: mlx-lm caches to go on from; their buffers are shared until `give_back`.
+        replay: how recurrent layers take rows back; see `recurrent`.
+
     Attributes:
         layers: what the model gets as its `cache` argument.
         length: committed rows, (B,) int32 on the device, once `begin_trees` was called.
         bound: an upper bound of the committed length that the host knows.
     """
 
-    def __init__(self, layers: list[Any]):
-        self.layers = layers
+    def __init__(self, prompt_cache: list[Any], replay: str = AT_ONCE):
+        self.layers = [_adopted(cache, replay) for cache in prompt_cache]
         self.length: mx.array | None = None
         self.bound = 0
         self._plain = False  # layers are as mlx-lm's own caches, and their length is exact
@@ -41,20 +45,6 @@ class KVCache:
         self._most = 0  # rows that one step commits at most
         # A loop is at most two steps ahead of the tokens that it has given out.
         self._steps: collections.deque[tuple[mx.array, list[RecurrentStep]]] = collections.deque(maxlen=3)
-
-    @staticmethod
-    def takes(prompt_cache: list[Any]) -> bool:
-        """Whether these mlx-lm caches are of the kinds that drafts can be verified with."""
-        return not refused(prompt_cache)
-
-    @classmethod
-    def adopt(cls, prompt_cache: list[Any], replay: str = AT_ONCE) -> KVCache:
-        """Goes on from what mlx-lm caches hold; their buffers are shared until `give_back`.
-
-        Args:
-            replay: how recurrent layers take rows back; see `recurrent`.
-        """
-        return cls([_adopted(cache, replay) for cache in prompt_cache])
 
     def give_back(self, prompt_cache: list[Any]) -> None:
         """Leaves the rows in the list of mlx-lm caches that was adopted; it may get quantised ones."""
@@ -73,9 +63,7 @@ class KVCache:
         Args:
             length: of the prompt; needed where no layer counts (they all have states).
         """
-        self.bound = self._low = max((int(c.offset) for c in leaves(self.layers) if hasattr(c, "offset")), default=0)
-        if not self.bound and length:
-            self.bound = self._low = length
+        self.bound = self._low = cached(self.layers) or length or 0
         self.length = mx.array([self.bound] * batch_size, mx.int32)
         self._plain = False
         for cache in leaves(self.layers):
@@ -223,19 +211,13 @@ def _adopted(cache: Any, replay: str) -> Any:
     return with_contents(LayerCache(), cache)
 
 
-def quantize_layers(layers: list[Any], start: int, group_size: int, bits: int | None, length: int) -> None:
-    """Quantises mlx-lm caches, or ours, in place in their list once they hold `start` rows.
-
-    Args:
-        length: rows they hold.
-        bits: None does nothing.
+def quantize_layers(layers: list[Any], group_size: int, bits: int) -> None:
+    """Quantises mlx-lm caches, or ours, in place in their list.
 
     Raises:
         UserError: a head width that the group size does not divide, or a kind of cache
             that mlx-lm cannot quantise.
     """
-    if bits is None or length < start:
-        return
     for i, layer in enumerate(layers):
         if hasattr(layer, "to_quantized"):
             for width in {layer.keys.shape[-1], layer.values.shape[-1]}:

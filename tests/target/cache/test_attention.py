@@ -46,7 +46,7 @@ def write_chain(cache, length, rows, accepted, ahead=False):
 @pytest.mark.parametrize("prompt, chunk", [(3, None), (6, None), (15, None), (15, 1), (16, 5)])
 def test_rows_see_their_window_before_at_and_far_past_the_wrap(prompt, chunk, ahead):
     """If this fails, a row sees tokens that have left its window, or misses some that have not."""
-    cache = KVCache.adopt([read_prompt(prompt, chunk)])
+    cache = KVCache([read_prompt(prompt, chunk)])
     cache.begin_trees()
     length = prompt
     for step in range(150):
@@ -58,7 +58,7 @@ def test_rows_see_their_window_before_at_and_far_past_the_wrap(prompt, chunk, ah
 
 def test_memory_stays_at_the_window_and_some_slack():
     """If this fails, a window's memory grows with the text."""
-    cache = KVCache.adopt([read_prompt(15)])
+    cache = KVCache([read_prompt(15)])
     cache.begin_trees()
     length, sizes = 15, set()
     for _ in range(1000):
@@ -77,7 +77,7 @@ def test_back_to_a_rotating_cache_at_any_of_the_last_rows(moved, back):
     and that one may have let go of rows: it is left right after rows were moved.
     """
     plain = read_prompt(15)
-    cache = KVCache.adopt([plain])
+    cache = KVCache([plain])
     cache.begin_trees()
     length, bases = 15, {cache.layers[0].base}
     while len(bases) <= moved or length < 31:

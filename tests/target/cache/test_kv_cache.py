@@ -8,7 +8,7 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_redrafter.target.cache.attention import BLOCK, LayerCache
 from mlx_redrafter.target.cache.frame import rows_along, tree_mask, write_rows
-from mlx_redrafter.target.cache.kv_cache import KVCache
+from mlx_redrafter.target.cache.kv_cache import KVCache, refused
 from mlx_redrafter.target.tree import CandidateTree
 
 
@@ -107,9 +107,9 @@ def test_to_mlx_lm_and_back():
     plain = [PlainKVCache(), PlainKVCache()]
     for c in plain:
         c.update_and_fetch(rows_of(0, 5), rows_of(100, 5))
-    assert KVCache.takes([*plain, RotatingKVCache(max_size=8)])
-    assert not KVCache.takes([RotatingKVCache(max_size=8, keep=4)])
-    cache = KVCache.adopt(plain)
+    assert not refused([*plain, RotatingKVCache(max_size=8)])
+    assert refused([RotatingKVCache(max_size=8, keep=4)])
+    cache = KVCache(plain)
     cache.begin_trees()
     write_tree(cache, 50, 6)
     cache.commit(mx.array([[2, 5]], mx.int32), mx.array([2], mx.int32), most=2)
@@ -136,7 +136,7 @@ def test_an_accepted_path_is_moved_without_reading_the_buffers():
     """If this fails, MLX copies the whole cache in every step of a tree, for something still reads it."""
     plain = [PlainKVCache()]
     plain[0].update_and_fetch(rows_of(0, 5), rows_of(100, 5))
-    cache = KVCache.adopt(plain)
+    cache = KVCache(plain)
     cache.begin_trees()
     write_tree(cache, 50, 6)
     before = cache.layers[0].keys
