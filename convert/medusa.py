@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_redrafter.convert.source import lazy_weights, weight_files
 
 from mlx_redrafter.drafting.drafter_files import whole_number
-from mlx_redrafter.drafting.medusa import MODEL_TYPE, MedusaConfig, MedusaHeads, build_medusa
+from mlx_redrafter.drafting.medusa import MODEL_TYPE, MedusaConfig, MedusaHeads
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
 
@@ -28,10 +28,10 @@ def read(source: pathlib.Path, scratch: pathlib.Path) -> MedusaHeads:
         if fields.get("model_type") != MODEL_TYPE or "vocab_size" not in fields:
             raise UserError(f"{source}: no weights; expected {' or '.join(WEIGHT_FILES)}")
         weights = lazy_weights(weight_files(source), scratch)
-        return build_medusa(MedusaConfig.from_dict(fields, str(file)), weights, str(source))
+        return MedusaHeads(MedusaConfig.from_dict(fields, str(file))).fill(weights, str(source))
     weights = lazy_weights(published, scratch)
     config = _published_config(fields, weights, str(file))
-    return build_medusa(config, rename(weights, config, str(published[0])), str(published[0]))
+    return MedusaHeads(config).fill(rename(weights, config, str(published[0])), str(published[0]))
 
 
 def published_files(source: pathlib.Path) -> list[pathlib.Path]:

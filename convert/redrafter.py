@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_redrafter.convert.source import lazy_weights, weight_files
 
-from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, build_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
 from mlx_redrafter.system.weights import tensors
@@ -33,7 +33,7 @@ def read(source: pathlib.Path, scratch: pathlib.Path) -> RecurrentDrafter:
     config, weights = read_config(source), lazy_weights(weight_files(source), scratch)
     if not is_converted(weights):
         weights = rename(weights, config, source)
-    return build_drafter(config, weights, str(source))
+    return RecurrentDrafter(config).fill(weights, str(source))
 
 
 def is_converted(names: Iterable[str]) -> bool:

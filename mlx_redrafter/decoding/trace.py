@@ -15,7 +15,7 @@ from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.drafting.beam_search import Embedder
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
-from mlx_redrafter.drafting.shape import Drafted, LookedUp, Plain
+from mlx_redrafter.drafting.shape import LookedUp, Plain, Plan
 from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
 from mlx_redrafter.target.verification import Verifier
@@ -67,9 +67,7 @@ class Watched(Proposer):
         self.steps: deque[tuple[mx.array, CandidateTree, Accepted]] = deque()
         self._asked: tuple[mx.array, CandidateTree] | None = None
 
-    def propose(
-        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
-    ) -> CandidateTree:
+    def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         tree = self.inner.propose(context, root, plan, chain_only)
         self._asked = context, tree
         return tree

@@ -6,7 +6,7 @@ Knows nothing of how a drafter computes.
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +14,8 @@ import mlx.nn as nn
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import replace_file, write_json
 from mlx_redrafter.system.weights import tensors
+
+D = TypeVar("D", bound="DrafterBase")
 
 
 def whole_number(fields: dict[str, Any], key: str, least: int, source: str) -> int:
@@ -105,8 +107,8 @@ class DrafterBase(nn.Module):
         nn.quantize(self, group_size=group_size, bits=bits)
         self.config.quantization = {"group_size": group_size, "bits": bits}
 
-    def fill(self, weights: dict[str, mx.array], source: str) -> None:
-        """Takes its weights, quantised as the config says, every name and shape checked, and freezes itself.
+    def fill(self: D, weights: dict[str, mx.array], source: str) -> D:
+        """Itself with its weights, quantised as the config says and frozen; every name and shape is checked.
 
         Raises:
             UserError: naming the first tensor that is missing, unknown or of another shape.
@@ -123,6 +125,7 @@ class DrafterBase(nn.Module):
             raise UserError(f"{source}: tensor {unknown[0]!r} does not belong to a drafter of this config")
         self.load_weights(list(weights.items()))
         self.freeze()
+        return self
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes config.json and model.safetensors into a directory, each whole or not at all.

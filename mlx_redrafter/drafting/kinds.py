@@ -6,26 +6,27 @@ import pathlib
 from typing import TypeAlias
 
 from mlx_redrafter.drafting import medusa, redrafter
-from mlx_redrafter.drafting.medusa import MedusaHeads, load_medusa
-from mlx_redrafter.drafting.redrafter import RecurrentDrafter, load_drafter
+from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import read_json
+from mlx_redrafter.system.files import read_json, read_safetensors
 
 Drafter: TypeAlias = RecurrentDrafter | MedusaHeads
 
 
 def open_drafter(path: str | pathlib.Path) -> Drafter:
-    """Reads a drafter of the kind that its config.json says.
+    """Reads what `DrafterBase.save` wrote, of the kind that its config.json says.
 
     Raises:
         UserError: naming the missing or damaged file, key or tensor.
     """
-    file = pathlib.Path(path) / "config.json"
+    file, weights_file = pathlib.Path(path) / "config.json", pathlib.Path(path) / "model.safetensors"
     if not file.exists() and (file.parent / "adapter_config.json").exists():
         raise UserError(f"{path}: is an adapter, not a drafter; use it with --model TARGET --adapter-path {path}")
     fields = read_json(file)
     if fields.get("model_type") == medusa.MODEL_TYPE and "vocab_size" in fields:
-        return load_medusa(path)
+        heads = MedusaHeads(MedusaConfig.from_dict(fields, str(file)))
+        return heads.fill(read_safetensors(weights_file), str(weights_file))
     if "medusa_num_heads" in fields:
         raise UserError(f"{file}: Medusa heads as published; run `mlx-redrafter convert drafter` on them first")
     if (kind := fields.get("model_type", redrafter.MODEL_TYPE)) != redrafter.MODEL_TYPE:
@@ -33,4 +34,7 @@ def open_drafter(path: str | pathlib.Path) -> Drafter:
             f"{path}: is a model of type {kind!r}, not a drafter; use it with --model {path}"
             f" (`mlx-redrafter train --model {path} --out NEW` makes a drafter for it)"
         )
-    return load_drafter(path)
+    drafter, weights = RecurrentDrafter(DrafterConfig.from_dict(fields, str(file))), read_safetensors(weights_file)
+    if any(name.startswith(("lm_head.0.", "0.0.", "lm_heads.", "input_proj.", "input_projs.")) for name in weights):
+        raise UserError(f"{weights_file}: Hugging Face layout; run `mlx-redrafter convert drafter` on it first")
+    return drafter.fill(weights, str(weights_file))

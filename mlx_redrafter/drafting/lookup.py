@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_redrafter.drafting.lookup_index import LONGEST, SHORTEST, TextIndex
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import Drafted, LookedUp
+from mlx_redrafter.drafting.shape import Drafted, LookedUp, Plan
 from mlx_redrafter.target.acceptance import Accepted, accept
 from mlx_redrafter.target.cache.attention import BLOCK
 from mlx_redrafter.target.cache.frame import write_rows
@@ -141,13 +141,11 @@ class LookupProposer(Proposer):
         if text.shape[0] > 1:  # the host follows one text only
             self.text = TextBuffer(mx.concatenate([text, root[:, None]], axis=1))
 
-    def propose(
-        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
-    ) -> CandidateTree:
+    def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         if isinstance(plan, LookedUp):
             tree, depth = None, plan.num_draft_tokens
         else:
-            assert self.inner is not None
+            assert self.inner is not None and isinstance(plan, Drafted)
             tree = self.inner.propose(context, root, plan, chain_only)
             if not plan.with_lookup or tree.rows == 1:
                 return tree

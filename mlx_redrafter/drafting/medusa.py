@@ -9,7 +9,6 @@ token k + 1 places after the root (Medusa, arXiv 2401.10774, section 2.1.1).
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import mlx.core as mx
@@ -25,7 +24,6 @@ from mlx_redrafter.drafting.drafter_files import (
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, check_choices
 from mlx_redrafter.drafting.redrafter import ResidualBlock
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import read_json, read_safetensors
 from mlx_redrafter.system.weights import tensors
 
 MODEL_TYPE = "medusa"
@@ -136,22 +134,3 @@ class MedusaHeads(DrafterBase):
     def bytes_per_draft_step(self) -> int:
         """Bytes of weights that drafting reads: all heads, once per step of decoding."""
         return sum(value.nbytes for value in tensors(self).values())
-
-
-def load_medusa(path: str | pathlib.Path) -> MedusaHeads:
-    """Reads a directory written by `MedusaHeads.save`.
-
-    Raises:
-        UserError: naming the missing or damaged file, key or tensor.
-    """
-    folder = pathlib.Path(path)
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    config = MedusaConfig.from_dict(read_json(config_file), str(config_file))
-    return build_medusa(config, read_safetensors(weights_file), str(weights_file))
-
-
-def build_medusa(config: MedusaConfig, weights: dict[str, mx.array], source: str) -> MedusaHeads:
-    """Heads of this config with these weights. Raises UserError for tensors that do not fit."""
-    heads = MedusaHeads(config)
-    heads.fill(weights, source)
-    return heads

@@ -16,7 +16,7 @@ from mlx_redrafter.drafting.beam_search import Embedder, beam_search, candidate_
 from mlx_redrafter.drafting.medusa import MedusaHeads
 from mlx_redrafter.drafting.medusa_tree import parents_of, select
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
-from mlx_redrafter.drafting.shape import Drafted, LookedUp
+from mlx_redrafter.drafting.shape import Drafted, Plan
 from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
 
@@ -25,15 +25,13 @@ class Proposer(abc.ABC):
     """Proposes continuations of the text so far."""
 
     @abc.abstractmethod
-    def propose(
-        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
-    ) -> CandidateTree:
+    def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         """The candidates for one step, as a lazy graph.
 
         Args:
             context: (B, hidden_size) the target's hidden state at the last committed token.
             root: (B,) int32 the token that the target has chosen and not yet read.
-            plan: what to draft.
+            plan: what to draft; not `Plain`.
             chain_only: the target can verify only consecutive positions.
 
         Returns:
@@ -71,9 +69,7 @@ class RecurrentProposer(Proposer):
     def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
         self.drafter, self.embed, self.temperature = drafter, embed, temperature
 
-    def propose(
-        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
-    ) -> CandidateTree:
+    def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         assert isinstance(plan, Drafted)
         shape, width, length = plan.shape, plan.shape.beam_width, plan.shape.beam_length
         if chain_only or width == 1:
@@ -97,9 +93,7 @@ class MedusaProposer(Proposer):
     def __init__(self, heads: MedusaHeads):
         self.heads = heads
 
-    def propose(
-        self, context: mx.array, root: mx.array, plan: Drafted | LookedUp, chain_only: bool = False
-    ) -> CandidateTree:
+    def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         assert isinstance(plan, Drafted)
         shape, config, batch = plan.shape, self.heads.config, root.shape[0]
         first = root[:, None].astype(mx.int32)

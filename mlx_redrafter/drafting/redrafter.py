@@ -19,7 +19,6 @@ most frequent tokens only, or ties O to the target's own output layer and stores
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import mlx.core as mx
@@ -34,7 +33,6 @@ from mlx_redrafter.drafting.drafter_files import (
 )
 from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import read_json, read_safetensors
 from mlx_redrafter.system.weights import tensors
 
 MODEL_TYPE = "recurrent_drafting_drafter"
@@ -167,6 +165,14 @@ class RecurrentDrafter(DrafterBase):
         # Not an item of the module: a tied layer is the target's, no parameter of the drafter.
         object.__setattr__(self, "_tied", None)
 
+    def fill(self, weights: dict[str, mx.array], source: str) -> RecurrentDrafter:
+        super().fill(weights, source)
+        if (ids := weights.get("vocab_map")) is not None and not (
+            ids.dtype == mx.int32 and mx.all((ids >= 0) & (ids < self.config.vocab_size)).item()
+        ):
+            raise UserError(f"{source}: tensor 'vocab_map' has to hold int32 token ids below {self.config.vocab_size}")
+        return self
+
     def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As nn.Module's, but the vocabulary map holds ids and never learns."""
         super().unfreeze(*args, **kwargs)
@@ -245,34 +251,3 @@ class RecurrentDrafter(DrafterBase):
         for block in self.blocks:
             z = block(z)
         return (self._tied if self.config.tie_output else self.lm_head)(z)
-
-
-def load_drafter(path: str | pathlib.Path) -> RecurrentDrafter:
-    """Reads a directory written by `RecurrentDrafter.save`.
-
-    Raises:
-        UserError: naming the missing or damaged file, key or tensor.
-    """
-    folder = pathlib.Path(path)
-    config_file = folder / "config.json"
-    config = DrafterConfig.from_dict(read_json(config_file), str(config_file))
-    weights_file = folder / "model.safetensors"
-    weights = read_safetensors(weights_file)
-    if any(name.startswith(("lm_head.0.", "0.0.", "lm_heads.", "input_proj.", "input_projs.")) for name in weights):
-        raise UserError(f"{weights_file}: Hugging Face layout; run `mlx-redrafter convert drafter` on it first")
-    return build_drafter(config, weights, str(weights_file))
-
-
-def build_drafter(config: DrafterConfig, weights: dict[str, mx.array], source: str) -> RecurrentDrafter:
-    """A drafter of this config with these weights, every name and shape checked.
-
-    Raises:
-        UserError: naming the first tensor that is missing, unknown or of another shape.
-    """
-    drafter = RecurrentDrafter(config)
-    drafter.fill(weights, source)
-    if (ids := weights.get("vocab_map")) is not None and not (
-        ids.dtype == mx.int32 and mx.all((ids >= 0) & (ids < config.vocab_size)).item()
-    ):
-        raise UserError(f"{source}: tensor 'vocab_map' has to hold int32 token ids below {config.vocab_size}")
-    return drafter

@@ -16,7 +16,8 @@ from support import make_drafter
 
 from mlx_redrafter import UserError, load
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, load_drafter
+from mlx_redrafter.drafting.kinds import open_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.text.checks import rope_fields
 from mlx_redrafter.text.loading import EMBEDDED
 
@@ -55,7 +56,7 @@ def test_namings(tmp_path, naming, shape):
     drafter = make_drafter(**shape)
     source = write_checkpoint(tmp_path / "hf", drafter, naming)
     convert_drafter(str(source), str(tmp_path / "mlx"))
-    assert same(load_drafter(tmp_path / "mlx"), drafter)
+    assert same(open_drafter(tmp_path / "mlx"), drafter)
 
 
 @pytest.mark.parametrize("file", ["model.pt", "pytorch_model.bin"])
@@ -72,7 +73,7 @@ def test_torch_files(tmp_path, file, dtype):
     (source / "config.json").write_text(json.dumps(drafter.config.to_dict()))
     torch.save(weights, source / file)
     convert_drafter(str(source), str(tmp_path / "mlx"))
-    assert same(load_drafter(tmp_path / "mlx"), drafter)
+    assert same(open_drafter(tmp_path / "mlx"), drafter)
 
 
 def test_export_is_the_way_back(tmp_path):
@@ -105,7 +106,7 @@ def test_shards(tmp_path, file):
         weight_map |= dict.fromkeys(names[i::3], name)
     (source / f"{file}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     convert_drafter(str(source), str(tmp_path / "mlx"))
-    assert same(load_drafter(tmp_path / "mlx"), drafter)
+    assert same(open_drafter(tmp_path / "mlx"), drafter)
     (source / name).unlink()
     with pytest.raises(UserError, match=f"{name}: no such file, though {file}.index.json names it"):
         convert_drafter(str(source), str(tmp_path / "again"))
@@ -127,7 +128,7 @@ def test_export_and_back(tmp_path, shape, dtype):
     assert all(given[n].dtype == found[n].dtype and mx.array_equal(given[n], found[n]) for n in given)
     assert json.loads((apple / "config.json").read_text()) == json.loads((back / "config.json").read_text())
     convert_drafter(str(back), str(again))
-    assert same(load_drafter(again), drafter)
+    assert same(open_drafter(again), drafter)
 
 
 def test_quantised_again(tmp_path, capsys):
@@ -139,7 +140,7 @@ def test_quantised_again(tmp_path, capsys):
     def converted(hf, name, *flags):
         flags = ["--hf-path", str(hf), "--mlx-path", str(tmp_path / name), *flags]
         assert main(["convert", "drafter", *flags]) == 0
-        return load_drafter(tmp_path / name)
+        return open_drafter(tmp_path / name)
 
     eight = converted(source, "8", "-q", "--q-bits", "8", "--q-group-size", "32")
     four = converted(tmp_path / "8", "4", "-q", "--q-bits", "4", "--q-group-size", "64")
@@ -166,7 +167,7 @@ def test_light_heads_are_kept(tmp_path):
         drafter = make_drafter(**shape, seed=i) if "tie_output" not in shape else make_tied()
         drafter.save(tmp_path / f"{i}")
         convert_drafter(str(tmp_path / f"{i}"), str(tmp_path / f"{i}-copy"), dtype="float16")
-        found = load_drafter(tmp_path / f"{i}-copy")
+        found = open_drafter(tmp_path / f"{i}-copy")
         drafter.set_dtype(mx.float16)
         assert found.config == drafter.config and same(found, drafter)
 
@@ -183,9 +184,9 @@ def test_quantised_and_cast(tmp_path, capsys):
     assert "hidden size 64 and vocabulary 128" in capsys.readouterr().out
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config["quantization"] == {"group_size": 32, "bits": 8}
-    assert load_drafter(tmp_path / "q").lm_head.bits == 8
+    assert open_drafter(tmp_path / "q").lm_head.bits == 8
     assert main(["convert", "drafter", *flags, str(tmp_path / "h"), "--dtype", "float16"]) == 0
-    assert load_drafter(tmp_path / "h").lm_head.weight.dtype == mx.float16
+    assert open_drafter(tmp_path / "h").lm_head.weight.dtype == mx.float16
 
 
 class Dangerous:
@@ -252,7 +253,7 @@ def test_nothing_is_overwritten(tmp_path):
 def test_an_unconverted_drafter_says_what_to_do(tmp_path):
     source = write_checkpoint(tmp_path / "hf", make_drafter())
     with pytest.raises(UserError, match="run `mlx-redrafter convert drafter`"):
-        load_drafter(source)
+        open_drafter(source)
 
 
 def test_target(tmp_path, capsys):

@@ -8,7 +8,8 @@ import pytest
 from mlx.utils import tree_flatten
 from support import make_drafter
 
-from mlx_redrafter.drafting.redrafter import DrafterConfig, load_drafter
+from mlx_redrafter.drafting.kinds import open_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig
 from mlx_redrafter.errors import UserError
 
 
@@ -56,7 +57,7 @@ def test_save_and_load(tmp_path):
     """If this fails, a trained drafter changes when it is saved."""
     drafter = make_drafter()
     drafter.save(tmp_path / "d")
-    again = load_drafter(tmp_path / "d")
+    again = open_drafter(tmp_path / "d")
     state, context = mx.random.normal((1, 32)), mx.random.normal((1, 32))
     assert again.config == drafter.config
     assert mx.array_equal(
@@ -72,7 +73,7 @@ def test_quantised_survives_saving(tmp_path, bits):
     exact = drafter.logits(drafter.project_context(context), state)
     drafter.quantize(group_size=32, bits=bits)
     drafter.save(tmp_path / "q")
-    again = load_drafter(tmp_path / "q")
+    again = open_drafter(tmp_path / "q")
     assert again.config.quantization == {"group_size": 32, "bits": bits}
     found = again.logits(again.project_context(context), state)
     assert mx.array_equal(found, drafter.logits(drafter.project_context(context), state))
@@ -92,7 +93,7 @@ def test_quantising_needs_fitting_widths():
         ({"hidden_size": "32"}, "hidden_size is '32', expected a whole number"),
         ({"num_draft_layers": -1}, "num_draft_layers is -1"),
         ({"rnn": "yes"}, "rnn is 'yes', expected true or false"),
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "llama"}, "is a model of type 'llama', not a drafter"),
         ({"emb_norm": True}, "emb_norm"),
         ({"quantization": 4}, "quantization is 4"),
         ({"vocab_size": 96}, r"tensor 'lm_head.weight' has shape \(97, 32\), expected \(96, 32\)"),
@@ -110,28 +111,28 @@ def test_bad_configs(tmp_path, change, message):
     fields = json.loads(file.read_text()) | change
     file.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
     with pytest.raises(UserError, match=message):
-        load_drafter(tmp_path)
+        open_drafter(tmp_path)
 
 
 def test_bad_files(tmp_path):
     """If this fails, a damaged download is noticed late, or not at all."""
     with pytest.raises(UserError, match=r"config\.json: no such file"):
-        load_drafter(tmp_path)
+        open_drafter(tmp_path)
     make_drafter().save(tmp_path)
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     with pytest.raises(UserError, match=f"truncated, {len(whole) - 100} bytes found, {len(whole)} expected"):
-        load_drafter(tmp_path)
+        open_drafter(tmp_path)
     weights.write_bytes(b"hello")
     with pytest.raises(UserError, match="not a safetensors file"):
-        load_drafter(tmp_path)
+        open_drafter(tmp_path)
     weights.unlink()
     with pytest.raises(UserError, match=r"model.safetensors: no such file"):
-        load_drafter(tmp_path)
+        open_drafter(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not readable as JSON"):
-        load_drafter(tmp_path)
+        open_drafter(tmp_path)
 
 
 def test_config_round_trip():

@@ -15,7 +15,7 @@ from support import make_drafter
 
 from mlx_redrafter import UserError
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.redrafter import load_drafter
+from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.text.loading import EMBEDDED
 
@@ -153,7 +153,7 @@ def test_a_broken_connection_is_taken_up_again(hub, tmp_path):
     assert convert(tmp_path, "someone/drafter") == 0
     first, second = gets(hub, "model.safetensors")
     assert first is None and int(re.match(r"bytes=(\d+)", second)[1]) > 2**20
-    assert load_drafter(tmp_path / "mlx").config.vocab_size == 8192
+    assert open_drafter(tmp_path / "mlx").config.vocab_size == 8192
 
 
 def test_a_download_that_ends_in_the_middle(hub, tmp_path, capsys):

@@ -11,7 +11,7 @@ from support import make_drafter, make_model
 
 import mlx_redrafter
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.redrafter import load_drafter
+from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.target.fingerprint import difference, fingerprint
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.loading import EMBEDDED, load_target
@@ -117,10 +117,10 @@ def test_noted_by_conversion_and_checked_at_load(stories, tmp_path, caplog, caps
     drafter = make_drafter(vocab=target.vocab_size, hidden=target.hidden_size)
     drafter.save(tmp_path / "plain")
     convert_drafter(str(tmp_path / "plain"), str(tmp_path / "noted"), target=str(stories))
-    found = load_drafter(tmp_path / "noted").config.target_fingerprint
+    found = open_drafter(tmp_path / "noted").config.target_fingerprint
     assert found == fingerprint(target, tokenizer, "tiny")
     convert_drafter(str(tmp_path / "noted"), str(tmp_path / "kept"), dtype="float16")
-    assert load_drafter(tmp_path / "kept").config.target_fingerprint == found
+    assert open_drafter(tmp_path / "kept").config.target_fingerprint == found
     mlx_redrafter.load(str(stories), str(tmp_path / "noted"))
     assert not caplog.records
     other = tmp_path / "other"

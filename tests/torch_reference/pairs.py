@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from transformers import LlamaForCausalLM
 
-from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, build_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import Verifier
 
@@ -66,7 +66,7 @@ def to_mlx(drafter: Drafter) -> RecurrentDrafter:
     config = DrafterConfig(
         drafter.vocab_size, drafter.hidden_size, drafter.exit_dim, drafter.num_draft_layers, drafter.rnn
     )
-    return build_drafter(config, renamed(drafter), "the reference")
+    return RecurrentDrafter(config).fill(renamed(drafter), "the reference")
 
 
 def to_torch(drafter: RecurrentDrafter) -> Drafter:

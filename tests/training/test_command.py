@@ -17,7 +17,7 @@ from mlx_redrafter.convert.target import convert_target
 from support.commands import code_of
 
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.redrafter import load_drafter
+from mlx_redrafter.drafting.kinds import open_drafter
 
 SMALL = ["--rows", "50", "--held-out", "2", "--row-length", "40", "--prefix-length", "8", "--iters", "30"]
 
@@ -63,7 +63,7 @@ def test_every_head_learns_and_decodes_exactly(name, stories, text, tmp_path, ca
     """If this fails, a light head cannot be trained, kept or decoded with, or changes the text."""
     out = tmp_path / "drafter"
     assert train(stories, out, "--text", str(text), "--eval-every", "0", "--iters", "150", *HEADS[name]) == 0
-    drafter = load_drafter(out)
+    drafter = open_drafter(out)
     drafted, plain = generated(stories, out, capsys), generated(stories, "none", capsys)
     assert drafted["method"] == "redrafter" and drafted["tokens"] == plain["tokens"]
     assert drafted["mean_acceptance_length"] > 1.1
@@ -88,11 +88,11 @@ def test_what_a_run_leaves(stories, tmp_path, capsys):
     assert f"{result['mean_acceptance_length']:.2f} (greedy" in card and "the 300 most frequent of 512 tokens" in card
     assert "--draft-vocab-size 300" in card and "--resume" not in card and card.startswith("---\nlibrary_name: mlx")
     assert result["mean_acceptance_length"] > 1.1 and 0.5 < result["coverage"] <= 1
-    assert result["bytes_per_draft_step"] == load_drafter(out).bytes_per_draft_step() and "bfloat16" in card
+    assert result["bytes_per_draft_step"] == open_drafter(out).bytes_per_draft_step() and "bfloat16" in card
     assert len([1 for line in (out / "training" / "log.jsonl").open() if "acceptance" in line]) == 3
     assert not list((out / "training").glob("readings*"))
     assert (out / "training" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert load_drafter(out).lm_head.weight.dtype == mx.bfloat16
+    assert open_drafter(out).lm_head.weight.dtype == mx.bfloat16
     assert train(stories, out) == 2
     assert "already exists: a run was begun there; add --resume" in capsys.readouterr().err
     assert train(stories, out, "--resume", "--draft-vocab-size", "200") == 2
@@ -141,7 +141,7 @@ def test_going_on_from_a_drafter(stories, text, tmp_path, capsys):
     assert train(stories, tmp_path / "b", "--init", str(tmp_path / "a"), *flags, "--iters", "1") == 0
     logs = [[json.loads(x) for x in (tmp_path / n / "training" / "log.jsonl").open()] for n in ("a", "b")]
     assert logs[1][0]["loss"] < logs[0][1]["loss"]
-    assert load_drafter(tmp_path / "b").config.draft_vocab_size == 200
+    assert open_drafter(tmp_path / "b").config.draft_vocab_size == 200
     assert train(stories, tmp_path / "c", "--init", str(tmp_path / "a"), "--exit-dim", "32") == 2
     assert "--exit-dim is 32, but --init" in capsys.readouterr().err
 
@@ -156,7 +156,7 @@ def test_a_quantised_target(stories, tmp_path, capsys):
     drafted = generated(small, out, capsys)
     assert drafted["method"] == "redrafter" and drafted["tokens"] == generated(small, "none", capsys)["tokens"]
     lines = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["iter"] == 8 and load_drafter(out).config.tie_output
+    assert lines[-1]["iter"] == 8 and open_drafter(out).config.tie_output
 
 
 MISTAKES = {
@@ -278,7 +278,7 @@ def test_two_processes_learn_what_one_does(stories, text, tmp_path):
     assert train(stories, tmp_path / "one", *flags, "--dtype", "float32") == 0
     done = launch(stories, text, tmp_path / "two", "--dtype", "float32")
     assert done.returncode == 0, done.stdout + done.stderr
-    one, two = load_drafter(tmp_path / "one"), load_drafter(tmp_path / "two")
+    one, two = open_drafter(tmp_path / "one"), open_drafter(tmp_path / "two")
     for (name, a), (_, b) in zip(tree_flatten(one.parameters()), tree_flatten(two.parameters()), strict=True):
         assert mx.allclose(a, b, atol=2e-5), name
     logs = [[json.loads(x) for x in (tmp_path / n / "training" / "log.jsonl").open()] for n in ("one", "two")]

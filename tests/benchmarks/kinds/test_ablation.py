@@ -7,7 +7,7 @@ from mlx_redrafter.benchmarks.kinds.ablation import VARIANTS
 from support.bench import refused
 
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.drafting.redrafter import load_drafter
+from mlx_redrafter.drafting.kinds import open_drafter
 
 CHOSEN = ("no recurrence", "vocabulary 1024", "4 bit")
 
@@ -29,10 +29,10 @@ def test_variants_differ_in_one_thing_each(tmp_path, capsys):
         assert row["equal"] == row["runs"] == 1
         assert row["speed_up"] == pytest.approx(row["tokens_per_second"] / plain)
     assert all(row["acceptance_tree"] >= 1 and row["acceptance_chain"] >= 1 for row in rows.values())
-    base = load_drafter(work / "base").config
+    base = open_drafter(work / "base").config
     assert (base.rnn, base.draft_vocab_size) == (True, None)
-    assert not load_drafter(work / "no-recurrence").config.rnn
-    reduced = load_drafter(work / "vocabulary-1024")
+    assert not open_drafter(work / "no-recurrence").config.rnn
+    reduced = open_drafter(work / "vocabulary-1024")
     assert reduced.config.draft_vocab_size == 1024
     size = {name: row["bytes_per_draft_step"] for name, row in rows.items()}
     assert size["base"] - size["vocabulary 1024"] == (base.vocab_size - 1024) * base.exit_dim * 4

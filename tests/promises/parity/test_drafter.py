@@ -10,7 +10,8 @@ import mlx.core as mx
 import pytest
 from mlx_redrafter.convert.drafter import convert_drafter
 
-from mlx_redrafter.drafting.redrafter import DrafterConfig, build_drafter, load_drafter
+from mlx_redrafter.drafting.kinds import open_drafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 
 torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
 
@@ -43,7 +44,7 @@ def test_input_projection_splits_into_context_then_state():
     config = DrafterConfig(VOCAB, HIDDEN, 40, 2, True)
     errors = []
     for h_first in (True, False):
-        ours = build_drafter(config, renamed(theirs, h_first), "the reference")
+        ours = RecurrentDrafter(config).fill(renamed(theirs, h_first), "the reference")
         errors.append(worst(ours.logits(ours.project_context(h), s), theirs.logits(contexts, states)))
     assert errors[0] < 1e-4
     assert errors[1] > 0.1  # the weights tell the halves apart
@@ -75,7 +76,7 @@ def test_converted_checkpoint(drafters, embedding, tmp_path):
     (tmp_path / "apple").mkdir()
     (tmp_path / "apple" / "config.json").write_text(json.dumps(config))
     torch.save(theirs.state_dict(), tmp_path / "apple" / "model.pt")
-    ours = load_drafter(convert_drafter(str(tmp_path / "apple"), str(tmp_path / "converted")))
+    ours = open_drafter(convert_drafter(str(tmp_path / "apple"), str(tmp_path / "converted")))
     contexts, roots = random_contexts(2)
     table, rows = embedding
     state = theirs.advance(table(torch.tensor(roots, device=contexts.device)), theirs.first_state(contexts))

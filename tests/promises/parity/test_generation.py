@@ -11,8 +11,8 @@ import pytest
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.step import SpeculativeStep
+from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.proposers import RecurrentProposer
-from mlx_redrafter.drafting.redrafter import load_drafter
 from mlx_redrafter.drafting.shape import Drafted, DraftShape
 from mlx_redrafter.text.loading import EMBEDDED
 
@@ -103,7 +103,7 @@ def test_generation_of_stories(stories):
 def test_generation_of_the_embedded_target(draft):
     """If this fails, the pair that ships with the package does not write what PyTorch writes."""
     if draft == "embedded":
-        ours = load_drafter(EMBEDDED / "drafter")
+        ours = open_drafter(EMBEDDED / "drafter")
         if ours.config.quantization is None:
             ours.set_dtype(mx.float32)
         theirs = to_torch(ours)
