@@ -11,6 +11,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc
@@ -27,24 +28,15 @@ def greedy(logits: mx.array, positions: mx.array) -> mx.array:
     return mx.argmax(logits, axis=-1).astype(mx.int32)
 
 
-def position_keyed(
-    temp: float,
-    seed: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    top_k: int = 0,
-    min_tokens_to_keep: int = 1,
-    xtc_probability: float = 0.0,
-    xtc_threshold: float = 0.1,
-    xtc_special_tokens: Sequence[int] = (),
-) -> Chooser:
+@dataclasses.dataclass(frozen=True)
+class PositionKeyed:
     """Sampling whose noise at position p is a function of (seed, p) alone.
 
     A token is drawn as argmax(log p / temp + g) with Gumbel noise g, which is a draw from
     softmax(log p / temp). Filters are mlx-lm's, in its order, before the temperature.
 
     Args:
-        temp: temperature, 0 for greedy.
+        temp: temperature, above 0 (see `position_keyed`).
         seed: any whole number; its lowest 32 bits count.
         top_p: keep the most probable tokens that together reach this share; 1 (and 0, as in mlx-lm) keeps all.
         min_p: keep tokens of at least this share of the best one's probability; 0 keeps all.
@@ -58,36 +50,30 @@ def position_keyed(
     Raises:
         UserError: a value out of range.
     """
-    for flag, value, least, most in (
-        ("--temp", temp, 0, sys.float_info.max),
-        ("--top-p", top_p, 0, 1),
-        ("--min-p", min_p, 0, 1),
-        ("--top-k", top_k, 0, sys.maxsize),
-        ("--min-tokens-to-keep", min_tokens_to_keep, 1, sys.maxsize),
-        ("--xtc-probability", xtc_probability, 0, 1),
-        ("--xtc-threshold", xtc_threshold, 0, 0.5),
-    ):
-        if not least <= value <= most:
-            raise UserError(f"{flag} is {value}, expected {least} {f'to {most}' if most <= 1 else 'or more'}")
-    if temp == 0:
-        return greedy
-    special = tuple(xtc_special_tokens)
-    return PositionKeyed(temp, seed, top_p, min_p, top_k, min_tokens_to_keep, xtc_probability, xtc_threshold, special)
-
-
-@dataclasses.dataclass(frozen=True)
-class PositionKeyed:
-    """The chooser that `position_keyed` gives; its fields are that function's arguments, all in range."""
 
     temp: float
-    seed: int
-    top_p: float
-    min_p: float
-    top_k: int
-    min_tokens_to_keep: int
-    xtc_probability: float
-    xtc_threshold: float
-    xtc_special_tokens: tuple[int, ...]
+    seed: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    xtc_special_tokens: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for field, least, most in (
+            ("temp", 0, sys.float_info.max),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("top_k", 0, sys.maxsize),
+            ("min_tokens_to_keep", 1, sys.maxsize),
+            ("xtc_probability", 0, 1),
+            ("xtc_threshold", 0, 0.5),
+        ):
+            if not least <= (value := getattr(self, field)) <= most:
+                expected = f"{least} {f'to {most}' if most <= 1 else 'or more'}"
+                raise UserError(f"--{field.replace('_', '-')} is {value}, expected {expected}")
 
     def __call__(self, logits: mx.array, positions: mx.array) -> mx.array:
         batch, rows, vocab = logits.shape
@@ -106,6 +92,12 @@ class PositionKeyed:
             logprobs = apply_top_k(logprobs, self.top_k)
         noise = _noise(mx.random.gumbel, self.seed, positions, vocab)
         return mx.argmax(logprobs / self.temp + noise, axis=-1).reshape(batch, rows).astype(mx.int32)
+
+
+def position_keyed(temp: float, *others: Any, **named: Any) -> Chooser:
+    """The chooser of a temperature, 0 for greedy; all arguments are those of `PositionKeyed`."""
+    chooser = PositionKeyed(temp, *others, **named)
+    return greedy if temp == 0 else chooser
 
 
 _XTC = 0x9E3779B9  # keeps XTC's draws apart from the tokens'

@@ -114,20 +114,14 @@ def watch(
     """
     watched, cache, made, root = Watched(proposer), verifier.make_cache(), 0, 0
     for produced in speculative(verifier, watched, mx.array([list(prompt)]), cache, options, planner):
-        tokens = produced.tokens
-        if options.max_tokens >= 0:
-            tokens = tokens[: options.max_tokens - made]
+        tokens = produced.tokens if options.max_tokens < 0 else produced.tokens[: options.max_tokens - made]
         last = next((i for i, token in enumerate(tokens) if token in ends), None)
         tokens = tokens if last is None else tokens[: last + 1]
         made += len(tokens)
-        if produced.from_prompt:
-            yield None, tokens
-            root = tokens[-1]
-            if last is not None:
-                return
-            continue
+        step = None
         if isinstance(produced.plan, Plain):
-            step = WatchedStep([Node(root, 0, 0, True, None)], tokens)
+            if not produced.from_prompt:
+                step = WatchedStep([Node(root, 0, 0, True, None)], tokens)
         else:
             context, tree, accepted = watched.steps.popleft()
             probabilities: Sequence[float | None] = [None] * tree.rows

@@ -65,46 +65,32 @@ def beam_search(
     batch = root.shape[0]
     # Entries lie along the batch axis, (B * W, ...): two axes cost MLX fewer operations than three.
     projected, state = drafter.project_context(context), drafter.advance(embed(root), None)
-    log_probs: mx.array | None = None
-    steps = []
+    steps: list[tuple[mx.array, mx.array, mx.array]] = []
     for step in range(1, length):
-        logits = drafter.logits(projected, state).astype(mx.float32)
-        if temperature != 1 and width > 1:  # a single beam takes the best token at any temperature
-            logits = logits * (1 / temperature)
         entries = state.shape[0] // batch
-        best, origins, log_probs = _grow(logits.reshape(batch, entries, -1), log_probs, width)
-        tokens = drafter.target_ids(best)
-        steps.append((tokens, origins, log_probs))
+        scores = drafter.logits(projected, state).astype(mx.float32)
+        if temperature != 1 and width > 1:  # a single beam takes the best token at any temperature
+            scores = scores * (1 / temperature)
+        base = -mx.logsumexp(scores, axis=-1).reshape(batch, entries)
+        if steps:
+            base = base + steps[-1][2]
+        if entries == 1:
+            # All scores shift by the same amount, so the choice does not wait for the normaliser.
+            best, values = top(scores, width)
+            origins, log_probs = mx.zeros(best.shape, mx.int32), values + base
+        else:
+            vocab = scores.shape[-1]
+            all_scores = scores.reshape(batch, entries, vocab) + base[..., None]
+            best, log_probs = top(all_scores.reshape(batch, entries * vocab), width)
+            best, origins = best % vocab, best // vocab
+        steps.append((drafter.target_ids(best), origins, log_probs))
         if step == length - 1:
             break
         if step == 1 and batch > 1:
             projected = mx.repeat(projected, width, axis=0)
         rows = mx.arange(0, batch * entries, entries, dtype=mx.int32)[:, None] + origins
-        state = drafter.advance(embed(tokens.reshape(-1)), state[rows.reshape(-1)])
+        state = drafter.advance(embed(steps[-1][0].reshape(-1)), state[rows.reshape(-1)])
     return Beam(*(mx.stack(list(parts), axis=1) for parts in zip(*steps, strict=True)))
-
-
-def _grow(logits: mx.array, log_probs: mx.array | None, width: int) -> tuple[mx.array, mx.array, mx.array]:
-    """The W best continuations of all entries of a beam.
-
-    Args:
-        logits: (B, entries, vocab) float32.
-        log_probs: (B, entries) of the entries so far; None for 0.
-        width: W.
-
-    Returns:
-        tokens, origins and cumulative log-probabilities, (B, W) each, best first.
-    """
-    batch, entries, vocab = logits.shape
-    base = -mx.logsumexp(logits, axis=-1)
-    if log_probs is not None:
-        base = base + log_probs
-    if entries == 1:
-        # All scores shift by the same amount, so the choice does not wait for the normaliser.
-        best, values = top(logits[:, 0], width)
-        return best, mx.zeros(best.shape, mx.int32), values + base
-    best, values = top((logits + base[..., None]).reshape(batch, entries * vocab), width)
-    return best % vocab, best // vocab, values
 
 
 def top(scores: mx.array, count: int) -> tuple[mx.array, mx.array]:

@@ -52,20 +52,18 @@ def read_quantization(fields: dict[str, Any], widths: dict[str, int], source: st
     return quantization
 
 
-def read_fingerprint(fields: dict[str, Any], source: str) -> dict[str, Any] | None:
-    """The key "target_fingerprint" of a config.json, if it is there. Raises UserError unless it is an object."""
-    target = fields.get("target_fingerprint")
+def read_notes(fields: dict[str, Any], source: str) -> dict[str, Any]:
+    """What training noted in a config.json: target_fingerprint and right_by_depth, as the configs' fields.
+
+    Raises:
+        UserError: unless they are an object and a list of shares, where they are there.
+    """
+    target, found = fields.get("target_fingerprint"), fields.get("right_by_depth", [])
     if target is not None and not isinstance(target, dict):
         raise UserError(f"{source}: target_fingerprint is {target!r}, expected an object")
-    return target
-
-
-def read_right_by_depth(fields: dict[str, Any], source: str) -> tuple[float, ...]:
-    """The key "right_by_depth" of a config.json, if it is there. Raises UserError unless it is a list of shares."""
-    found = fields.get("right_by_depth", [])
     if not isinstance(found, list) or not all(type(share) in (int, float) and 0 <= share <= 1 for share in found):
         raise UserError(f"{source}: right_by_depth is {found!r}, expected a list of shares from 0 to 1")
-    return tuple(found)
+    return {"target_fingerprint": target, "right_by_depth": tuple(found)}
 
 
 def check_quantization(bits: int, group_size: int) -> None:

@@ -14,13 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.drafting.drafter_files import (
-    DrafterBase,
-    read_fingerprint,
-    read_quantization,
-    read_right_by_depth,
-    whole_number,
-)
+from mlx_redrafter.drafting.drafter_files import DrafterBase, read_notes, read_quantization, whole_number
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, check_choices
 from mlx_redrafter.drafting.redrafter import ResidualBlock
 from mlx_redrafter.errors import UserError
@@ -81,8 +75,7 @@ class MedusaConfig:
         choices: tuple[Choice, ...] = ()
         if fields.get("medusa_choices") is not None:
             choices = check_choices(fields["medusa_choices"], heads, source)
-        config = cls(vocab, hidden, heads, layers, choices, target_fingerprint=read_fingerprint(fields, source))
-        config.right_by_depth = read_right_by_depth(fields, source)
+        config = cls(vocab, hidden, heads, layers, choices, **read_notes(fields, source))
         config.quantization = read_quantization(fields, config.widths(), source)
         return config
 

@@ -24,13 +24,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.drafting.drafter_files import (
-    DrafterBase,
-    read_fingerprint,
-    read_quantization,
-    read_right_by_depth,
-    whole_number,
-)
+from mlx_redrafter.drafting.drafter_files import DrafterBase, read_notes, read_quantization, whole_number
 from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.weights import tensors
@@ -111,8 +105,7 @@ class DrafterConfig:
             expected = f"a whole number from 1 to vocab_size, {values['vocab_size']}"
             raise UserError(f"{source}: draft_vocab_size is {reduced!r}, expected {expected}")
         values["draft_vocab_size"] = reduced
-        values["right_by_depth"] = read_right_by_depth(fields, source)
-        config = cls(**values, target_fingerprint=read_fingerprint(fields, source))
+        config = cls(**values, **read_notes(fields, source))
         config.quantization = read_quantization(fields, config.widths(), source)
         return config
 

@@ -125,7 +125,7 @@ def generation_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, An
             tokenizer.add_eos_token(token)
         except ValueError as error:
             raise UserError(f"--extra-eos-token {token}: {one_line(error)}") from error
-    ends = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
+    ends = (*tokenizer.encode("\n"), *tokenizer.eos_token_ids)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     return {name: getattr(args, name) for name in AS_THEY_ARE} | {
         "chooser": position_keyed(args.temp, xtc_special_tokens=ends, **sampling),

@@ -5,10 +5,14 @@ import re
 import sys
 from collections.abc import Callable
 
+from support.costs import made_up
+
 import mlx_redrafter
+from mlx_redrafter.system import openblas_layout
+from mlx_redrafter.tuning import session
 
 ROOT = pathlib.Path(__file__).parents[2]
-FUNCTIONS, FILES = 238, 43  # at most; to be lowered with every indirection that goes
+FUNCTIONS, FILES = 127, 30  # at most; to be lowered with every indirection that goes
 
 
 def passed(call: Callable[[], object]) -> set[tuple[str, str]]:
@@ -33,10 +37,19 @@ def passed(call: Callable[[], object]) -> set[tuple[str, str]]:
 
 
 def test_generate_passes_few_functions(tmp_path, monkeypatch):
-    """If this fails, a reader has more to follow from a prompt to its text; everything is in: probe, costs, tuning."""
+    """If this fails, a reader has more to follow from a prompt to its text.
+
+    Counted is the second text of a pair. The first one also checks what the model can verify, and measures what steps
+    cost here. Costs are made up, so that what is drafted does not hang on the clock: a chain of three pays by far.
+    Layers are mlx's own, as on any GPU.
+    """
     monkeypatch.setenv("MLX_REDRAFTER_TUNING", str(tmp_path))
+    monkeypatch.setattr(session, "measure", lambda *_: made_up(lambda rows: 1.0 if rows <= 4 else 9.0, plain=9.0))
+    monkeypatch.setattr(openblas_layout, "_faster", False)
     model, drafter, tokenizer = mlx_redrafter.load()
-    way = passed(lambda: mlx_redrafter.generate(model, tokenizer, "import os\n", drafter=drafter, max_tokens=24))
+    text = "import os\n"
+    mlx_redrafter.generate(model, tokenizer, text, drafter=drafter, max_tokens=24)
+    way = passed(lambda: mlx_redrafter.generate(model, tokenizer, text, drafter=drafter, max_tokens=24))
     assert len(way) > 50  # else nothing was seen
     files = {file for file, _ in way}
     assert len(way) <= FUNCTIONS and len(files) <= FILES, "\n".join(sorted(map(str, way)))
