@@ -50,7 +50,7 @@ class Statistics:
             "steps": self.steps,
             "mean_acceptance_length": 1 + sum(self.accepted) / steps,
             "acceptance_by_position": [count / steps for count in self.accepted],
-            "shape": max(shapes, key=lambda shape: shapes[shape], default=None),
+            "shape": next((shape for shape, _ in shapes.most_common(1)), None),
             "plain_share": self.plans[PLAIN] / steps,
             "lookup_share": sum(n for plan, n in self.plans.items() if isinstance(plan, LookedUp)) / steps,
         }
