@@ -101,10 +101,8 @@ def watch(
     """Decodes one text, step by step.
 
     Args:
-        verifier: with a capability other than "none".
-        proposer: where the drafts come from.
+        verifier, proposer, options, planner: as for `speculative`.
         prompt: token ids.
-        options, planner: as for `speculative`.
         drafter: a recurrent one says how probable its candidates are; any other, or None, does not.
         ends: tokens after the first of which nothing is decoded.
 

@@ -8,7 +8,7 @@ prefixes are compared.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
 
 import mlx.core as mx
 
@@ -16,11 +16,8 @@ from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import BEAMS, BEST_FIRST
 from mlx_redrafter.target.tree import CandidateTree, ranks
 
+Embedder = Callable[[mx.array], mx.array]
 _NEVER = -1e30  # the key of a node that no policy keeps; finite, so that keys can be compared
-
-
-class Embedder(Protocol):
-    def __call__(self, tokens: mx.array) -> mx.array: ...
 
 
 @dataclasses.dataclass

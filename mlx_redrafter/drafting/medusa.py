@@ -61,11 +61,8 @@ class MedusaConfig:
     def from_dict(cls, fields: dict[str, Any], source: str) -> MedusaConfig:
         """Reads and checks the keys of a config.json; unknown ones are ignored.
 
-        Args:
-            source: where it came from, for messages.
-
         Raises:
-            UserError: a missing key, or a value of the wrong type or range.
+            UserError: a missing key, or a value of the wrong type or range, and where it is: in `source`.
         """
         vocab, hidden = (whole_number(fields, key, 1, source) for key in ("vocab_size", "hidden_size"))
         heads = whole_number(fields, "medusa_num_heads", 1, source)

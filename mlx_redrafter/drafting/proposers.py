@@ -85,9 +85,6 @@ class MedusaProposer(Proposer):
 
     Of the heads' choices a shape takes the first N that lie among the best W of each of the
     first L - 1 heads; with W = 1 that is a chain.
-
-    Args:
-        heads: the heads.
     """
 
     def __init__(self, heads: MedusaHeads):
@@ -114,12 +111,7 @@ class MedusaProposer(Proposer):
 
 
 def proposer_for(drafter: RecurrentDrafter | MedusaHeads, embed: Embedder, temperature: float = 1.0) -> Proposer:
-    """What proposes with a drafter.
-
-    Args:
-        embed: the target's embedding.
-        temperature: of the drafter's probabilities, by which a tree's nodes are chosen.
-    """
+    """What proposes with a drafter; `embed` and `temperature` as for `RecurrentProposer`."""
     if isinstance(drafter, MedusaHeads):
         return MedusaProposer(drafter)
     return RecurrentProposer(drafter, embed, temperature)

@@ -74,14 +74,10 @@ class DrafterConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str) -> DrafterConfig:
-        """Reads and checks the keys of a config.json.
-
-        Args:
-            fields: the parsed file; unknown keys are ignored.
-            source: where it came from, for messages.
+        """Reads and checks the keys of a config.json; unknown ones are ignored.
 
         Raises:
-            UserError: a missing key, or a value of the wrong type or range.
+            UserError: a missing key, or a value of the wrong type or range, and where it is: in `source`.
         """
         found = fields.get("model_type", MODEL_TYPE)
         if found != MODEL_TYPE:
@@ -174,11 +170,7 @@ class RecurrentDrafter(DrafterBase):
         return self
 
     def tie(self, layer: nn.Module) -> None:
-        """Gives a drafter with `tie_output` its output layer.
-
-        Args:
-            layer: (..., hidden_size) -> (..., config.scored), from `output_layer`.
-        """
+        """Gives a drafter with `tie_output` its layer, (..., hidden_size) -> (..., scored), from `output_layer`."""
         object.__setattr__(self, "_tied", layer)
 
     @property

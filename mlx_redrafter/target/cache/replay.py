@@ -55,15 +55,10 @@ def _replay(
     change: Callable[[Any], Any],
     row: int | None,
 ) -> None:
-    """Calls a mixer again with changed arguments; its output is of no use, its cache's state is.
+    """Makes a mixer's call, which read so many rows, again with changed arguments: one row, or all where it is None.
 
-    Args:
-        module, args, kwargs: the call.
-        recorders: what the mixer's linear layers returned.
-        rows: that the call read.
-        frame: for the attention beside the mixer.
-        change: what to make of each argument.
-        row: the one to read, or None for all.
+    Its output is of no use, its cache's state is. The frame is for attention beside the mixer, and recorders know
+    what its linear layers returned.
     """
     args = tuple(change(value) for value in args)
     kwargs = {name: change(value) for name, value in kwargs.items()}
