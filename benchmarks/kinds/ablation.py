@@ -20,9 +20,8 @@ from mlx_redrafter.benchmarks.flags import add_out_argument, add_text_arguments,
 from mlx_redrafter.benchmarks.pair import Loaded, encode_texts, load_scaled
 from mlx_redrafter.benchmarks.report import Report, check_out
 
-from mlx_redrafter.drafting.kinds import open_drafter
+from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
-from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.embedded.corpus import stdlib_files
 from mlx_redrafter.errors import UserError
@@ -153,7 +152,7 @@ def _train(args: argparse.Namespace, work: pathlib.Path, variant: Variant, targe
     train_command.run(parser.parse_args([*model, "--out", str(out), *rows, *fixed, *flags, *resume]))
 
 
-def _finished(work: pathlib.Path, variant: Variant, target: Target) -> RecurrentDrafter:
+def _finished(work: pathlib.Path, variant: Variant, target: Target) -> Drafter:
     drafter = open_drafter(_folder(work, variant.of or variant.name))
     check_pair(target, drafter, variant.name)
     if variant.bits is not None:
@@ -169,7 +168,7 @@ def _report(
     args: argparse.Namespace,
     loaded: Loaded,
     target: Target,
-    drafters: dict[str, RecurrentDrafter],
+    drafters: dict[str, Drafter],
     texts: list[list[int]],
 ) -> Report:
     methods: dict[str, Method] = {PLAIN: loaded.decoder(None, args.max_tokens).plain}
