@@ -17,9 +17,9 @@ coverage: $(STAMP)-torch
 	$(TESTS) --cov --cov-report=term
 
 # Unit tests of the packages that need no trained model: half a minute.
-FAST := tests/test_architecture.py tests/system tests/target tests/drafting tests/decoding tests/tuning tests/text
+FAST := tests/test_architecture.py tests/target tests/drafting tests/decoding tests/tuning
 test-fast: $(STAMP)
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not model" $(FAST)
+	$(TESTS) -m "not slow and not model" $(FAST)
 
 test-slow: $(STAMP)-torch
 	$(BIN)/python -m pytest -q -m slow

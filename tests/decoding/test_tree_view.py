@@ -1,4 +1,7 @@
-"""A step's tree on a terminal."""
+"""A step's tree on a terminal.
+
+Terminals that lack our characters. Looked for: latin-1, the C locale, output into a file, every print of the tree view.
+"""
 
 import io
 import os

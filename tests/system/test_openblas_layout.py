@@ -1,4 +1,8 @@
-"""Weights laid out as panels: the same numbers, the same texts, and a layout that is used only where it pays."""
+"""Weights laid out as panels: the same numbers, the same texts, and a layout that is used only where it pays.
+
+A packed model stays mlx-lm's. Looked for: save_model, load_weights, assigning a weight, adapters, training, quantising,
+set_dtype, deepcopy, each packed and not.
+"""
 
 import copy
 

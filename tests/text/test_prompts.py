@@ -1,4 +1,8 @@
-"""Prompts come as text, as ids in any array, and as messages of several forms; the rest is refused in one line."""
+"""Prompts come as text, as ids in any array, and as messages of several forms; the rest is refused in one line.
+
+Looked for: text, lists, tuples, mlx and numpy arrays of shape (n,) and (1, n), content as text, as parts, as null and
+missing, parts that are no text, messages with tool calls.
+"""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,8 @@
-"""Threads: two that generate at once, one that goes on where another began; and caches of one user at a time."""
+"""Threads: two that generate at once, one that goes on where another began; and caches of one user at a time.
+
+Two users of one thing at once. Looked for: two answers in one conversation, two generations on one prompt cache, two
+threads with one model (ours beside ours, ours beside mlx_lm), a generation continued in another thread.
+"""
 
 import collections
 import itertools

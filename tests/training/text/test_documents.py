@@ -1,4 +1,8 @@
-"""Data files: every form that is read, and one line for what is wrong with them."""
+"""Data files: every form that is read, and one line for what is wrong with them.
+
+Data read as something it is not. Looked for: suffixes in another case, gz, csv and tsv, JSON arrays, Alpaca's fields,
+content that contradicts the name, Parquet, Arrow, archives, UTF-16, Git LFS pointers, messages of weight 0.
+"""
 
 import errno
 import gzip
