@@ -191,21 +191,16 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+def training(model, out, flags):
+    """The command line of a training in a process of its own."""
+    return [sys.executable, "-m", "mlx_redrafter.cli.main", "train", "--model", str(model), "--out", str(out), *flags]
+
+
 def kill_until_done(stories, text, out, kills, seed):
     """Runs the command, killing it at random moments; returns how often it was killed in the middle."""
     rng, killed = random.Random(seed), 0
     flags = [*SMALL, "--iters", "40", "--save-every", "7", "--eval-every", "20", "--text", str(text)]
-    command = [
-        sys.executable,
-        "-m",
-        "mlx_redrafter.cli.main",
-        "train",
-        "--model",
-        str(stories),
-        "--out",
-        str(out),
-        *flags,
-    ]
+    command = training(stories, out, flags)
     for _ in range(200):
         resume = ["--resume"] if (out / "training" / "arguments.json").exists() else []
         process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -250,17 +245,7 @@ def launch(stories, text, out, *flags):
     # mlx.launch starts each process in the current folder with this interpreter.
     launcher = pathlib.Path(sys.executable).parent / "mlx.launch"
     flags = [*SMALL, "--iters", "5", "--text", str(text), "--eval-every", "0", "--batch-size", "8", *flags]
-    program = [
-        sys.executable,
-        "-m",
-        "mlx_redrafter.cli.main",
-        "train",
-        "--model",
-        str(stories),
-        "--out",
-        str(out),
-        *flags,
-    ]
+    program = training(stories, out, flags)
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     return subprocess.run(
         [str(launcher), "-n", "2", "--backend", "ring", "--", *program],
