@@ -69,7 +69,8 @@ def begin(verifier: Verifier, drafter: Drafter, prompt: list[int]) -> tuple[Spec
     """A greedy step that stands behind a prompt, nothing pending, and the rows that are committed."""
     options = DecodingOptions()
     cache = verifier.make_cache()
-    hidden, logits = prefill(verifier.target, mx.array([prompt], mx.int32), cache.layers, options)
+    layers = drafter.context_layers
+    hidden, logits = prefill(verifier.target, mx.array([prompt], mx.int32), cache.layers, options, layers)
     cache.begin_trees()
     assert cache.length is not None and hidden is not None
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
@@ -132,9 +133,11 @@ class _Barriers(StandIn):
         self.times: list[tuple[float, float]] = []
         self._tic = 0.0
 
-    def __call__(self, tree: CandidateTree, cache: Any) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, tree: CandidateTree, cache: Any, context_layers: tuple[int, ...] = ()
+    ) -> tuple[mx.array, mx.array]:
         self.stop(tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.valid)
-        hidden, logits = self.module(tree, cache)
+        hidden, logits = self.module(tree, cache, context_layers)
         self.stop(hidden, logits, *cache.arrays())
         return hidden, logits
 

@@ -145,6 +145,8 @@ def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathli
             found.parameters = get_total_parameters(RecurrentDrafter(config))
         if config is not None:
             found.about = f"for targets of hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
+            if layers := getattr(config, "context_layers", ()):
+                found.about += f", reads hidden states behind layers {', '.join(map(str, layers))}"
             if config.target_fingerprint:
                 found.about += f", made for {config.target_fingerprint.get('name', 'a target of unknown name')}"
             else:

@@ -37,7 +37,8 @@ mlx-lm {mlx_lm} and MLX {mlx}; as data: [architectures.json](architectures.json)
 A small random float32 instance of each module wrote 64 tokens greedily. *equal*: the text was mlx_lm's,
 token for token, without a drafter, with a random one and with one that knows the continuation, and
 mlx_lm wrote the same with the model afterwards. Windows had 16 tokens, so that all wrapped.
-*tokens per step* is with the drafter that knows the continuation (at most 5 here).
+*tokens per step* is with the drafter that knows the continuation (at most 5 here), *between layers* the same
+with one that finds its place in it by hidden states between layers; empty where these cannot be read.
 
 {table}
 """
@@ -86,10 +87,11 @@ def document(outcomes: list[Outcome]) -> str:
     """The table in Markdown."""
     rows = [
         [o.module, o.capability, {True: "yes", False: "no", None: "-"}[o.equal], o.layers,
-            "" if o.perfect is None else f"{o.perfect:.2f}", o.reason]
+            *("" if steps is None else f"{steps:.2f}" for steps in (o.perfect, o.taps)), o.reason]
         for o in outcomes
     ]  # fmt: skip
-    table = Table("", ["module", "capability", "equal", "layers", "tokens per step", "reason"], rows).markdown()
+    columns = ["module", "capability", "equal", "layers", "tokens per step", "between layers", "reason"]
+    table = Table("", columns, rows).markdown()
     versions = {"mlx": importlib.metadata.version("mlx"), "mlx_lm": mlx_lm.__version__}
     return INTRODUCTION.format(summary=summary(outcomes), table=table, **versions)
 

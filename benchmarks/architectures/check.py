@@ -19,6 +19,7 @@ from mlx_redrafter.benchmarks.architectures.small_models import PerfectDrafter, 
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.target.cache.kv_cache import leaves
+from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.equality import first_difference
@@ -42,6 +43,7 @@ class Outcome:
         reason: why the capability is not "tree", or the texts differ.
         layers: "attention", "windows", "states", or several of them.
         perfect: tokens per step with the drafter that knows the continuation.
+        taps: the same with one that finds its place by hidden states between layers.
     """
 
     module: str
@@ -50,6 +52,7 @@ class Outcome:
     reason: str = ""
     layers: str = ""
     perfect: float | None = None
+    taps: float | None = None
 
 
 def check(name: str) -> Outcome:
@@ -67,12 +70,21 @@ def check(name: str) -> Outcome:
         texts["with a random drafter"], _ = drafted(model, random_drafter(verifier.target))
         perfect = PerfectDrafter(verifier.target, PROMPT, before)
         texts["with a perfect drafter"], outcome.perfect = drafted(model, perfect)
+        if layers := between(verifier.target):
+            perfect = PerfectDrafter(verifier.target, PROMPT, before, layers)
+            texts["with contexts between layers"], outcome.taps = drafted(model, perfect)
     texts["by mlx_lm afterwards"] = plain(model)
     wrong = [how for how, text in texts.items() if first_difference(before, text) is not None]
     outcome.equal = not wrong
     if wrong:
         outcome.reason = "; ".join(filter(None, [outcome.reason, f"another text {', '.join(wrong)}"]))
     return outcome
+
+
+def between(target: Target) -> tuple[int, ...]:
+    """Two layers in the middle of a model, by the number of layers passed; none where they cannot be read."""
+    last = target.num_layers
+    return tuple(sorted({last // 2, last - 1} - {0, last}))
 
 
 def plain(model: nn.Module) -> list[int]:

@@ -95,15 +95,18 @@ class PerfectDrafter(RecurrentDrafter):
         target: the model.
         prompt: token ids.
         continuation: what the model writes after them.
+        context_layers: of its contexts.
     """
 
-    def __init__(self, target: Target, prompt: list[int], continuation: list[int]):
-        size = target.hidden_size
-        super().__init__(DrafterConfig(target.vocab_size, size, exit_dim=size, num_draft_layers=0, rnn=True))
+    def __init__(
+        self, target: Target, prompt: list[int], continuation: list[int], context_layers: tuple[int, ...] = ()
+    ):
+        vocab, size = target.vocab_size, target.hidden_size
+        super().__init__(DrafterConfig(vocab, size, size, num_draft_layers=0, context_layers=context_layers))
         cache = make_prompt_cache(target.model)
         contexts, read = [], [prompt, *([token] for token in continuation[:-1])]
         for tokens in read:
-            hidden, _ = target.forward(mx.array([tokens]), cache)
+            hidden, _ = target.forward(mx.array([tokens]), cache, context_layers=context_layers)
             assert hidden is not None
             contexts.append(hidden[0, -1].astype(mx.float32))
             mx.eval(contexts[-1])

@@ -44,7 +44,8 @@ def speculative(
     """
     max_tokens, processors = options.max_tokens, options.processors
     length = cached(cache.layers) + prompt.shape[1]
-    hidden, logits = prefill(verifier.target, prompt, cache.layers, options)
+    layers = () if proposer is None else proposer.context_layers
+    hidden, logits = prefill(verifier.target, prompt, cache.layers, options, layers)
     cache.begin_trees(length=length)
     assert cache.length is not None and hidden is not None
     history = prompt[0]

@@ -58,7 +58,11 @@ class Submitted:
 
 
 def prefill(
-    target: Target, prompt: mx.array, cache: list[Any], options: DecodingOptions
+    target: Target,
+    prompt: mx.array,
+    cache: list[Any],
+    options: DecodingOptions,
+    context_layers: tuple[int, ...] = (),
 ) -> tuple[mx.array | None, mx.array]:
     """Reads a prompt in chunks, as mlx-lm does.
 
@@ -66,9 +70,10 @@ def prefill(
         target: the model.
         prompt: (B, P) token ids, P at least 1.
         cache: one mlx-lm cache per layer; may already hold the tokens before the prompt.
+        context_layers: which hidden states to give; see `Target.forward`.
 
     Returns:
-        hidden (B, hidden_size), where the target gives one, and logits (B, vocab_size) of
+        hidden (B, context_size), where the target gives one, and logits (B, vocab_size) of
         the last prompt token; lazy.
     """
     total, read = prompt.shape[1], 0
@@ -83,7 +88,7 @@ def prefill(
             options.quantize(cache, held + read)
         mx.eval([c.state for c in cache])
         mx.clear_cache()
-    hidden, logits = target.forward(prompt[:, read:], cache)
+    hidden, logits = target.forward(prompt[:, read:], cache, context_layers=context_layers)
     if options.kv_bits is not None:
         options.quantize(cache, held + total)
     if options.progress is not None:
@@ -101,7 +106,7 @@ class SpeculativeStep:
 
     Attributes:
         proposer: whose candidates are verified; None where all steps are plain.
-        context: (B, hidden_size) the target's hidden state at the last committed token.
+        context: (B, context_size) the target's hidden states at the last committed token.
         root: (B,) int32 the token the target has chosen and not yet read.
         history: (n,) all tokens before the root, for logits processors.
     """
@@ -127,7 +132,7 @@ class SpeculativeStep:
         else:
             tree = proposer.propose(self.context, self.root, plan, chain_only=self.verifier.capability == CHAIN)
         submit_part(tree.tokens, tree.ancestors)
-        hidden, logits = self.verifier(tree, cache)
+        hidden, logits = self.verifier(tree, cache, () if proposer is None else proposer.context_layers)
         if self.options.processors:
             assert self.history is not None
             logits = process_tree(self.options.processors, self.history, tree, logits)

@@ -59,11 +59,11 @@ class Watched(Proposer):
     """Another proposer, whose candidates and what became of them are kept until they are taken.
 
     Attributes:
-        steps: of each step in order its context (1, hidden_size), tree and acceptance; still on the device.
+        steps: of each step in order its context (1, context_size), tree and acceptance; still on the device.
     """
 
     def __init__(self, inner: Proposer):
-        self.inner = inner
+        self.inner, self.context_layers = inner, inner.context_layers
         self.steps: deque[tuple[mx.array, CandidateTree, Accepted]] = deque()
         self._asked: tuple[mx.array, CandidateTree] | None = None
 
@@ -139,7 +139,7 @@ def node_probabilities(
     """The drafter's probability of every row of a tree (batch size 1), given the path to its parent.
 
     Args:
-        context: (1, hidden_size) as the drafter read it.
+        context: (1, context_size) as the drafter read it.
 
     Returns:
         one per row; None for the root, and for tokens that the drafter cannot draft.

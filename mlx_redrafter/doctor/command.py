@@ -112,7 +112,7 @@ def _stage_checks(
         yield Check("stages", NOT_MADE, f"the CPU would take {seconds:.0f} s; see those of the embedded pair")
         return
     place = mx.default_device() if places is None else places.reference
-    given = inputs(target, tokenizer.encode(PROMPTS[0])[:16], place)
+    given = inputs(target, tokenizer.encode(PROMPTS[0])[:16], place, drafter.context_layers)
     least, most = tolerances(model, target)
     plain = compare(plain_stage(target, given), places, most, PLAIN_ADVICE)
     yield plain

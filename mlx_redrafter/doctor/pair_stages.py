@@ -34,20 +34,23 @@ class Inputs(NamedTuple):
     """What stages start from."""
 
     prompt: mx.array  # (1, P) token ids
-    contexts: mx.array  # (n, hidden_size), the target's hidden states at its last tokens
+    contexts: mx.array  # (n, context_size), what the drafter reads of the target at its last tokens
     roots: mx.array  # (n,) int32, what it chooses there
     drafts: mx.array  # (1, 1 + N) token ids of the rows to verify
+    context_layers: tuple[int, ...]  # of the contexts
 
 
-def inputs(target: Target, prompt: Sequence[int], place: Place, cases: int = 3) -> Inputs:
+def inputs(
+    target: Target, prompt: Sequence[int], place: Place, context_layers: tuple[int, ...], cases: int = 3
+) -> Inputs:
     """Reads a prompt in one place."""
     with mx.stream(place):
         ids = mx.array([list(prompt)], mx.int32)
-        hidden, logits = target.forward(ids, make_prompt_cache(target.model))
+        hidden, logits = target.forward(ids, make_prompt_cache(target.model), context_layers=context_layers)
         assert hidden is not None
         roots = mx.argmax(logits[0, -cases:], axis=-1).astype(mx.int32)
-        found = Inputs(ids, hidden[0, -cases:], roots, ids[:, 1 : 1 + len(PARENTS)])
-        mx.eval(*found)
+        found = Inputs(ids, hidden[0, -cases:], roots, ids[:, 1 : 1 + len(PARENTS)], context_layers)
+        mx.eval(found.contexts, roots, found.drafts)
     return found
 
 
@@ -121,7 +124,7 @@ def _read(target: Target, way: Capability, given: Inputs) -> tuple[KVCache, mx.a
         tree = CandidateTree.chain(given.drafts)
     else:
         tree = CandidateTree.from_parents(given.drafts, mx.array([PARENTS], mx.int32), max_depth=len(PATH) + 1)
-    return cache, *verifier(tree, cache)
+    return cache, *verifier(tree, cache, given.context_layers)
 
 
 def _verified(target: Target, way: Capability, given: Inputs) -> dict[str, mx.array]:

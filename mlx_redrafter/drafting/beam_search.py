@@ -50,7 +50,7 @@ def beam_search(
     Args:
         drafter: the head.
         embed: the target's embedding.
-        context: (B, hidden_size) the target's last hidden state.
+        context: (B, context_size) what the drafter reads of the target.
         root: (B,) int32 the token that the target has chosen and not yet read.
         width: W beams.
         length: L tokens per beam, the root included.

@@ -88,11 +88,13 @@ class DrafterBase(nn.Module):
         config: with `widths()`, `to_dict()` and `quantization`.
         method: the name that statistics give to decoding with it.
         deepest: draft tokens in a row that it can propose.
+        context_layers: the target's layers whose hidden states it reads, as `Target.forward` takes them.
     """
 
     config: Any
     method: str
     deepest: int
+    context_layers: tuple[int, ...] = ()
 
     def quantize(self, group_size: int = 64, bits: int = 4) -> None:
         """Quantises all matrices in place with mlx's affine scheme and notes it in the config.

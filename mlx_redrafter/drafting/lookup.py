@@ -130,6 +130,7 @@ class LookupProposer(Proposer):
 
     def __init__(self, inner: Proposer | None, index: TextIndex):
         self.inner, self.index = inner, index
+        self.context_layers = () if inner is None else inner.context_layers
         self.text: TextBuffer | None = None  # while it is needed
         self._unused = 0  # steps since it was
         self._root: mx.array | None = None  # until the host has read it

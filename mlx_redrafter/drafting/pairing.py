@@ -28,6 +28,7 @@ def check_sizes(target: Target, drafter: Drafter, name: str) -> None:
             raise UserError(
                 f"{name}: {field} is {found}, but the target's is {expected}; it was made for another model"
             )
+    target.check_layers(drafter.context_layers, name)
 
 
 def tie(drafter: RecurrentDrafter, target: Target) -> None:

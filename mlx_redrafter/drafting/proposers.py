@@ -22,14 +22,20 @@ from mlx_redrafter.target.tree import CandidateTree
 
 
 class Proposer(abc.ABC):
-    """Proposes continuations of the text so far."""
+    """Proposes continuations of the text so far.
+
+    Attributes:
+        context_layers: the target's layers whose hidden states are the context, as `Target.forward` takes them.
+    """
+
+    context_layers: tuple[int, ...] = ()
 
     @abc.abstractmethod
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         """The candidates for one step, as a lazy graph.
 
         Args:
-            context: (B, hidden_size) the target's hidden state at the last committed token.
+            context: (B, context_size) the target's hidden states at the last committed token.
             root: (B,) int32 the token that the target has chosen and not yet read.
             plan: what to draft; not `Plain`.
             chain_only: the target can verify only consecutive positions.
@@ -68,6 +74,7 @@ class RecurrentProposer(Proposer):
 
     def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
         self.drafter, self.embed, self.temperature = drafter, embed, temperature
+        self.context_layers = drafter.context_layers
 
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         assert isinstance(plan, Drafted)

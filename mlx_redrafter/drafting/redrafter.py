@@ -4,13 +4,14 @@ Notation of the paper (arXiv 2403.09919, section 3.1) with the details of Apple'
 
     s_0 = 0,   s_k = SiLU(W e(x_k) + U s_{k-1} + b)      (rnn; b sits on U)
                s_k = e(x_k) + s_{k-1}                    (no rnn)
-    z = [h ; s_k];  z = P z + p   only if exit_dim != 2 * hidden_size
+    z = [h ; s_k];  z = P z + p   only if exit_dim != 2 * hidden_size, or h is of several layers
     z = z + SiLU(A_i z + a_i)     for i in 1..num_draft_layers
     logits = O z
 
-e is the target's embedding, h the context: the target's last hidden state, the same for
-all steps of one beam. P is kept as its two column halves, so that the half that reads h
-is computed once per step, and so that each half can be quantised on its own.
+e is the target's embedding, h the context: the target's last hidden state, or those behind
+several of its layers side by side, the same for all steps of one beam. P is kept as its two
+column halves, so that the half that reads h is computed once per step, and so that each half
+can be quantised on its own.
 
 O is most of what a draft step reads. A light head scores a reduced draft vocabulary, the
 most frequent tokens only, or ties O to the target's own output layer and stores none.
@@ -44,6 +45,9 @@ class DrafterConfig:
         rnn: the gated recurrence, or (False) the sum of embeddings.
         draft_vocab_size: tokens that can be drafted, where not all; the tensor vocab_map
             then holds the target's id of each.
+        context_layers: hidden states of the target that h is made of, by the number of layers passed,
+            rising; the number of all layers stands for the last one, after the final norm. None of
+            them: h is the last one alone, as in Apple's weights.
         tie_output: O is the target's own output layer, or those of its rows that can be
             drafted; needs exit_dim = hidden_size.
         quantization: {"group_size": int, "bits": int} of a quantised drafter, else None.
@@ -58,6 +62,7 @@ class DrafterConfig:
     num_draft_layers: int
     rnn: bool = True
     draft_vocab_size: int | None = None
+    context_layers: tuple[int, ...] = ()
     tie_output: bool = False
     quantization: dict[str, int] | None = None
     target_fingerprint: dict[str, Any] | None = None
@@ -69,8 +74,13 @@ class DrafterConfig:
         return self.draft_vocab_size or self.vocab_size
 
     @property
+    def context_size(self) -> int:
+        """The width of h."""
+        return max(1, len(self.context_layers)) * self.hidden_size
+
+    @property
     def has_input_proj(self) -> bool:
-        return self.exit_dim != 2 * self.hidden_size
+        return len(self.context_layers) > 1 or self.exit_dim != 2 * self.hidden_size
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str) -> DrafterConfig:
@@ -101,6 +111,9 @@ class DrafterConfig:
             expected = f"a whole number from 1 to vocab_size, {values['vocab_size']}"
             raise UserError(f"{source}: draft_vocab_size is {reduced!r}, expected {expected}")
         values["draft_vocab_size"] = reduced
+        if (layers := fields.get("context_layers")) is not None and not are_layers(layers):
+            raise UserError(f"{source}: context_layers is {layers!r}, expected a list of rising numbers from 1 on")
+        values["context_layers"] = tuple(layers or ())
         config = cls(**values, **read_notes(fields, source))
         config.quantization = read_quantization(fields, config.widths(), source)
         return config
@@ -112,10 +125,23 @@ class DrafterConfig:
     def to_dict(self) -> dict[str, Any]:
         fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
         # Apple's config.json has none of these; what is not used is not said.
-        for name in ("draft_vocab_size", "tie_output", "quantization", "target_fingerprint", "right_by_depth"):
+        for name in (
+            *("draft_vocab_size", "context_layers", "tie_output", "quantization", "target_fingerprint"),
+            "right_by_depth",
+        ):
             if not fields[name]:
                 del fields[name]
         return fields
+
+
+def are_layers(value: Any) -> bool:
+    """Whether this is a list of numbers of layers, each above the one before."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(n) is int for n in value)
+        and all(a < b for a, b in zip([0, *value], value))
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -143,7 +169,7 @@ class RecurrentDrafter(DrafterBase):
             self.rnn_w = nn.Linear(hidden, hidden, bias=False)
             self.rnn_u = nn.Linear(hidden, hidden)
         if config.has_input_proj:
-            self.input_proj_context = nn.Linear(hidden, exit_dim)
+            self.input_proj_context = nn.Linear(config.context_size, exit_dim)
             self.input_proj_state = nn.Linear(hidden, exit_dim, bias=False)
         self.blocks = [ResidualBlock(exit_dim) for _ in range(config.num_draft_layers)]
         if not config.tie_output:
@@ -153,6 +179,10 @@ class RecurrentDrafter(DrafterBase):
             self.freeze(keys=["vocab_map"], recurse=False)
         # Not an item of the module: a tied layer is the target's, no parameter of the drafter.
         object.__setattr__(self, "_tied", None)
+
+    @property
+    def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.config.context_layers
 
     def fill(self, weights: dict[str, mx.array], source: str) -> RecurrentDrafter:
         super().fill(weights, source)
@@ -196,7 +226,7 @@ class RecurrentDrafter(DrafterBase):
         """The part of the head that reads only the context h; once per step.
 
         Args:
-            context: (..., hidden_size).
+            context: (..., context_size).
 
         Returns:
             P_h h + p of shape (..., exit_dim), or h itself where there is no projection.

@@ -1,14 +1,17 @@
 """Calls an mlx-lm model and returns hidden states beside its logits; gives its embedding.
 
-Knows nothing of drafts. The model is unmodified and its own code computes everything. Two
+Knows nothing of drafts. The model is unmodified and its own code computes everything. A few
 things are replaced while it is called, and put back afterwards:
 
 - the module that yields the hidden state its head reads, by a recorder;
+- layers whose hidden states are asked for, by taps;
 - MLX's rope, which takes one position per batch entry, by one that also takes one per row.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import operator
 import weakref
 from typing import Any
@@ -16,7 +19,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
+from mlx_redrafter.target.layers import Tap, find_layers
 from mlx_redrafter.target.rope import positions_per_row
 
 
@@ -74,8 +79,35 @@ class Target:
         """The type of the embeddings, which is that of the model's activations."""
         return self.embed(mx.zeros((1, 1), mx.int32)).dtype
 
+    @property
+    def num_layers(self) -> int:
+        """Layers whose hidden states can be read; 0 where they were not found."""
+        return len(self._layers[0])
+
+    @functools.cached_property
+    def _layers(self) -> tuple[list[Slot], str]:
+        return find_layers(self.model, self.hidden_size)
+
+    def check_layers(self, context_layers: tuple[int, ...], source: str) -> None:
+        """Raises UserError unless `forward` can give contexts of these layers."""
+        if not context_layers:
+            return
+        found, why = self._layers
+        if why:
+            raise UserError(f"{source}: hidden states between this target's layers cannot be read: {why}")
+        if (highest := max(context_layers)) > len(found):
+            raise UserError(f"{source}: layer {highest} is to be read, but the target has {len(found)} layers")
+
+    def context_size(self, context_layers: tuple[int, ...]) -> int:
+        """The width of a context of these layers."""
+        return max(1, len(context_layers)) * self.hidden_size
+
     def forward(
-        self, tokens: mx.array, cache: list[Any], positions: mx.array | None = None
+        self,
+        tokens: mx.array,
+        cache: list[Any],
+        positions: mx.array | None = None,
+        context_layers: tuple[int, ...] = (),
     ) -> tuple[mx.array | None, mx.array]:
         """One call of the model on M rows.
 
@@ -87,19 +119,31 @@ class Target:
             tokens: (B, M) ids.
             cache: one cache per layer.
             positions: (B, M), or (B,) the first ones, where the caches read a tree.
+            context_layers: which hidden states to give, by the number of layers passed, as
+                `check_layers` allows them; none for the last alone.
 
         Returns:
-            hidden (B, M, hidden_size), what the head reads (None where `missing` says why),
-            and logits (B, M, vocab_size).
+            hidden (B, M, context_size), and logits (B, M, vocab_size). The last hidden state is
+            what the model's head reads, after its final norm (None where `missing` says why);
+            those between layers have unit RMS, and all lie side by side in the order asked for.
         """
-        with standing_in(self._stand_ins), positions_per_row(positions):
+        taps = {n: self._tap(n) for n in context_layers if n != self.num_layers}
+        with standing_in([*self._stand_ins, *taps.values()]), positions_per_row(positions):
             logits = self.model(tokens, cache=cache)
         hidden = None
         for _, recorder in reversed(self._stand_ins):  # the first that has seen a hidden state counts
             if recorder.seen is not None and recorder.seen.shape[-1] == self.hidden_size:
                 hidden = recorder.seen
             recorder.seen = None
+        if hidden is not None and context_layers:
+            parts = [taps[n][1].hidden.astype(hidden.dtype) if n in taps else hidden for n in context_layers]
+            hidden = mx.concatenate(parts, axis=-1)
         return hidden, logits
+
+    def _tap(self, number: int) -> tuple[Slot, Any]:
+        slot = self._layers[0][number - 1]
+        now: Any = slot.owner[slot.name]  # another stand-in, where a layer is the mixer of its state itself
+        return dataclasses.replace(slot, module=now), Tap(now)
 
 
 class _Recorder(StandIn):

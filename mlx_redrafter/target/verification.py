@@ -64,7 +64,9 @@ class Verifier:
         caches = make_prompt_cache(self.target.model) if prompt_cache is None else prompt_cache
         return KVCache(caches, self.found.replay)
 
-    def __call__(self, tree: CandidateTree, cache: KVCache) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, tree: CandidateTree, cache: KVCache, context_layers: tuple[int, ...] = ()
+    ) -> tuple[mx.array, mx.array]:
         """Reads all rows of a tree in one call of the model.
 
         The rows land in the cache behind the committed ones; `KVCache.commit` keeps a path.
@@ -72,14 +74,15 @@ class Verifier:
         Args:
             tree: 1 + N rows, the root first.
             cache: of which `begin_trees` was called.
+            context_layers: which hidden states to give; see `Target.forward`.
 
         Returns:
-            hidden (B, 1 + N, hidden_size) and logits (B, 1 + N, vocab_size).
+            hidden (B, 1 + N, context_size) and logits (B, 1 + N, vocab_size).
         """
         split = self.found.split_rows
         tokens = tree.tokens.reshape(-1, 1) if split else tree.tokens
         with cache.reading(tree, self.found.kind == CHAIN, split) as positions, standing_in(self._mixers):
-            hidden, logits = self.target.forward(tokens, cache.layers, positions)
+            hidden, logits = self.target.forward(tokens, cache.layers, positions, context_layers)
         assert hidden is not None  # the kind is NONE otherwise
         if split:
             hidden, logits = (x.reshape(*tree.tokens.shape, x.shape[-1]) for x in (hidden, logits))

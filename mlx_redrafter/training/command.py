@@ -97,7 +97,8 @@ def _train(
     method = METHODS[args.method]
     readings = notes / f"readings-{mx.distributed.init().rank()}"
     budget = min(int(args.cache_gb * 2**30), shutil.disk_usage(notes).free // 2)
-    teacher = Teacher(target, rows, plan.objective, vocab_map_of(drafter), readings, budget)
+    layers = getattr(drafter, "context_layers", ())  # a draft model reads none
+    teacher = Teacher(target, rows, plan.objective, vocab_map_of(drafter), readings, budget, layers)
     prompts = held_out_prompts(rows, args.prefix_length)
 
     def evaluate(current: Any) -> float:

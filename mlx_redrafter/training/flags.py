@@ -73,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exit-dim", type=whole(1), help="width of the residual blocks (default: the target's hidden size)")
     add("--num-draft-layers", type=whole(0, 64), help="residual blocks (default: 2; of each Medusa head 1)")
     add("--no-rnn", nargs=0, default=False, help="sum embeddings in place of the gated recurrence")
+    add("--context-layers", type=whole(1), nargs="+", metavar="N", help="hidden states of the target that a recurrent"
+        " head reads, by the number of layers passed (default: the last alone)")  # fmt: skip
     add("--draft-vocab-size", type=whole(1), help="draft only so many tokens, the most frequent ones (default: all)")
     add("--output-layer", choices=OUTPUTS, help="begin from the target's output layer (default)"
         " or at random, or stay tied to it: not trained, not stored")  # fmt: skip

@@ -105,7 +105,7 @@ class Batch:
     positions of a step are the first n_k of those of the step before.
 
     Attributes:
-        hidden: (n_1, hidden_size) the contexts h_t; empty for drafters that read whole rows.
+        hidden: (n_1, context_size) the contexts h_t; empty for drafters that read whole rows.
         embeddings: for each step k, (n_k, hidden_size) of x_{t+k}; none at all for drafters
             that read no tokens.
         ids: for each step k, (n_k, j) int32 the teacher's tokens at position t + k, in the

@@ -6,6 +6,7 @@ Knows nothing of drafters, nor of which positions an update learns.
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -28,9 +29,10 @@ class Teacher:
         vocab_map: (n,) the target's ids of the draft vocabulary; None for all.
         folder: for the readings.
         budget: bytes they may take.
+        context_layers: which hidden states are read; see `Target.forward`.
 
     Attributes:
-        record: the type of a row's reading, T tokens with j labels each: `hidden` (T, hidden_size)
+        record: the type of a row's reading, T tokens with j labels each: `hidden` (T, context_size)
             bfloat16, as uint16; `ids` (T, j) draft tokens, there if `has_ids`, else `shares` has all;
             `shares` (T, j) float16 their probabilities, summing to 1; `mass` (T,) float16 the
             probability that the target gives to the draft vocabulary.
@@ -44,8 +46,9 @@ class Teacher:
         vocab_map: np.ndarray | None,
         folder: pathlib.Path,
         budget: int,
+        context_layers: tuple[int, ...] = (),
     ):
-        self.target, self.rows, self.objective = target, rows, objective
+        self.target, self.rows, self.objective, self.context_layers = target, rows, objective, context_layers
         self.size = target.vocab_size if vocab_map is None else len(vocab_map)
         self._map = None if vocab_map is None else mx.array(vocab_map, mx.int32)
         # Draft token of each of the target's, -1 for those that cannot be drafted.
@@ -56,7 +59,8 @@ class Teacher:
         labels = self._labels = 1 if objective.labels != KL else min(objective.top_k, self.size) or self.size
         self.has_ids = labels != self.size
         ids = [] if not self.has_ids else [("ids", "<u2" if self.size <= 2**16 else "<i4", (rows.length, labels))]
-        hidden, shares = ("hidden", "<u2", (rows.length, target.hidden_size)), ("shares", "<f2", (rows.length, labels))
+        hidden = ("hidden", "<u2", (rows.length, target.context_size(context_layers)))
+        shares = ("shares", "<f2", (rows.length, labels))
         self.record = np.dtype([hidden, *ids, shares, ("mass", "<f2", (rows.length,))])
         self._cache = RowCache(folder, self.record.itemsize, budget)
 
@@ -85,7 +89,8 @@ class Teacher:
         reading = np.zeros(len(tokens), self.record)
         for first in range(0, len(tokens), at_once):
             block = tokens[first : first + at_once]
-            hidden, logits = self.target.forward(mx.array(block), [None] * len(self.target.model.layers))
+            caches: list[Any] = [None] * len(self.target.model.layers)
+            hidden, logits = self.target.forward(mx.array(block), caches, context_layers=self.context_layers)
             assert hidden is not None  # the command refuses targets that give none
             ids, shares, mass = self._text_labels(block) if self.objective.labels == TEXT else self._own_labels(logits)
             hidden = hidden.astype(mx.bfloat16).view(mx.uint16)

@@ -131,7 +131,8 @@ def _steps(
 ) -> Callable[[], float]:
     """Times whole greedy steps of a plan, two of them as the loop submits them."""
     proposer = None if drafter is None else proposer_for(drafter, verifier.target.embed)
-    state = mx.zeros((1, verifier.target.hidden_size), verifier.target.dtype)
+    size = verifier.target.context_size(() if drafter is None else drafter.context_layers)
+    state = mx.zeros((1, size), verifier.target.dtype)
     root = mx.zeros((1,), mx.int32)
 
     def run() -> float:

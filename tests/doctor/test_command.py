@@ -32,7 +32,7 @@ def on(place):
 
 def stages_of(places, drafter):
     target = Target(make_model())
-    given = inputs(target, PROMPT, places.reference)
+    given = inputs(target, PROMPT, places.reference, ())
     ways = every_way(probe(target))
     return [plain_stage(target, given), *pair_stages(target, drafter, given, ways), *fixed.fixed_stages()]
 

@@ -11,7 +11,9 @@ def test_teacher_reads_a_row_once(tmp_path, monkeypatch):
     """If this fails, the byte budget buys nothing, is overrun, or a kept row differs from a read one."""
     target, rows = Target(make_model()), random_rows(6)
     read, real = [], target.forward
-    monkeypatch.setattr(target, "forward", lambda tokens, cache: read.append(tokens.shape[0]) or real(tokens, cache))
+    monkeypatch.setattr(
+        target, "forward", lambda tokens, *a, **k: read.append(tokens.shape[0]) or real(tokens, *a, **k)
+    )
     reader = teacher_of(target, rows, tmp_path / "a", budget=10**9)
     first = reader.read(np.array([0, 1, 2]))[1]
     again = reader.read(np.array([2, 1]))[1]

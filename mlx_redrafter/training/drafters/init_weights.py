@@ -29,7 +29,9 @@ def new_drafter(
     With "target" the output layer begins as the target's, and the context passes through
     to it unchanged, so the head starts near the target's own scores and has only the next
     steps to learn. Where exit_dim is smaller than hidden_size, both begin as the best
-    approximation of that rank to the target's layer (the leading singular vectors).
+    approximation of that rank to the target's layer (the leading singular vectors). Of a
+    context of several layers the last hidden state passes through, and the others say nothing
+    yet; where it is not among them, the projection begins at random.
 
     Args:
         output: "target", "random", or "tied" (not trained, the target's own), as config.tie_output says.
@@ -45,13 +47,22 @@ def new_drafter(
         if vocab_map is not None:
             matrix = matrix[vocab_map]
         rows, passed = _truncated(matrix, config.exit_dim)
-        if config.has_input_proj:
-            drafter.input_proj_context.weight = _placed(drafter.input_proj_context.weight, passed)
+        _pass(drafter, target, passed)
         drafter.lm_head.weight = _placed(drafter.lm_head.weight, rows)
     elif output == TIED:
-        drafter.input_proj_context.weight = mx.eye(config.hidden_size)
+        _pass(drafter, target, np.eye(config.hidden_size, dtype=np.float32))
     mx.eval(drafter.parameters())
     return drafter
+
+
+def _pass(drafter: RecurrentDrafter, target: Target, passed: np.ndarray) -> None:
+    """Lets the projection, where there is one, begin with this (r, hidden) part for the last hidden state."""
+    config, layers = drafter.config, drafter.context_layers
+    if not config.has_input_proj or (layers and layers[-1] != target.num_layers):
+        return
+    weight = np.zeros((config.exit_dim, config.context_size), np.float32)
+    weight[: passed.shape[0], -config.hidden_size :] = passed  # layers rise: the last hidden state comes last
+    drafter.input_proj_context.weight = mx.array(weight)
 
 
 def _truncated(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_redrafter.drafting.drafter_files import check_widths
-from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
+from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, are_layers
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
@@ -30,7 +30,14 @@ class ReDrafter(Method):
     reads_tokens = True
     foreign = ("tree_size",)
 
+    def check(self, args: argparse.Namespace) -> None:
+        super().check(args)
+        if args.context_layers is not None and not are_layers(args.context_layers):
+            given = " ".join(map(str, args.context_layers))
+            raise UserError(f"{flag('context_layers')} {given}: expected rising numbers of layers")
+
     def check_for(self, args: argparse.Namespace, target: Target) -> None:
+        target.check_layers(tuple(args.context_layers or ()), flag("context_layers"))
         if args.draft_vocab_size is not None and args.draft_vocab_size > target.vocab_size:
             expected = f"expected at most {target.vocab_size}, the vocabulary"
             raise UserError(f"{flag('draft_vocab_size')} is {args.draft_vocab_size}, {expected}")
@@ -41,9 +48,12 @@ class ReDrafter(Method):
             check_widths({"hidden_size": target.hidden_size, "exit_dim": exit_dim}, args.q_group_size)
 
     def shape_flags(self, drafter: RecurrentDrafter) -> dict[str, Any]:
-        return {name: getattr(drafter.config, name) for name in ("exit_dim", "num_draft_layers", "draft_vocab_size")}
+        same = ("exit_dim", "num_draft_layers", "draft_vocab_size")
+        layers = list(drafter.context_layers) or None
+        return {name: getattr(drafter.config, name) for name in same} | {"context_layers": layers}
 
     def new(self, args: argparse.Namespace, target: Target, rows: Rows) -> RecurrentDrafter:
+        layers = tuple(args.context_layers or ())
         config = DrafterConfig(
             target.vocab_size,
             target.hidden_size,
@@ -51,6 +61,7 @@ class ReDrafter(Method):
             2 if args.num_draft_layers is None else args.num_draft_layers,
             not args.no_rnn,
             draft_vocab_size=args.draft_vocab_size,
+            context_layers=() if layers == (target.num_layers,) else layers,
             tie_output=args.output_layer == TIED,
         )
         vocab_map = None
@@ -78,4 +89,5 @@ class ReDrafter(Method):
             output += f" ({coverage:.1%} of held-out text)"
         recurrence = "rnn" if config.rnn else "sum of embeddings"
         blocks = f"{config.num_draft_layers} residual blocks"
-        return f"{recurrence}, exit_dim {config.exit_dim}, {blocks}, output layer: {output}"
+        layers = f"context of layers {', '.join(map(str, config.context_layers))}, " if config.context_layers else ""
+        return f"{recurrence}, {layers}exit_dim {config.exit_dim}, {blocks}, output layer: {output}"
