@@ -77,13 +77,11 @@ def _lively(path: str, weight: mx.array) -> mx.array:
     return (2 * weight if weight.ndim == 2 and "norm" not in path else weight) + noise
 
 
-def random_drafter(target: Target, seed: int = 1) -> RecurrentDrafter:
+def random_drafter(target: Target, seed: int = 1, context_layers: tuple[int, ...] = ()) -> RecurrentDrafter:
     """A drafter that knows nothing."""
     mx.random.seed(seed)
-    size = target.hidden_size
-    drafter = RecurrentDrafter(
-        DrafterConfig(vocab_size=target.vocab_size, hidden_size=size, exit_dim=size, num_draft_layers=1, rnn=True)
-    )
+    vocab, size = target.vocab_size, target.hidden_size
+    drafter = RecurrentDrafter(DrafterConfig(vocab, size, size, num_draft_layers=1, context_layers=context_layers))
     mx.eval(drafter.parameters())
     return drafter
 

@@ -13,6 +13,7 @@ from mlx_redrafter.convert.drafter import convert_drafter
 from mlx_redrafter.convert.redrafter import published_form
 from mlx_redrafter.convert.target import convert_target
 from support import make_drafter
+from support.commands import code_of
 
 from mlx_redrafter import UserError, load
 from mlx_redrafter.cli.main import main
@@ -161,15 +162,19 @@ def test_quantised_again(tmp_path, capsys):
     assert mx.array_equal(mx.load(str(tmp_path / "x/model.safetensors"))["lm_head.2.weight"], full.lm_head.weight)
 
 
-def test_light_heads_are_kept(tmp_path):
-    """If this fails, converting a drafter of a reduced vocabulary or a tied output layer loses them."""
-    for i, shape in enumerate(({"draft_vocab_size": 10}, {"tie_output": True})):
+def test_heads_that_apple_has_not_are_kept(tmp_path, capsys):
+    """If this fails, converting a drafter of a reduced vocabulary, several layers or a tied output layer loses them."""
+    for i, shape in enumerate(({"draft_vocab_size": 10}, {"context_layers": (1, 4)}, {"tie_output": True})):
         drafter = make_drafter(**shape, seed=i) if "tie_output" not in shape else make_tied()
         drafter.save(tmp_path / f"{i}")
         convert_drafter(str(tmp_path / f"{i}"), str(tmp_path / f"{i}-copy"), dtype="float16")
         found = open_drafter(tmp_path / f"{i}-copy")
         drafter.set_dtype(mx.float16)
         assert found.config == drafter.config and same(found, drafter)
+        apple = tmp_path / f"{i}-apple"
+        assert code_of("convert", "export", "--mlx-path", str(tmp_path / f"{i}"), "--hf-path", str(apple)) == 2
+        assert not apple.exists()
+        assert f"{next(iter(shape))} is {next(iter(shape.values()))}, for which" in capsys.readouterr().err
 
 
 def make_tied():

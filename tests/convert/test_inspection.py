@@ -123,6 +123,8 @@ def test_drafters(tmp_path, capsys):
     assert (unconverted["kind"], unconverted["runnable"]) == ("unconverted drafter", False)
     assert unconverted["lacks"][0].startswith("conversion: mlx-redrafter convert drafter")
     assert unconverted["parameters"] == found["parameters"]
+    make_drafter(context_layers=(1, 4, 9)).save(tmp_path / "layers")
+    assert inspected(capsys, tmp_path / "layers")["about"].endswith(", reads hidden states behind layers 1, 4, 9")
     drafter.quantize(32, 4)
     drafter.config.target_fingerprint = None
     drafter.save(tmp_path / "q")

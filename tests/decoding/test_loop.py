@@ -190,9 +190,9 @@ def test_a_step_is_one_lazy_graph(small_model, policy, width, in_one_piece):
 
     While mx.compile traces a function, reading any value that depends on its inputs raises.
     """
-    verifier, drafter = verifier_of(small_model), make_drafter()
-    cache = verifier.make_cache()
-    hidden, logits = prefill(verifier.target, mx.array([[1, 2, 3]]), cache.layers, DecodingOptions())
+    verifier, drafter = verifier_of(small_model), make_drafter(context_layers=(1, 2))
+    cache, layers = verifier.make_cache(), drafter.context_layers
+    hidden, logits = prefill(verifier.target, mx.array([[1, 2, 3]]), cache.layers, DecodingOptions(), layers)
     cache.begin_trees()
     root = greedy(logits[:, None], None)[:, 0]
     shape = DraftShape(width, 5, 4 * width, policy)

@@ -32,7 +32,7 @@ def on(place):
 
 def stages_of(places, drafter):
     target = Target(make_model())
-    given = inputs(target, PROMPT, places.reference, ())
+    given = inputs(target, PROMPT, places.reference, drafter.context_layers)
     ways = every_way(probe(target))
     return [plain_stage(target, given), *pair_stages(target, drafter, given, ways), *fixed.fixed_stages()]
 
@@ -41,7 +41,9 @@ def outcome(places, drafter):
     return {stage.name: compare(stage, places, 1e-4) for stage in stages_of(places, drafter)}
 
 
-@pytest.mark.parametrize("changes", [{}, {"rnn": False}, {"draft_vocab_size": 40}], ids=["", "sums", "vocabulary"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"rnn": False}, {"draft_vocab_size": 40, "context_layers": (1, 2)}], ids=["", "sums", "vocabulary"]
+)
 def test_all_is_well(places, changes):
     found = outcome(places, make_drafter(**changes))
     assert {check.status for check in found.values()} == {OK}, found

@@ -36,14 +36,16 @@ def written_out(drafter, context, embeddings):
 
 
 @pytest.mark.parametrize("rnn", [True, False])
-@pytest.mark.parametrize("exit_dim", [64, 24])  # 64 = 2 * hidden: no input_proj
+@pytest.mark.parametrize("exit_dim", [64, 24])  # 64 = 2 * hidden: no input_proj, unless there are several layers
+@pytest.mark.parametrize("layers", [(), (7,), (1, 4, 9)])
 @pytest.mark.parametrize("blocks", [0, 1, 3])
-def test_equations(rnn, exit_dim, blocks):
+def test_equations(rnn, exit_dim, layers, blocks):
     """If this fails, weights trained for ReDrafter draft something else than they were trained to."""
-    drafter = make_drafter(rnn=rnn, exit_dim=exit_dim, num_draft_layers=blocks)
+    drafter = make_drafter(rnn=rnn, exit_dim=exit_dim, num_draft_layers=blocks, context_layers=layers)
+    assert drafter.config.has_input_proj == (exit_dim == 24 or len(layers) > 1)
     if rnn:
         drafter.rnn_u.bias = mx.random.normal((32,))
-    context, embeddings = mx.random.normal((2, 32)), mx.random.normal((2, 3, 32))
+    context, embeddings = mx.random.normal((2, 32 * max(1, len(layers)))), mx.random.normal((2, 3, 32))
     projected, state = drafter.project_context(context), None
     for k in range(3):
         state = drafter.advance(embeddings[:, k], state)
@@ -96,6 +98,10 @@ def test_quantising_needs_fitting_widths():
         ({"model_type": "llama"}, "is a model of type 'llama', not a drafter"),
         ({"emb_norm": True}, "emb_norm"),
         ({"quantization": 4}, "quantization is 4"),
+        ({"context_layers": [3, 2]}, r"context_layers is \[3, 2\], expected a list of rising numbers from 1 on"),
+        ({"context_layers": []}, r"context_layers is \[\], expected"),
+        ({"context_layers": 4}, "context_layers is 4, expected"),
+        ({"context_layers": [1, 2]}, r"tensor 'input_proj_context.weight' has shape \(32, 32\), expected \(32, 64\)"),
         ({"vocab_size": 96}, r"tensor 'lm_head.weight' has shape \(97, 32\), expected \(96, 32\)"),
         (
             {"num_draft_layers": 3},
@@ -136,5 +142,8 @@ def test_bad_files(tmp_path):
 
 
 def test_config_round_trip():
-    config = DrafterConfig(10, 4, 8, 1, True)
-    assert DrafterConfig.from_dict(config.to_dict(), "x") == config
+    """If this fails, a drafter's config is not what was saved, or one like Apple's has keys that Apple's has not."""
+    for layers in ((), (2, 5)):
+        config = DrafterConfig(10, 4, 8, 1, True, context_layers=layers)
+        written = json.loads(json.dumps(config.to_dict()))
+        assert DrafterConfig.from_dict(written, "x") == config and ("context_layers" in written) == bool(layers)

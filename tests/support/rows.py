@@ -28,6 +28,6 @@ def random_rows(count=2, length=12, seed=0):
     return np.random.default_rng(seed).integers(0, VOCAB, (count, length)).astype(np.int32)
 
 
-def teacher_of(target, rows, folder, objective=None, vocab_map=None, budget=0):
+def teacher_of(target, rows, folder, objective=None, vocab_map=None, budget=0, layers=()):
     rows = rows if isinstance(rows, TextRows) else TextRows(rows)
-    return Teacher(target, rows, objective or Objective(), vocab_map, folder, budget)
+    return Teacher(target, rows, objective or Objective(), vocab_map, folder, budget, layers)

@@ -12,7 +12,7 @@ from .beam_search import Hypothesis, beam_search
 from .decoding import accept, plain, speculative
 from .drafter import Drafter
 from .tree import Tree, candidate_tree
-from .verification import read, verify
+from .verification import read, read_sequence, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -26,6 +26,7 @@ __all__ = [
     "candidate_tree",
     "plain",
     "read",
+    "read_sequence",
     "speculative",
     "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import pathlib
 
 import mlx_redrafter  # isort: skip # noqa: F401 (before torch and mlx: it puts OpenBLAS in front of MLX's own BLAS)
 
@@ -75,21 +76,24 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=TARGETS)
 def targets(request, tmp_path_factory) -> tuple[LlamaForCausalLM, Verifier]:
+    return random_targets(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def random_targets(folder: pathlib.Path, name: str, layers: int = 2) -> tuple[LlamaForCausalLM, Verifier]:
     """A random Llama, in PyTorch and, through its files, in mlx-lm."""
     torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp(request.param)
-    is_llama3 = request.param == "llama3-rope"
+    is_llama3 = name == "llama3-rope"
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=80,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=512,
         # Large enough that attention is far from uniform: a wrong position or mask has to show.
         initializer_range=0.25,
         rope_parameters={"rope_theta": 500.0, **LLAMA3} if is_llama3 else {"rope_theta": 1e4, "rope_type": "default"},
-        **TARGETS[request.param],
+        **TARGETS[name],
     )
     model = LlamaForCausalLM(config)
     for name, weight in model.named_parameters():
@@ -138,18 +142,27 @@ def to_candidate_tree(trees: list[reference.Tree], fillers: tuple[int, ...] = ()
     return CandidateTree.from_parents(tokens, parents, max(max(t.depths) for t in trees), valid)
 
 
-def read_prompts(verifier: Verifier, prompts: list[list[int]]) -> tuple[KVCache, mx.array, mx.array]:
+def read_prompts(
+    verifier: Verifier, prompts: list[list[int]], layers: tuple[int, ...] = ()
+) -> tuple[KVCache, mx.array, mx.array]:
     """A cache that holds the prompts and is ready for trees; hidden states and logits at their ends."""
     cache = verifier.make_cache()
-    hidden, logits = prefill(verifier.target, mx.array(prompts), cache.layers, DecodingOptions(prefill_step_size=5))
+    options = DecodingOptions(prefill_step_size=5)
+    hidden, logits = prefill(verifier.target, mx.array(prompts), cache.layers, options, layers)
     cache.begin_trees(len(prompts))
     return cache, hidden, logits
 
 
 def memorised(
-    model: LlamaForCausalLM, prompt: list[int], text: list[int], exit_dim: int, rnn: bool, updates: int
+    model: LlamaForCausalLM,
+    prompt: list[int],
+    text: list[int],
+    exit_dim: int,
+    rnn: bool,
+    updates: int,
+    layers: tuple[int, ...] = (),
 ) -> tuple[reference.Drafter, RecurrentDrafter]:
     config = model.config
-    drafter = torch_drafter(config.vocab_size, config.hidden_size, exit_dim, 1, rnn, spread=0.5)
+    drafter = torch_drafter(config.vocab_size, config.hidden_size, exit_dim, 1, rnn, layers, spread=0.5)
     memorise(drafter, model, prompt + text, updates)
     return drafter, to_mlx(drafter)

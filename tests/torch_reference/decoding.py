@@ -59,13 +59,13 @@ def speculative(
         what each step brought; the first is the one token that the prompt alone gives.
     """
     embed = model.get_input_embeddings()
-    hidden, logits = read_sequence(model, prompt)
+    hidden, logits = read_sequence(model, prompt, drafter.layers)
     committed, context, root = list(prompt), hidden[-1], int(logits[-1].argmax())
     steps = [[root]]
     while sum(map(len, steps)) < max_tokens:
         beams = beam_search(drafter, embed, context, root, width, length)
         tree = candidate_tree(beams, root, num_draft_tokens, policy)
-        hidden, logits = verify(model, committed, tree)
+        hidden, logits = verify(model, committed, tree, drafter.layers)
         choices = logits.argmax(dim=-1).tolist()
         path = accept(tree, choices)
         committed += [tree.tokens[row] for row in path]

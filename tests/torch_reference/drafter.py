@@ -24,17 +24,28 @@ class Drafter(nn.Module):
         vocab_size: tokens that are scored.
         hidden_size: width of the context h and of the state s.
         exit_dim: width of the residual blocks; there is an input projection only if it
-            is not 2 * hidden_size.
+            is not 2 * hidden_size, or there are several layers.
         num_draft_layers: residual blocks, 0 or more.
         rnn: the gated recurrence, or (False) the sum of embeddings.
+        layers: of the target, after which hidden states are read: the context is all of them
+            side by side. None: the last one alone.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, exit_dim: int, num_draft_layers: int, rnn: bool = True):
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        exit_dim: int,
+        num_draft_layers: int,
+        rnn: bool = True,
+        layers: tuple[int, ...] = (),
+    ):
         super().__init__()
         self.vocab_size, self.hidden_size, self.exit_dim = vocab_size, hidden_size, exit_dim
-        self.num_draft_layers, self.rnn = num_draft_layers, rnn
-        if exit_dim != 2 * hidden_size:
-            self.input_proj = nn.Linear(2 * hidden_size, exit_dim)
+        self.num_draft_layers, self.rnn, self.layers = num_draft_layers, rnn, layers
+        self.projects = exit_dim != 2 * hidden_size or len(layers) > 1
+        if self.projects:
+            self.input_proj = nn.Linear((max(1, len(layers)) + 1) * hidden_size, exit_dim)
         # Blocks are lm_head.{i}.linear, and the output layer is the last of the same list.
         blocks = [ResidualBlock(exit_dim) for _ in range(num_draft_layers)]
         self.lm_head = nn.ModuleList([*blocks, nn.Linear(exit_dim, vocab_size, bias=False)])
@@ -53,9 +64,9 @@ class Drafter(nn.Module):
         return embedding + state
 
     def logits(self, context: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """(..., vocab_size) from the context h and the state s_k, both (..., hidden_size)."""
+        """(..., vocab_size) from the context h, as wide as its layers, and the state s_k, (..., hidden_size)."""
         z = torch.cat([context, state], dim=-1)
-        if self.exit_dim != 2 * self.hidden_size:
+        if self.projects:
             z = self.input_proj(z)
         for layer in self.lm_head:
             z = layer(z)

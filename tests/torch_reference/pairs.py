@@ -33,10 +33,18 @@ def mlx_target(folder: pathlib.Path, config: dict | None = None) -> Verifier:
     return verifier_of(model)
 
 
-def torch_drafter(vocab: int, hidden: int, exit_dim: int, blocks: int, rnn: bool, spread: float = 1.0) -> Drafter:
+def torch_drafter(
+    vocab: int,
+    hidden: int,
+    exit_dim: int,
+    blocks: int,
+    rnn: bool,
+    layers: tuple[int, ...] = (),
+    spread: float = 1.0,
+) -> Drafter:
     """Random weights of a size that keeps log-probabilities apart and makes every bias count."""
     torch.manual_seed(exit_dim + blocks)
-    drafter = Drafter(vocab, hidden, exit_dim, blocks, rnn)
+    drafter = Drafter(vocab, hidden, exit_dim, blocks, rnn, layers)
     for name, weight in drafter.named_parameters():
         scale = 0.5 if name.endswith("bias") else weight.shape[1] ** -0.5
         torch.nn.init.normal_(weight, std=spread * scale)
@@ -49,7 +57,7 @@ def renamed(drafter: Drafter, h_first: bool = True) -> dict[str, mx.array]:
     for name, tensor in drafter.state_dict().items():
         value = mx.array(tensor.cpu().numpy())
         if name == "input_proj.weight":
-            left, right = value[:, : drafter.hidden_size], value[:, drafter.hidden_size :]
+            left, right = mx.split(value, [value.shape[1] - drafter.hidden_size], axis=1)
             context, state = (left, right) if h_first else (right, left)
             weights |= {"input_proj_context.weight": context, "input_proj_state.weight": state}
         elif name == "input_proj.bias":
@@ -64,7 +72,8 @@ def renamed(drafter: Drafter, h_first: bool = True) -> dict[str, mx.array]:
 def to_mlx(drafter: Drafter) -> RecurrentDrafter:
     """The MLX drafter with a reference drafter's weights."""
     config = DrafterConfig(
-        drafter.vocab_size, drafter.hidden_size, drafter.exit_dim, drafter.num_draft_layers, drafter.rnn
+        *(drafter.vocab_size, drafter.hidden_size, drafter.exit_dim, drafter.num_draft_layers, drafter.rnn),
+        context_layers=drafter.layers,
     )
     return RecurrentDrafter(config).fill(renamed(drafter), "the reference")
 
@@ -84,7 +93,8 @@ def to_torch(drafter: RecurrentDrafter) -> Drafter:
         weights["input_proj.weight"] = torch.cat(halves, dim=1)
         weights["input_proj.bias"] = weights.pop("input_proj_context.bias")
     weights[f"lm_head.{config.num_draft_layers}.weight"] = weights.pop("lm_head.weight")
-    result = Drafter(config.vocab_size, config.hidden_size, config.exit_dim, config.num_draft_layers, config.rnn)
+    sizes = config.vocab_size, config.hidden_size, config.exit_dim, config.num_draft_layers
+    result = Drafter(*sizes, config.rnn, config.context_layers)
     result.load_state_dict({name.replace("blocks.", "lm_head."): value for name, value in weights.items()})
     return result.to(DEVICE)
 
@@ -95,7 +105,7 @@ def memorise(drafter: Drafter, model: LlamaForCausalLM, text: list[int], updates
     Each position t of the text gives one context h_t; the tokens t + 1, t + 2, ... are read,
     and the one after each is to be predicted.
     """
-    hidden, _ = read_sequence(model, text)
+    hidden, _ = read_sequence(model, text, drafter.layers)
     depth = 4
     starts = torch.arange(len(text) - depth - 1)
     tokens = torch.tensor(text)

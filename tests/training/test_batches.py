@@ -29,16 +29,18 @@ def test_loss_reads_what_decoding_will_read(name, tmp_path):
     weights, steps = (1.0, 0.5, 0.25), 3
     objective = Objective(objective.labels, objective.top_k, objective.temperature, weights, (1.0, 1.0, 1.0))
     target = Target(make_model())
-    drafter = make_drafter(draft_vocab_size=None if vocab_map is None else len(vocab_map))
+    layers = (1, 2) if name == "hard" else ()
+    drafter = make_drafter(draft_vocab_size=None if vocab_map is None else len(vocab_map), context_layers=layers)
     allowed = np.arange(VOCAB) if vocab_map is None else vocab_map
     rows = random_rows()
-    batch = BatchMaker(teacher_of(target, rows, tmp_path, objective, vocab_map), seed=0)(np.array([0, 1]), 0)
+    teacher = teacher_of(target, rows, tmp_path, objective, vocab_map, layers=layers)
+    batch = BatchMaker(teacher, seed=0)(np.array([0, 1]), 0)
     loss, hits = distillation_loss(ReDrafter().scores(drafter, batch), batch, weights)
     expected, right = np.zeros(steps), np.zeros(steps)
     for b in range(2):
         tokens = mx.array(rows[b : b + 1])
         for t in range(12 - steps - 1):
-            hidden, _ = target.forward(tokens[:, : t + 1], [None, None])
+            hidden, _ = target.forward(tokens[:, : t + 1], [None, None], context_layers=layers)
             state = None
             for k in range(1, steps + 1):
                 state = drafter.advance(target.embed(tokens[0, t + k]), state)

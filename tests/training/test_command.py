@@ -52,10 +52,12 @@ HEADS = {
     "4 bit, trained for it, reduced vocabulary": [
         *["--q-bits", "4", "--q-group-size", "32", "--q-aware", "--draft-vocab-size", "200"],
     ],
+    "several layers": ["--context-layers", "1", "2", "3"],
+    "layers between, tied": ["--context-layers", "1", "2", "--output-layer", "tied"],
 }
 
 
-FAST = ("4 bit, trained for it, reduced vocabulary",)  # a tied one is in `test_a_quantised_target`
+FAST = ("4 bit, trained for it, reduced vocabulary", "several layers")  # a tied one is in `test_a_quantised_target`
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in HEADS])
@@ -71,6 +73,7 @@ def test_every_head_learns_and_decodes_exactly(name, stories, text, tmp_path, ca
     assert lines[-1]["loss"] < lines[0]["loss"]
     names = {key for key, _ in tree_flatten(drafter.parameters())}
     assert ("lm_head.weight" in names) == ("tied" not in name)
+    assert len(drafter.context_layers) == len([flag for flag in HEADS[name] if "layers" in name and flag.isdigit()])
     if "vocabulary" in name:
         kept = np.array(drafter.vocab_map)
         assert len(kept) == 200 and (np.diff(kept) > 0).all()
@@ -166,6 +169,12 @@ MISTAKES = {
     "a longer warm-up than run": (["--warm-up", "31"], "--warm-up is 31, expected 0 to 30, the updates"),
     "too many tokens": (["--draft-vocab-size", "600"], "--draft-vocab-size is 600, expected at most 512"),
     "tied to another width": (["--output-layer", "tied", "--exit-dim", "32"], "needs --exit-dim 64"),
+    "layers that fall": (["--context-layers", "3", "1"], "--context-layers 3 1: expected rising numbers of layers"),
+    "a layer too many": (
+        ["--context-layers", "1", "4"],
+        "--context-layers: layer 4 is to be read, but the target has 3",
+    ),
+    "layers for Medusa": (["--method", "medusa", "--context-layers", "1"], "does not apply to --method medusa"),
     "weights for other steps": (["--step-weights", "1", "2"], "expected 4 numbers, one per draft step"),
     "shares that rise": (["--step-shares", "1", "0.2", "0.5", "0.1"], "none above the one before it"),
     "patience without evaluations": (["--patience", "2", "--eval-every", "0"], "needs evaluations"),

@@ -22,12 +22,22 @@ from torch_reference.pairs import renamed, to_mlx, to_numpy, to_torch, torch_dra
 
 def test_drafter_logits(drafters, embedding):
     """If this fails, the recurrence or the head is another function than the weights were trained for."""
-    theirs, ours = drafters
+    assert_same_logits(*drafters, embedding, random_contexts(3)[0])
+
+
+@pytest.mark.parametrize("exit_dim", [40, 2 * HIDDEN])
+def test_logits_from_several_layers(exit_dim, embedding):
+    """If this fails, the projection of a context of several layers is another one than was trained."""
+    theirs = torch_drafter(VOCAB, HIDDEN, exit_dim, 1, True, layers=(8, 15, 22))
+    contexts = torch.cat([random_contexts(3)[0].roll(n, dims=-1) for n in range(3)], dim=-1)
+    assert_same_logits(theirs, to_mlx(theirs), embedding, contexts)
+
+
+def assert_same_logits(theirs, ours, embedding, contexts):
     table, rows = embedding
-    contexts, _ = random_contexts(3)
     tokens = torch.randint(VOCAB, (4, 3), generator=torch.Generator().manual_seed(4))
     projected = ours.project_context(mx.array(to_numpy(contexts)))
-    state, our_state = theirs.first_state(contexts), None
+    state, our_state = theirs.first_state(contexts[:, :HIDDEN]), None
     for step in tokens:
         state = theirs.advance(table(step.to(reference.DEVICE)), state)
         our_state = ours.advance(rows(mx.array(step.numpy())), our_state)

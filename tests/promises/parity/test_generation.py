@@ -20,7 +20,15 @@ torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
 
 import torch_reference as reference  # noqa: E402
 from support import always  # noqa: E402
-from torch_reference.cases import HIDDEN, VOCAB, memorised, read_prompts  # noqa: E402
+from torch_reference.cases import (  # noqa: E402
+    HIDDEN,
+    VOCAB,
+    memorised,
+    random_targets,
+    random_tree,
+    read_prompts,
+    to_candidate_tree,
+)
 from torch_reference.pairs import mlx_target, to_mlx, to_torch, torch_drafter, torch_target, worst  # noqa: E402
 
 
@@ -57,6 +65,24 @@ def test_generation(targets):
             lengths.append(assert_same_generation(model, verifier, *pair, prompt, count, shape, expected))
     assert max(lengths) > 1.2  # drafts were accepted, so accepting them was tested
     assert min(lengths) < 4  # and rejected
+
+
+def test_generation_from_several_layers(tmp_path):
+    """If this fails, a head reads other hidden states of the target than those that its layers name."""
+    model, verifier = random_targets(tmp_path, "grouped-tied", layers=4)
+    prompt, count, layers = [3, 1, 4, 1, 5, 9, 2, 6], 30, (1, 3, 4)
+    cache, hidden, _ = read_prompts(verifier, [prompt], layers)
+    assert worst(hidden[0], reference.read_sequence(model, prompt, layers)[0][-1]) < 1e-4
+    tree = random_tree(np.random.default_rng(6), rows=9, vocab=VOCAB)
+    hidden, _ = verifier(to_candidate_tree([tree]), cache, layers)
+    assert worst(hidden[0], reference.verify(model, prompt, tree, layers)[0]) < 1e-4
+    expected = reference.plain(model, prompt, count)
+    pair = memorised(model, prompt, expected[0], 40, True, updates=15, layers=layers)
+    means = [
+        assert_same_generation(model, verifier, *pair, prompt, count, shape, expected)
+        for shape in (DraftShape(1, 4, 3), DraftShape(3, 4, 6))
+    ]
+    assert 1.2 < max(means) < 4
 
 
 def test_generation_from_a_long_prompt(targets):
