@@ -30,9 +30,9 @@ def test_rows_are_those_asked_for_and_nothing_is_committed(pair, prefixes, monke
     """Behind one context and without a commit: the rows are the only thing that changes."""
     seen = []
 
-    def verified(self, tree, cache):
+    def verified(self, tree, *args):
         seen.append(tree.tokens.shape[1])
-        return verify(self, tree, cache)
+        return verify(self, tree, *args)
 
     rows = step_timing.Rows(verifier_of(pair[0]), prefixes[0])
     verify = Verifier.__call__

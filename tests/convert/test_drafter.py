@@ -164,7 +164,8 @@ def test_quantised_again(tmp_path, capsys):
 
 def test_heads_that_apple_has_not_are_kept(tmp_path, capsys):
     """If this fails, converting a drafter of a reduced vocabulary, several layers or a tied output layer loses them."""
-    for i, shape in enumerate(({"draft_vocab_size": 10}, {"context_layers": (1, 4)}, {"tie_output": True})):
+    shapes: list[dict] = [{"draft_vocab_size": 10}, {"context_layers": (1, 4)}, {"tie_output": True}]
+    for i, shape in enumerate(shapes):
         drafter = make_drafter(**shape, seed=i) if "tie_output" not in shape else make_tied()
         drafter.save(tmp_path / f"{i}")
         convert_drafter(str(tmp_path / f"{i}"), str(tmp_path / f"{i}-copy"), dtype="float16")

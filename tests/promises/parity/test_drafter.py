@@ -22,7 +22,8 @@ from torch_reference.pairs import renamed, to_mlx, to_numpy, to_torch, torch_dra
 
 def test_drafter_logits(drafters, embedding):
     """If this fails, the recurrence or the head is another function than the weights were trained for."""
-    assert_same_logits(*drafters, embedding, random_contexts(3)[0])
+    theirs, ours = drafters
+    assert_same_logits(theirs, ours, embedding, random_contexts(3)[0])
 
 
 @pytest.mark.parametrize("exit_dim", [40, 2 * HIDDEN])
