@@ -10,7 +10,7 @@ from support import make_model
 
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.module_slots import standing_in
+from mlx_redrafter.system.module_slots import StandIn, slots, standing_in
 from mlx_redrafter.target.model import Target
 
 TOKENS = mx.array([[3, 14, 15, 92, 65]])
@@ -74,6 +74,22 @@ def test_other_threads_call_the_layers_themselves(small_model, monkeypatch):
     monkeypatch.setattr(type(small_model), "__call__", interrupted)
     found, _ = target.forward(TOKENS, make_prompt_cache(small_model), context_layers=(1,))
     assert mx.allclose(found, expected, atol=1e-5)
+
+
+def test_another_stand_in_stays_at_work(small_model):
+    """If this fails, a layer that reads a recurrent state itself loses the stand-in that takes rows back."""
+    target, called, expected = Target(small_model), list[int](), by_hand(small_model)[0]
+    assert target.num_layers == 2
+
+    class Counting(StandIn):
+        def call(self, *args, **kwargs):
+            called.append(1)
+            return self.module(*args, **kwargs)
+
+    slot = next(slot for slot in slots(small_model) if slot.module is small_model.layers[0])
+    with standing_in([(slot, Counting(slot.module))]):
+        found, _ = target.forward(TOKENS, make_prompt_cache(small_model), context_layers=(1,))
+    assert called == [1] and mx.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("module, layers", [("nanbeige", 4), ("gemma3n", 6), ("gemma4_text", 6)])
