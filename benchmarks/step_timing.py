@@ -69,13 +69,17 @@ def begin(verifier: Verifier, drafter: Drafter, prompt: list[int]) -> tuple[Spec
     """A greedy step that stands behind a prompt, nothing pending, and the rows that are committed."""
     options = DecodingOptions()
     cache = verifier.make_cache()
-    layers = drafter.context_layers
-    hidden, logits = prefill(verifier.target, mx.array([prompt], mx.int32), cache.layers, options, layers)
+    proposer, text = (
+        proposer_for(drafter, verifier.target.embed, draft_temperature(greedy)),
+        mx.array([prompt], mx.int32),
+    )
+    reads = proposer.context_layers, proposer.prefix_window
+    hidden, logits = prefill(verifier.target, text, cache.layers, options, *reads)
     cache.begin_trees()
     assert cache.length is not None and hidden is not None
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
     mx.eval(root, hidden, *cache.arrays())
-    proposer = proposer_for(drafter, verifier.target.embed, draft_temperature(greedy))
+    proposer.begin(text, root, hidden)
     return SpeculativeStep(verifier, proposer, options, cache, hidden, root), len(prompt)
 
 

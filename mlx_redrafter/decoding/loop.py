@@ -44,8 +44,8 @@ def speculative(
     """
     max_tokens, processors = options.max_tokens, options.processors
     length = cached(cache.layers) + prompt.shape[1]
-    layers = () if proposer is None else proposer.context_layers
-    hidden, logits = prefill(verifier.target, prompt, cache.layers, options, layers)
+    reads = ((), 1) if proposer is None else (proposer.context_layers, proposer.prefix_window)
+    hidden, logits = prefill(verifier.target, prompt, cache.layers, options, *reads)
     cache.begin_trees(length=length)
     assert cache.length is not None and hidden is not None
     history = prompt[0]
@@ -55,10 +55,10 @@ def speculative(
     step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, history if processors else None)
     mine: list[mx.array] = []
     if proposer is not None:
-        proposer.begin(prompt, root)
+        proposer.begin(prompt, root, hidden)
         mine = proposer.arrays()
     # Whatever goes on to the next step is on its way: another thread, with other streams, may build that step.
-    mx.async_eval(root, hidden, history, *cache.arrays(), *mine)
+    mx.async_eval(root, step.context, history, *cache.arrays(), *mine)
     made, ahead = 1, None
 
     def submit(waiting: bool) -> Submitted | None:

@@ -63,6 +63,7 @@ def prefill(
     cache: list[Any],
     options: DecodingOptions,
     context_layers: tuple[int, ...] = (),
+    last: int = 1,
 ) -> tuple[mx.array | None, mx.array]:
     """Reads a prompt in chunks, as mlx-lm does.
 
@@ -71,22 +72,26 @@ def prefill(
         prompt: (B, P) token ids, P at least 1.
         cache: one mlx-lm cache per layer; may already hold the tokens before the prompt.
         context_layers: which hidden states to give; see `Target.forward`.
+        last: of how many prompt tokens to give them, if there are so many.
 
     Returns:
-        hidden (B, context_size), where the target gives one, and logits (B, vocab_size) of
-        the last prompt token; lazy.
+        hidden (B, m, context_size) of the last m prompt tokens, where the target gives them, and
+        logits (B, vocab_size) of the last one; lazy.
     """
     total, read = prompt.shape[1], 0
     held = cached(cache)
+    before: list[mx.array] = []  # hidden states of the chunks before
     while total - read > 1:
         if options.progress is not None:
             options.progress(read, total)
         chunk = prompt[:, read : min(read + options.prefill_step_size, total - 1)]
-        target.forward(chunk, cache)  # no logits are computed: nothing reads them
+        hidden, _ = target.forward(chunk, cache, context_layers=context_layers)  # nothing computes its logits
         read += chunk.shape[1]
+        if hidden is not None and last > 1:
+            before = [mx.concatenate([*before, hidden], axis=1)[:, 1 - last :]]
         if options.kv_bits is not None:
             options.quantize(cache, held + read)
-        mx.eval([c.state for c in cache])
+        mx.eval([c.state for c in cache], before)
         mx.clear_cache()
     hidden, logits = target.forward(prompt[:, read:], cache, context_layers=context_layers)
     if options.kv_bits is not None:
@@ -94,12 +99,13 @@ def prefill(
     if options.progress is not None:
         mx.eval(logits)
         options.progress(total, total)
-    return None if hidden is None else hidden[:, -1], logits[:, -1]
+    return None if hidden is None else mx.concatenate([*before, hidden], axis=1), logits[:, -1]
 
 
 class SpeculativeStep:
     """One round of proposing, verification, acceptance and commit, as one lazy graph.
 
+    It begins behind a prompt, with what `prefill` gave and the token that the target chose.
     Calling it builds the graph for the next step from the state the last one left and
     returns its results unevaluated. Nothing is read by the host, unless there are logits
     processors (see `processors`).
@@ -117,12 +123,12 @@ class SpeculativeStep:
         proposer: Proposer | None,
         options: DecodingOptions,
         cache: KVCache,
-        context: mx.array,
+        contexts: mx.array,
         root: mx.array,
         history: mx.array | None = None,
     ):
         self.verifier, self.proposer, self.options, self.cache = verifier, proposer, options, cache
-        self.context, self.root, self.history = context, root, history
+        self.context, self.root, self.history = contexts[:, -1], root, history
 
     def __call__(self, plan: Plan) -> Submitted:
         cache, proposer = self.cache, self.proposer
@@ -140,7 +146,7 @@ class SpeculativeStep:
         accepted = accept(tree, choices)
         cache.commit(None if tree.in_order else accepted.path[:, 1:], accepted.count, tree.max_depth)
         if proposer is not None:
-            proposer.advance(accepted)
+            proposer.advance(accepted, hidden)
         self.root = accepted.root
         if tree.rows > 1:
             hidden = mx.take_along_axis(hidden, accepted.last[:, None, None], axis=1)

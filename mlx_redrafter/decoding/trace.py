@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
-from mlx_redrafter.drafting.beam_search import Embedder
+from mlx_redrafter.drafting.drafter_files import Embedder
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import LookedUp, Plain, Plan
@@ -59,28 +59,30 @@ class Watched(Proposer):
     """Another proposer, whose candidates and what became of them are kept until they are taken.
 
     Attributes:
-        steps: of each step in order its context (1, context_size), tree and acceptance; still on the device.
+        steps: of each step in order what the head read (1, exit_dim), if a head drafted, tree and acceptance;
+            still on the device.
     """
 
     def __init__(self, inner: Proposer):
-        self.inner, self.context_layers = inner, inner.context_layers
-        self.steps: deque[tuple[mx.array, CandidateTree, Accepted]] = deque()
-        self._asked: tuple[mx.array, CandidateTree] | None = None
+        self.inner = inner
+        self.context_layers, self.prefix_window = inner.context_layers, inner.prefix_window
+        self.steps: deque[tuple[mx.array | None, CandidateTree, Accepted]] = deque()
+        self._asked: tuple[mx.array | None, CandidateTree] | None = None
 
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         tree = self.inner.propose(context, root, plan, chain_only)
-        self._asked = context, tree
+        self._asked = self.inner.projected, tree
         return tree
 
-    def begin(self, text: mx.array, root: mx.array) -> None:
+    def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
         self.steps.clear()
-        self.inner.begin(text, root)
+        self.inner.begin(text, root, contexts)
 
-    def advance(self, accepted: Accepted) -> None:
+    def advance(self, accepted: Accepted, contexts: mx.array) -> None:
         if self._asked is not None:  # a plain step asks for nothing
             self.steps.append((*self._asked, accepted))
         self._asked = None
-        self.inner.advance(accepted)
+        self.inner.advance(accepted, contexts)
 
     def learn(self, tokens: list[int]) -> None:
         self.inner.learn(tokens)
@@ -121,11 +123,11 @@ def watch(
             if not produced.from_prompt:
                 step = WatchedStep([Node(root, 0, 0, True, None)], tokens)
         else:
-            context, tree, accepted = watched.steps.popleft()
+            projected, tree, accepted = watched.steps.popleft()
             probabilities: Sequence[float | None] = [None] * tree.rows
             by_lookup = isinstance(produced.plan, LookedUp)
-            if isinstance(drafter, RecurrentDrafter) and not by_lookup:
-                probabilities = node_probabilities(drafter, verifier.target.embed, context, tree)
+            if isinstance(drafter, RecurrentDrafter) and projected is not None and not by_lookup:
+                probabilities = node_probabilities(drafter, verifier.target.embed, projected, tree)
             step = WatchedStep(_nodes(tree, accepted, probabilities), tokens, by_lookup)
         yield step, tokens
         root = tokens[-1]
@@ -134,12 +136,12 @@ def watch(
 
 
 def node_probabilities(
-    drafter: RecurrentDrafter, embed: Embedder, context: mx.array, tree: CandidateTree
+    drafter: RecurrentDrafter, embed: Embedder, projected: mx.array, tree: CandidateTree
 ) -> list[float | None]:
     """The drafter's probability of every row of a tree (batch size 1), given the path to its parent.
 
     Args:
-        context: (1, context_size) as the drafter read it.
+        projected: (1, exit_dim) what the drafter made of the context.
 
     Returns:
         one per row; None for the root, and for tokens that the drafter cannot draft.
@@ -149,7 +151,7 @@ def node_probabilities(
     for row, token in enumerate(tokens):
         above = None if row == 0 else states[parents[row]]
         states.append(drafter.advance(embed(mx.array([token])), above))
-    logits = drafter.logits(drafter.project_context(context), mx.concatenate(states)).astype(mx.float32)
+    logits = drafter.logits(projected, mx.concatenate(states)).astype(mx.float32)
     shares = mx.softmax(logits, axis=-1)
     drafts: dict[int, int] = {}
     if drafter.config.draft_vocab_size is not None:

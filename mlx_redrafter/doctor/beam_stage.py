@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.doctor.comparison import Outputs, Stage
-from mlx_redrafter.drafting.beam_search import Embedder, beam_search
+from mlx_redrafter.drafting.beam_search import beam_search
+from mlx_redrafter.drafting.drafter_files import Embedder
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 
 WIDTH, LENGTH = 4, 5
@@ -22,7 +23,10 @@ def beam_stage(drafter: RecurrentDrafter, embed: Embedder, contexts: mx.array, r
     def run() -> dict[str, mx.array]:
         width = min(WIDTH, drafter.config.scored)
         cases = [(contexts[i : i + 1], roots[i : i + 1]) for i in range(roots.shape[0])]
-        beams = [beam_search(drafter, embed, context, root, width, LENGTH) for context, root in cases]
+        beams = [
+            beam_search(drafter, embed, drafter.project_context(context), root, width, LENGTH)
+            for context, root in cases
+        ]
         return {name: mx.concatenate([getattr(beam, name) for beam in beams]) for name in PARTS}
 
     def judge(found: Outputs, expected: Outputs, tolerance: float) -> str:

@@ -104,7 +104,11 @@ def _drafted(target: Target, drafter: Drafter, given: Inputs) -> dict[str, mx.ar
         state = drafter.advance(target.embed(given.drafts[:, i]), state)
         logits.append(drafter.logits(projected, state))
     assert state is not None
-    return {"state": state, "logits": mx.stack(logits)}
+    found = {"state": state, "logits": mx.stack(logits)}
+    if drafter.config.prefix_window:
+        tokens = given.drafts[:, : given.contexts.shape[0]]
+        found["prefix"] = drafter.prefix(given.contexts[None, : tokens.shape[1]], target.embed(tokens))
+    return found
 
 
 def _what_it_can(target: Target) -> dict[str, mx.array]:

@@ -8,15 +8,14 @@ prefixes are compared.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_redrafter.drafting.drafter_files import Embedder
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import BEAMS, BEST_FIRST
 from mlx_redrafter.target.tree import CandidateTree, ranks
 
-Embedder = Callable[[mx.array], mx.array]
 _NEVER = -1e30  # the key of a node that no policy keeps; finite, so that keys can be compared
 
 
@@ -39,7 +38,7 @@ class Beam:
 def beam_search(
     drafter: RecurrentDrafter,
     embed: Embedder,
-    context: mx.array,
+    projected: mx.array,
     root: mx.array,
     width: int,
     length: int,
@@ -50,7 +49,7 @@ def beam_search(
     Args:
         drafter: the head.
         embed: the target's embedding.
-        context: (B, context_size) what the drafter reads of the target.
+        projected: (B, exit_dim) what the drafter makes of the context, see `RecurrentDrafter.project_context`.
         root: (B,) int32 the token that the target has chosen and not yet read.
         width: W beams.
         length: L tokens per beam, the root included.
@@ -61,7 +60,7 @@ def beam_search(
     """
     batch = root.shape[0]
     # Entries lie along the batch axis, (B * W, ...): two axes cost MLX fewer operations than three.
-    projected, state = drafter.project_context(context), drafter.advance(embed(root), None)
+    state = drafter.advance(embed(root), None)
     steps: list[tuple[mx.array, mx.array, mx.array]] = []
     for step in range(1, length):
         entries = state.shape[0] // batch

@@ -6,6 +6,7 @@ Knows nothing of how a drafter computes.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx_redrafter.system.files import replace_file, write_json
 from mlx_redrafter.system.weights import tensors
 
 D = TypeVar("D", bound="DrafterBase")
+Embedder = Callable[[mx.array], mx.array]  # the target's embedding: (..., hidden_size) for ids of any shape
 
 
 def whole_number(fields: dict[str, Any], key: str, least: int, source: str) -> int:

@@ -124,19 +124,22 @@ class LookupProposer(Proposer):
     that the tree has not got; a chain is replaced as a whole.
 
     Args:
-        inner: the other proposer, one that drafts from the context and the root alone; None where lookup alone drafts.
+        inner: the other proposer, a head; None where lookup alone drafts.
         index: the text so far on the host, which this proposer extends.
     """
 
     def __init__(self, inner: Proposer | None, index: TextIndex):
         self.inner, self.index = inner, index
-        self.context_layers = () if inner is None else inner.context_layers
+        if inner is not None:
+            self.context_layers, self.prefix_window = inner.context_layers, inner.prefix_window
         self.text: TextBuffer | None = None  # while it is needed
         self._unused = 0  # steps since it was
         self._root: mx.array | None = None  # until the host has read it
         self._in_flight: deque[Accepted] = deque()
 
-    def begin(self, text: mx.array, root: mx.array) -> None:
+    def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
+        if self.inner is not None:
+            self.inner.begin(text, root, contexts)
         self.text, self._unused, self._root = None, 0, root
         self._in_flight.clear()
         if text.shape[0] > 1:  # the host follows one text only
@@ -148,6 +151,7 @@ class LookupProposer(Proposer):
         else:
             assert self.inner is not None and isinstance(plan, Drafted)
             tree = self.inner.propose(context, root, plan, chain_only)
+            self.projected = self.inner.projected
             if not plan.with_lookup or tree.rows == 1:
                 return tree
             depth = min(plan.shape.beam_length - 1, plan.shape.num_draft_tokens)
@@ -167,7 +171,9 @@ class LookupProposer(Proposer):
             tokens = mx.where(found[:, None], tokens[:, : drafted.shape[1]], drafted)
         return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), tokens], axis=1))
 
-    def advance(self, accepted: Accepted) -> None:
+    def advance(self, accepted: Accepted, contexts: mx.array) -> None:
+        if self.inner is not None:
+            self.inner.advance(accepted, contexts)
         self._in_flight.append(accepted)
         self._unused += 1
         if self.text is not None:
@@ -184,4 +190,5 @@ class LookupProposer(Proposer):
         self.index.extend(tokens)
 
     def arrays(self) -> list[mx.array]:
-        return [] if self.text is None else [self.text.tokens, self.text.end]
+        mine = [] if self.inner is None else self.inner.arrays()
+        return mine if self.text is None else [*mine, self.text.tokens, self.text.end]

@@ -12,9 +12,11 @@ import abc
 
 import mlx.core as mx
 
-from mlx_redrafter.drafting.beam_search import Embedder, beam_search, candidate_tree, top
+from mlx_redrafter.drafting.beam_search import beam_search, candidate_tree, top
+from mlx_redrafter.drafting.drafter_files import Embedder
 from mlx_redrafter.drafting.medusa import MedusaHeads
 from mlx_redrafter.drafting.medusa_tree import parents_of, select
+from mlx_redrafter.drafting.prefix_attention import PrefixReader
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import Drafted, Plan
 from mlx_redrafter.target.acceptance import Accepted
@@ -26,9 +28,13 @@ class Proposer(abc.ABC):
 
     Attributes:
         context_layers: the target's layers whose hidden states are the context, as `Target.forward` takes them.
+        prefix_window: committed tokens before the first step whose contexts it reads, if they are there.
+        projected: (B, exit_dim) what the head made of the context of the last step, for a recurrent head.
     """
 
     context_layers: tuple[int, ...] = ()
+    prefix_window = 1
+    projected: mx.array | None = None
 
     @abc.abstractmethod
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
@@ -44,16 +50,22 @@ class Proposer(abc.ABC):
             A tree whose row 0 is the root.
         """
 
-    def begin(self, text: mx.array, root: mx.array) -> None:  # noqa: B027
+    def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:  # noqa: B027
         """Called before the first step.
 
         Args:
             text: (B, n) int32 the prompt.
             root: (B,) int32 the token after it; still on the device.
+            contexts: (B, m, context_size) of the last m tokens of the prompt.
         """
 
-    def advance(self, accepted: Accepted) -> None:  # noqa: B027
-        """Called with what a step accepts as soon as its graph is built, before the next step."""
+    def advance(self, accepted: Accepted, contexts: mx.array) -> None:  # noqa: B027
+        """Called with what a step accepts as soon as its graph is built, before the next step.
+
+        Args:
+            accepted: the path and its tokens.
+            contexts: (B, 1 + N, context_size) of all rows of the step's tree.
+        """
 
     def learn(self, tokens: list[int]) -> None:  # noqa: B027
         """Called once the host has read a step (batch size 1): first the root after the prompt, then each step."""
@@ -74,17 +86,41 @@ class RecurrentProposer(Proposer):
 
     def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
         self.drafter, self.embed, self.temperature = drafter, embed, temperature
-        self.context_layers = drafter.context_layers
+        self.context_layers, self.prefix = drafter.context_layers, None
+        if drafter.config.prefix_window:
+            self.prefix = PrefixReader(drafter.prefix, embed)
+            self.prefix_window = drafter.config.prefix_window
 
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         assert isinstance(plan, Drafted)
         shape, width, length = plan.shape, plan.shape.beam_width, plan.shape.beam_length
         if chain_only or width == 1:
             width, length = 1, min(length, shape.num_draft_tokens + 1)
-        beam = beam_search(self.drafter, self.embed, context, root, width, length, self.temperature)
+        self.projected = self.drafter.project_context(context)
+        if self.prefix is not None:
+            self.projected = self.projected + self.prefix.last()
+        beam = beam_search(self.drafter, self.embed, self.projected, root, width, length, self.temperature)
         if width == 1:
             return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), beam.tokens[:, :, 0]], axis=1))
         return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)
+
+    def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
+        if self.prefix is not None:
+            self.prefix.begin()
+            after = mx.concatenate([text, root[:, None].astype(text.dtype)], axis=1)
+            self.prefix.extend(contexts, after[:, -contexts.shape[1] :])
+
+    def advance(self, accepted: Accepted, contexts: mx.array) -> None:
+        if self.prefix is None:
+            return
+        if accepted.path.shape[1] == 1:
+            self.prefix.extend(contexts, accepted.tokens)
+        else:
+            path = mx.take_along_axis(contexts, accepted.path[..., None], axis=1)
+            self.prefix.extend(path, accepted.tokens, accepted.count + 1)
+
+    def arrays(self) -> list[mx.array]:
+        return [] if self.prefix is None else self.prefix.arrays()
 
 
 class MedusaProposer(Proposer):

@@ -11,7 +11,8 @@ Notation of the paper (arXiv 2403.09919, section 3.1) with the details of Apple'
 e is the target's embedding, h the context: the target's last hidden state, or those behind
 several of its layers side by side, the same for all steps of one beam. P is kept as its two
 column halves, so that the half that reads h is computed once per step, and so that each half
-can be quantised on its own.
+can be quantised on its own. What prefix attention finds at the root, where there is any, is
+added to the half that reads h.
 
 O is most of what a draft step reads. A light head scores a reduced draft vocabulary, the
 most frequent tokens only, or ties O to the target's own output layer and stores none.
@@ -26,6 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.drafting.drafter_files import DrafterBase, read_notes, read_quantization, whole_number
+from mlx_redrafter.drafting.prefix_attention import PrefixAttention
 from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.weights import tensors
@@ -48,6 +50,7 @@ class DrafterConfig:
         context_layers: hidden states of the target that h is made of, by the number of layers passed,
             rising; the number of all layers stands for the last one, after the final norm. None of
             them: h is the last one alone, as in Apple's weights.
+        prefix_window: committed tokens that prefix attention reads; 0 where there is none.
         tie_output: O is the target's own output layer, or those of its rows that can be
             drafted; needs exit_dim = hidden_size.
         quantization: {"group_size": int, "bits": int} of a quantised drafter, else None.
@@ -63,6 +66,7 @@ class DrafterConfig:
     rnn: bool = True
     draft_vocab_size: int | None = None
     context_layers: tuple[int, ...] = ()
+    prefix_window: int = 0
     tie_output: bool = False
     quantization: dict[str, int] | None = None
     target_fingerprint: dict[str, Any] | None = None
@@ -80,7 +84,8 @@ class DrafterConfig:
 
     @property
     def has_input_proj(self) -> bool:
-        return len(self.context_layers) > 1 or self.exit_dim != 2 * self.hidden_size
+        own = len(self.context_layers) > 1 or self.prefix_window > 0
+        return own or self.exit_dim != 2 * self.hidden_size
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str) -> DrafterConfig:
@@ -114,6 +119,7 @@ class DrafterConfig:
         if (layers := fields.get("context_layers")) is not None and not are_layers(layers):
             raise UserError(f"{source}: context_layers is {layers!r}, expected a list of rising numbers from 1 on")
         values["context_layers"] = tuple(layers or ())
+        values["prefix_window"] = whole_number({"prefix_window": 0} | fields, "prefix_window", 0, source)
         config = cls(**values, **read_notes(fields, source))
         config.quantization = read_quantization(fields, config.widths(), source)
         return config
@@ -126,7 +132,14 @@ class DrafterConfig:
         fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
         # Apple's config.json has none of these; what is not used is not said.
         for name in (
-            *("draft_vocab_size", "context_layers", "tie_output", "quantization", "target_fingerprint"),
+            *(
+                "draft_vocab_size",
+                "context_layers",
+                "prefix_window",
+                "tie_output",
+                "quantization",
+                "target_fingerprint",
+            ),
             "right_by_depth",
         ):
             if not fields[name]:
@@ -171,6 +184,8 @@ class RecurrentDrafter(DrafterBase):
         if config.has_input_proj:
             self.input_proj_context = nn.Linear(config.context_size, exit_dim)
             self.input_proj_state = nn.Linear(hidden, exit_dim, bias=False)
+        if config.prefix_window:
+            self.prefix = PrefixAttention(config.context_size, hidden, exit_dim, config.prefix_window)
         self.blocks = [ResidualBlock(exit_dim) for _ in range(config.num_draft_layers)]
         if not config.tie_output:
             self.lm_head = nn.Linear(exit_dim, config.scored, bias=False)
@@ -215,10 +230,10 @@ class RecurrentDrafter(DrafterBase):
     def bytes_per_draft_step(self) -> int:
         """Bytes of weights that one draft step reads, the target's rows of a tied layer included.
 
-        The context's half of P is read once per step of decoding and not counted, nor is
-        the one row of the embedding.
+        What is read once per step of decoding is not counted, the context's half of P and
+        prefix attention, nor is the one row of the embedding.
         """
-        unread = ("vocab_map", "input_proj_context")
+        unread = ("vocab_map", "input_proj_context", "prefix.")
         own = sum(value.nbytes for name, value in tensors(self).items() if not name.startswith(unread))
         return own + (0 if self._tied is None else sum(value.nbytes for value in tensors(self._tied).values()))
 
@@ -229,7 +244,8 @@ class RecurrentDrafter(DrafterBase):
             context: (..., context_size).
 
         Returns:
-            P_h h + p of shape (..., exit_dim), or h itself where there is no projection.
+            P_h h + p of shape (..., exit_dim), or h itself where there is no projection; to this
+            is added what prefix attention found.
         """
         return self.input_proj_context(context) if "input_proj_context" in self else context
 

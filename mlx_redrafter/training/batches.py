@@ -19,10 +19,13 @@ class BatchMaker:
         seed: of the choice of positions.
         dtype: of hidden states and embeddings.
         tokens: whether the drafter reads tokens, and needs their embeddings.
+        whole: whether it reads all of the text up to a position.
     """
 
-    def __init__(self, teacher: Teacher, seed: int, dtype: mx.Dtype = mx.float32, tokens: bool = True):
-        self.teacher, self.seed, self.dtype, self.tokens = teacher, seed, dtype, tokens
+    def __init__(
+        self, teacher: Teacher, seed: int, dtype: mx.Dtype = mx.float32, tokens: bool = True, whole: bool = False
+    ):
+        self.teacher, self.seed, self.dtype, self.tokens, self.whole = teacher, seed, dtype, tokens, whole
         objective = teacher.objective
         self.steps = len(objective.step_weights)
         self.positions = teacher.rows.length - self.steps - 1  # the last step's token has to be in the row
@@ -56,7 +59,12 @@ class BatchMaker:
             if self.teacher.has_ids:
                 ids.append(mx.array(reading["ids"][where].astype(np.int32)))
         hidden = mx.array(reading["hidden"][rows, at]).view(mx.bfloat16).astype(self.dtype)
-        return Batch(hidden, embeddings, ids, shares, weights, mx.array(counts, mx.float32))
+        whole = []
+        if self.whole:
+            contexts = mx.array(reading["hidden"]).view(mx.bfloat16).astype(self.dtype)
+            after = self.teacher.target.embed(mx.array(np.roll(tokens, -1, axis=1))).astype(self.dtype)
+            whole = [contexts, after, mx.array(rows * tokens.shape[1] + at, mx.int32)]
+        return Batch(hidden, embeddings, ids, shares, weights, mx.array(counts, mx.float32), whole)
 
     def _choose(self, counted: np.ndarray, update: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions of one row in random order, those with something to learn first.
@@ -96,4 +104,4 @@ class WholeRows:
             ids.append(mx.array(reading["ids"].reshape(shares.shape).astype(np.int32)))
         weights = (learned[part] * reading["mass"].astype(np.float32)).reshape(-1)
         total = mx.array([max(1, int(learned.sum()))], mx.float32)
-        return Batch(mx.zeros((0,)), [], ids, [mx.array(shares)], [mx.array(weights)], total, [mx.array(tokens)])
+        return Batch(mx.zeros((0,)), [], ids, [mx.array(shares)], [mx.array(weights)], total, tokens=[mx.array(tokens)])

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", nargs="+", default=[SELF], metavar="SOURCE", help=f"{SELF}: the target writes its own text (default);"
         f" {REGENERATED}: it answers --prompts; or files, directories and Hub data sets: json lines with messages,"
         " conversations, instruction and output, prompt and completion, or text; csv; text; source trees")  # fmt: skip
-    add("--text", metavar="DIR", help="rows that an earlier run for this target wrote (its training/text), in place of"
-        " new ones")  # fmt: skip
+    add("--text", nargs="+", metavar="DIR", help="rows that earlier runs for this target wrote (training/text), in"
+        " place of new ones")  # fmt: skip
     add("--prompts", metavar="PATH", help="prompts for the target to answer: json lines, csv or text")
     add("--prefixes", nargs="+", default=[], metavar="PATH", help="files or directories to cut beginnings from, which"
         " the target continues (default: its chat template; the embedded target: the standard library)")  # fmt: skip
@@ -75,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-rnn", nargs=0, default=False, help="sum embeddings in place of the gated recurrence")
     add("--context-layers", type=whole(1), nargs="+", metavar="N", help="hidden states of the target that a recurrent"
         " head reads, by the number of layers passed (default: the last alone)")  # fmt: skip
+    add("--prefix-window", type=whole(1), metavar="TOKENS", help="prefix attention: a recurrent head also reads so many"
+        " tokens of the text (default: none)")  # fmt: skip
     add("--draft-vocab-size", type=whole(1), help="draft only so many tokens, the most frequent ones (default: all)")
     add("--output-layer", choices=OUTPUTS, help="begin from the target's output layer (default)"
         " or at random, or stay tied to it: not trained, not stored")  # fmt: skip

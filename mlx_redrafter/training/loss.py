@@ -114,6 +114,9 @@ class Batch:
         weights: for each step k, (n_k,) float32; 0 for what is not learned, the probability
             that the target gives to the draft vocabulary for what is.
         counts: (K,) how many positions the mean of step k is over, in all processes together.
+        whole: for drafters that read all of a text up to a position: contexts (B, T, context_size), embeddings
+            (B, T, hidden_size) of the token after each, and (n_1,) int32 which of the B T rows the positions
+            are; else none at all.
         tokens: (B, T) int32, alone in a list, for drafters that read whole rows; else none at all.
     """
 
@@ -123,6 +126,7 @@ class Batch:
     shares: list[mx.array]
     weights: list[mx.array]
     counts: mx.array
+    whole: list[mx.array] = dataclasses.field(default_factory=list)
     tokens: list[mx.array] = dataclasses.field(default_factory=list)
 
 

@@ -114,9 +114,11 @@ def _in_words(objective: Objective) -> str:
 
 
 def _text(rows: Rows) -> str:
-    data = rows.manifest["settings"]["data"]
+    data = [name for settings in rows.settings for name in settings["data"]]
     own = {SELF: "written by the target itself", REGENERATED: "answers of the target"}
-    return f"{own.get(data[0], ', '.join(data))}; {len(rows) - rows.held_out:,} rows of {rows.length} tokens"
+    return (
+        f"{', '.join(own.get(name, name) for name in data)}; {len(rows) - rows.held_out:,} rows of {rows.length} tokens"
+    )
 
 
 def command_line(arguments: dict[str, Any], defaults: dict[str, Any]) -> str:

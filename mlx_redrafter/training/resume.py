@@ -90,10 +90,10 @@ def forget(out: pathlib.Path, notes: pathlib.Path, args: argparse.Namespace, err
         out.rmdir()
 
 
-def earlier_rows(path: str, target: Target, tokenizer: Any, steps: int) -> Rows:
-    """Rows that an earlier run wrote. Raises UserError unless they are whole and fit the tokenizer and the steps."""
-    rows = Rows(path)
-    if rows.manifest["settings"].get("tokenizer") != Renderer(tokenizer).fingerprint():
+def earlier_rows(paths: list[str], target: Target, tokenizer: Any, steps: int) -> Rows:
+    """Rows that earlier runs wrote. Raises UserError unless they are whole and fit the tokenizer and the steps."""
+    rows, path = Rows(*paths), " ".join(paths)
+    if any(one.get("tokenizer") != Renderer(tokenizer).fingerprint() for one in rows.settings):
         raise UserError(f"--text {path}: its rows were cut by another tokenizer than the target's")
     if rows.length < steps + 3 or rows.held_out < 1:
         raise UserError(f"--text {path}: expected rows of {steps + 3} tokens or more, some of them held out")

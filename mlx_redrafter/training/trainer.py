@@ -104,7 +104,7 @@ def train(
     group = mx.distributed.init()
     first = group.rank() == 0
     parts = parts_of(plan.batch_size, plan.grad_accumulation, group)
-    make = method.batches(teacher, plan.seed, plan.dtype)
+    make = method.batches(drafter, teacher, plan.seed, plan.dtype)
     optimizer = optimizer_for(plan.iters, plan.learning_rate, plan.warm_up, plan.weight_decay)
     drafter.unfreeze()
     drafter.train()

@@ -132,12 +132,14 @@ def _steps(
     """Times whole greedy steps of a plan, two of them as the loop submits them."""
     proposer = None if drafter is None else proposer_for(drafter, verifier.target.embed)
     size = verifier.target.context_size(() if drafter is None else drafter.context_layers)
-    state = mx.zeros((1, size), verifier.target.dtype)
+    state = mx.zeros((1, 1, size), verifier.target.dtype)
     root = mx.zeros((1,), mx.int32)
 
     def run() -> float:
         if plan == PLAIN:
             cache.plain_rows(context)
+        if proposer is not None:
+            proposer.begin(mx.zeros((1, 1), mx.int32), root, state)
         step = SpeculativeStep(verifier, proposer, DecodingOptions(), cache, state, root)
         begin = clock()
         for _ in range(2):

@@ -44,7 +44,7 @@ def search_with_lists(drafter, embed, context, root, width, length, temperature=
 def test_same_hypotheses(setting, width, length, temperature):
     """If this fails, the drafter proposes other continuations than beam search would."""
     drafter, embed, context, root = setting
-    beam = beam_search(drafter, embed, context, root, width, length, temperature)
+    beam = beam_search(drafter, embed, drafter.project_context(context), root, width, length, temperature)
     assert beam.tokens.shape == (2, length - 1, width)
     for b in range(2):
         expected = search_with_lists(drafter, embed, context[b], root[b], width, length, temperature)
@@ -88,7 +88,7 @@ def paths_of(tree, b):
 def test_best_first_keeps_the_most_probable_nodes(setting, width, length, budget):
     """If this fails, rows of the verification are spent on worse guesses than there are."""
     drafter, embed, context, root = setting
-    beam = beam_search(drafter, embed, context, root, width, length)
+    beam = beam_search(drafter, embed, drafter.project_context(context), root, width, length)
     tree = candidate_tree(beam, root, budget, "best-first")
     assert tree.rows == 1 + budget and tree.tokens[:, 0].tolist() == root.tolist()
     for b in range(2):
@@ -101,7 +101,7 @@ def test_best_first_keeps_the_most_probable_nodes(setting, width, length, budget
 def test_beams_keeps_the_final_beams(setting, width, length, budget):
     """If this fails, the policy `beams` is not the paper's tree."""
     drafter, embed, context, root = setting
-    beam = beam_search(drafter, embed, context, root, width, length)
+    beam = beam_search(drafter, embed, drafter.project_context(context), root, width, length)
     tree = candidate_tree(beam, root, budget, "beams")
     assert tree.rows == 1 + budget
     for b in range(2):
@@ -144,7 +144,7 @@ def test_best_first_gets_most_accepted_everywhere(pair, nodes):
 def test_a_drafter_gone_wrong_still_gives_a_tree(setting):
     """If this fails, a drafter whose training diverged can make the text wrong instead of slow."""
     drafter, embed, context, root = setting
-    beam = beam_search(drafter, embed, context, root, 4, 5)
+    beam = beam_search(drafter, embed, drafter.project_context(context), root, 4, 5)
     beam.log_probs = mx.full(beam.log_probs.shape, mx.nan)
     for policy in ("best-first", "beams"):
         tree = candidate_tree(beam, root, 6, policy)

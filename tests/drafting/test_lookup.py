@@ -165,7 +165,7 @@ def first_step(small_model, prompts, drafter):
     cache.begin_trees(len(prompts))
     root = greedy(logits[:, None], None)[:, 0]
     proposer = proposer_for(verifier, drafter, prompts[0])
-    proposer.begin(mx.array(prompts), root)
+    proposer.begin(mx.array(prompts), root, hidden)
     return SpeculativeStep(verifier, proposer, DecodingOptions(), cache, hidden, root)
 
 

@@ -84,8 +84,8 @@ class Method(abc.ABC):
         drafter.set_dtype(mx.float32)
         return drafter
 
-    def batches(self, teacher: Teacher, seed: int, dtype: mx.Dtype) -> BatchMaker | WholeRows:
-        """What cuts the batches of this kind."""
+    def batches(self, drafter: Any, teacher: Teacher, seed: int, dtype: mx.Dtype) -> BatchMaker | WholeRows:
+        """What cuts the batches for a drafter of this kind."""
         return BatchMaker(teacher, seed, dtype, self.reads_tokens)
 
     @abc.abstractmethod

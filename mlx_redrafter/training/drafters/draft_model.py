@@ -41,7 +41,7 @@ class DraftModel(Method):
     reads_tokens = True
     foreign = (
         *("exit_dim", "num_draft_layers", "no_rnn", "draft_vocab_size", "output_layer", "tree_size", "q_bits"),
-        *("q_aware", "step_weights", "step_shares", "context_layers"),
+        *("q_aware", "step_weights", "step_shares", "context_layers", "prefix_window"),
     )
     use = 'mlx_lm.generate --model {model} --draft-model THIS_DIRECTORY --prompt "..."'
 
@@ -67,7 +67,7 @@ class DraftModel(Method):
             raise UserError(f"--init {args.init}: is quantised; training goes on from unquantised weights only")
         return model
 
-    def batches(self, teacher: Teacher, seed: int, dtype: mx.Dtype) -> WholeRows:
+    def batches(self, drafter: Any, teacher: Teacher, seed: int, dtype: mx.Dtype) -> WholeRows:
         return WholeRows(teacher)
 
     def scores(self, drafter: nn.Module, batch: Batch) -> Iterator[mx.array]:

@@ -51,6 +51,8 @@ def new_drafter(
         drafter.lm_head.weight = _placed(drafter.lm_head.weight, rows)
     elif output == TIED:
         _pass(drafter, target, np.eye(config.hidden_size, dtype=np.float32))
+    if config.prefix_window:  # says nothing yet
+        drafter.prefix.output.weight = mx.zeros_like(drafter.prefix.output.weight)
     mx.eval(drafter.parameters())
     return drafter
 

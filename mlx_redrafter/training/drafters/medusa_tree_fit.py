@@ -63,7 +63,7 @@ def fit_medusa_tree(
         heads.set_dtype(mx.float32)
     with tempfile.TemporaryDirectory() as scratch:
         if text is not None:
-            found = earlier_rows(text, reader, tokenizer, heads.config.medusa_num_heads)
+            found = earlier_rows([text], reader, tokenizer, heads.config.medusa_num_heads)
         else:
             plan = DataPlan(data, length=row_length, rows=rows, held_out=0)
             found = prepare(scratch, reader, tokenizer, plan, embedded=target is None)

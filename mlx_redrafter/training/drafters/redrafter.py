@@ -16,10 +16,12 @@ from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, ar
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.training.batches import BatchMaker
 from mlx_redrafter.training.drafters.base import Method, flag
 from mlx_redrafter.training.drafters.init_weights import FROM_TARGET, TIED, new_drafter
 from mlx_redrafter.training.drafters.vocabulary import frequent_tokens
 from mlx_redrafter.training.loss import Batch
+from mlx_redrafter.training.teacher import Teacher
 from mlx_redrafter.training.text.shards import Rows
 
 
@@ -49,8 +51,9 @@ class ReDrafter(Method):
 
     def shape_flags(self, drafter: RecurrentDrafter) -> dict[str, Any]:
         same = ("exit_dim", "num_draft_layers", "draft_vocab_size")
-        layers = list(drafter.context_layers) or None
-        return {name: getattr(drafter.config, name) for name in same} | {"context_layers": layers}
+        layers, window = list(drafter.context_layers) or None, drafter.config.prefix_window or None
+        found = {name: getattr(drafter.config, name) for name in same}
+        return found | {"context_layers": layers, "prefix_window": window}
 
     def new(self, args: argparse.Namespace, target: Target, rows: Rows) -> RecurrentDrafter:
         layers = tuple(args.context_layers or ())
@@ -62,6 +65,7 @@ class ReDrafter(Method):
             not args.no_rnn,
             draft_vocab_size=args.draft_vocab_size,
             context_layers=() if layers == (target.num_layers,) else layers,
+            prefix_window=args.prefix_window or 0,
             tie_output=args.output_layer == TIED,
         )
         vocab_map = None
@@ -69,8 +73,14 @@ class ReDrafter(Method):
             vocab_map = frequent_tokens(rows, args.draft_vocab_size, target.vocab_size)
         return new_drafter(target, config, args.seed, args.output_layer or FROM_TARGET, vocab_map)
 
+    def batches(self, drafter: RecurrentDrafter, teacher: Teacher, seed: int, dtype: mx.Dtype) -> BatchMaker:
+        return BatchMaker(teacher, seed, dtype, whole=drafter.config.prefix_window > 0)
+
     def scores(self, drafter: RecurrentDrafter, batch: Batch) -> Iterator[mx.array]:
         context = drafter.project_context(batch.hidden)
+        if batch.whole:
+            contexts, after, at = batch.whole
+            context = context + drafter.prefix(contexts, after).reshape(-1, context.shape[-1])[at]
         state = None
         for embedding in batch.embeddings:
             rows = embedding.shape[0]
@@ -90,4 +100,6 @@ class ReDrafter(Method):
         recurrence = "rnn" if config.rnn else "sum of embeddings"
         blocks = f"{config.num_draft_layers} residual blocks"
         layers = f"context of layers {', '.join(map(str, config.context_layers))}, " if config.context_layers else ""
+        if config.prefix_window:
+            layers += f"prefix attention over {config.prefix_window} tokens, "
         return f"{recurrence}, {layers}exit_dim {config.exit_dim}, {blocks}, output layer: {output}"

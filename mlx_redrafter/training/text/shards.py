@@ -78,26 +78,37 @@ class Recipe:
 
 
 class Rows:
-    """The rows of a finished folder, read as they are asked for.
+    """The rows of finished folders, read as they are asked for.
 
     Training rows come first; the last `held_out` rows are for evaluation.
 
+    Attributes:
+        settings: that the rows of each folder come of.
+
     Raises:
-        UserError: no manifest, rows that are not all written, or a damaged shard.
+        UserError: no manifest, rows that are not all written or of several lengths, or a damaged shard.
     """
 
-    def __init__(self, folder: str | pathlib.Path):
-        self.folder = pathlib.Path(folder)
-        self.manifest = read_json(self.folder / MANIFEST)
-        if not self.manifest.get("complete"):
-            raise UserError(f"{self.folder}: its rows are not all written; run the same command again to go on")
-        self.length: int = self.manifest["length"]
-        self.held_out: int = self.manifest["held_out"]
-        self._files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
-        self._ends = np.cumsum([shard["rows"] for shard in self.manifest["shards"]])
-        for shard in self.manifest["shards"]:
-            if not _whole(self.folder, shard):
-                raise UserError(f"{self.folder / shard['file']}: missing or truncated; run the same command again")
+    def __init__(self, *folders: str | pathlib.Path):
+        shards: list[tuple[pathlib.Path, dict[str, Any]]] = []
+        self.settings: list[dict[str, Any]] = []
+        self.length = self.held_out = 0
+        for folder in map(pathlib.Path, folders):
+            manifest = read_json(folder / MANIFEST)
+            if not manifest.get("complete"):
+                raise UserError(f"{folder}: its rows are not all written; run the same command again to go on")
+            if self.length not in (0, manifest["length"]):
+                raise UserError(f"{folder}: rows of {manifest['length']} tokens beside others of {self.length}")
+            self.length = manifest["length"]
+            self.held_out += manifest["held_out"]
+            self.settings.append(manifest["settings"])
+            shards += [(folder, shard) for shard in manifest["shards"]]
+        shards.sort(key=lambda found: found[1]["file"] == HELD_OUT)
+        for folder, shard in shards:
+            if not _whole(folder, shard):
+                raise UserError(f"{folder / shard['file']}: missing or truncated; run the same command again")
+        self._files = [folder / shard["file"] for folder, shard in shards]
+        self._ends = np.cumsum([shard["rows"] for _, shard in shards])
         self._open = functools.lru_cache(OPEN_SHARDS)(self._map)
 
     def _map(self, shard: int) -> Any:

@@ -26,7 +26,9 @@ def search_both(drafters, embedding, width: int, length: int, batch: int = 3):
     theirs, ours = drafters
     table, rows = embedding
     contexts, roots = random_contexts(batch)
-    beam = beam_search(ours, rows, mx.array(to_numpy(contexts)), mx.array(roots, mx.int32), width, length)
+    beam = beam_search(
+        ours, rows, ours.project_context(mx.array(to_numpy(contexts))), mx.array(roots, mx.int32), width, length
+    )
     found = [
         reference.beam_search(theirs, table, context, root, width, length) for context, root in zip(contexts, roots)
     ]
