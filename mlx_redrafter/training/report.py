@@ -114,7 +114,7 @@ def _in_words(objective: Objective) -> str:
 
 
 def _text(rows: Rows) -> str:
-    data = [name for settings in rows.settings for name in settings["data"]]
+    data = [name for manifest in rows.manifests for name in manifest["settings"]["data"]]
     own = {SELF: "written by the target itself", REGENERATED: "answers of the target"}
     return (
         f"{', '.join(own.get(name, name) for name in data)}; {len(rows) - rows.held_out:,} rows of {rows.length} tokens"

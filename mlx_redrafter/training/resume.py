@@ -93,7 +93,7 @@ def forget(out: pathlib.Path, notes: pathlib.Path, args: argparse.Namespace, err
 def earlier_rows(paths: list[str], target: Target, tokenizer: Any, steps: int) -> Rows:
     """Rows that earlier runs wrote. Raises UserError unless they are whole and fit the tokenizer and the steps."""
     rows, path = Rows(*paths), " ".join(paths)
-    if any(one.get("tokenizer") != Renderer(tokenizer).fingerprint() for one in rows.settings):
+    if any(m["settings"].get("tokenizer") != Renderer(tokenizer).fingerprint() for m in rows.manifests):
         raise UserError(f"--text {path}: its rows were cut by another tokenizer than the target's")
     if rows.length < steps + 3 or rows.held_out < 1:
         raise UserError(f"--text {path}: expected rows of {steps + 3} tokens or more, some of them held out")

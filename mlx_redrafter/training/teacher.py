@@ -16,14 +16,12 @@ from mlx_redrafter.training.loss import HARD, KL, TEXT, Objective
 from mlx_redrafter.training.row_cache import RowCache
 from mlx_redrafter.training.text.shards import Rows
 
-_LOGIT_BYTES = 1 << 28  # logits of the target at a time
-
 
 class Teacher:
     """Reads rows with the frozen target: one forward pass per row, then kept on disk.
 
-    A row that is not kept is read again together with its whole batch, so that what is read
-    does not depend on what was kept, bit for bit.
+    Every row is read alone, so that what is read depends neither on the batch nor on what
+    was kept, bit for bit.
 
     Args:
         vocab_map: (n,) the target's ids of the draft vocabulary; None for all.
@@ -70,35 +68,32 @@ class Teacher:
 
     def read(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (B, T) int32 of the picked rows, and what the target made of them: (B,) records."""
-        tokens, _ = self.rows[picks]
-        kept = [self._cache.get(int(row)) for row in picks]
-        reading = self._ask(tokens) if None in kept else np.zeros(len(tokens), self.record)
-        for i, (row, record) in enumerate(zip(picks, kept, strict=True)):
-            if record is None:
+        tokens, counts = self.rows[picks]
+        reading = np.zeros(len(tokens), self.record)
+        for i, row in enumerate(picks):
+            kept = self._cache.get(int(row))
+            if kept is None:
+                self._ask(tokens[i], counts[i], reading[i])
                 self._cache.put(int(row), reading[i].tobytes())
             else:
-                reading[i] = np.frombuffer(record, self.record)[0]
+                reading[i] = np.frombuffer(kept, self.record)[0]
         return tokens, reading
 
     def close(self) -> None:
         self._cache.close()
 
-    def _ask(self, tokens: np.ndarray) -> np.ndarray:
-        """One pass of the target, as many rows at a time as its logits have room for."""
-        at_once = max(1, _LOGIT_BYTES // (4 * tokens.shape[1] * self.target.vocab_size))
-        reading = np.zeros(len(tokens), self.record)
-        for first in range(0, len(tokens), at_once):
-            block = tokens[first : first + at_once]
-            caches: list[Any] = [None] * len(self.target.model.layers)
-            hidden, logits = self.target.forward(mx.array(block), caches, context_layers=self.context_layers)
-            assert hidden is not None  # the command refuses targets that give none
-            ids, shares, mass = self._text_labels(block) if self.objective.labels == TEXT else self._own_labels(logits)
-            hidden = hidden.astype(mx.bfloat16).view(mx.uint16)
-            found = {"hidden": hidden, "ids": ids, "shares": shares, "mass": mass}
-            mx.eval(found)
-            for name in self.record.names or ():
-                reading[name][first : first + at_once] = np.array(found[name])
-        return reading
+    def _ask(self, tokens: np.ndarray, counts: np.ndarray, reading: np.void) -> None:
+        """Reads one row (T,) as far as its last token that is to be learned; what lies behind stays zero."""
+        used = tokens[None, : max(2, int(np.flatnonzero(counts)[-1]) + 1 if counts.any() else 0)]
+        caches: list[Any] = [None] * len(self.target.model.layers)
+        hidden, logits = self.target.forward(mx.array(used), caches, context_layers=self.context_layers)
+        assert hidden is not None  # the command refuses targets that give none
+        ids, shares, mass = self._text_labels(used) if self.objective.labels == TEXT else self._own_labels(logits)
+        hidden = hidden.astype(mx.bfloat16).view(mx.uint16)
+        found = {"hidden": hidden, "ids": ids, "shares": shares, "mass": mass}
+        mx.eval(found)
+        for name in self.record.names or ():
+            reading[name][: used.shape[1]] = np.array(found[name])[0]
 
     def _own_labels(self, logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """ids, shares and mass as the target's logits (B, T, vocab) have them."""

@@ -83,7 +83,7 @@ class Rows:
     Training rows come first; the last `held_out` rows are for evaluation.
 
     Attributes:
-        settings: that the rows of each folder come of.
+        manifests: of the folders.
 
     Raises:
         UserError: no manifest, rows that are not all written or of several lengths, or a damaged shard.
@@ -91,7 +91,7 @@ class Rows:
 
     def __init__(self, *folders: str | pathlib.Path):
         shards: list[tuple[pathlib.Path, dict[str, Any]]] = []
-        self.settings: list[dict[str, Any]] = []
+        self.manifests: list[dict[str, Any]] = []
         self.length = self.held_out = 0
         for folder in map(pathlib.Path, folders):
             manifest = read_json(folder / MANIFEST)
@@ -101,7 +101,7 @@ class Rows:
                 raise UserError(f"{folder}: rows of {manifest['length']} tokens beside others of {self.length}")
             self.length = manifest["length"]
             self.held_out += manifest["held_out"]
-            self.settings.append(manifest["settings"])
+            self.manifests.append(manifest)
             shards += [(folder, shard) for shard in manifest["shards"]]
         shards.sort(key=lambda found: found[1]["file"] == HELD_OUT)
         for folder, shard in shards:

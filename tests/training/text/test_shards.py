@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from support import make_model
 
 from mlx_redrafter import UserError
+from mlx_redrafter.system.files import write_json
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.loading import EMBEDDED
 from mlx_redrafter.training.text import shards
@@ -59,7 +60,7 @@ def test_rows_come_back(tmp_path, monkeypatch):
         with pytest.raises(IndexError):
             rows[wrong]
     assert isinstance(rows._open(0), np.memmap)
-    assert rows.manifest["shards"][1]["odd"] == 1 and rows.manifest["shards"][0]["learned"] == 12
+    assert rows.manifests[0]["shards"][1]["odd"] == 1 and rows.manifests[0]["shards"][0]["learned"] == 12
 
 
 def test_padding_and_first_tokens_never_count():
@@ -194,3 +195,17 @@ def test_killed_runs_end_as_quiet_ones(tmp_path):
 @pytest.mark.slow
 def test_killed_at_every_file(tmp_path):
     check_killed(tmp_path, [1, 2, 3, 4, 3, 2, 1])
+
+
+def test_several_folders(tmp_path):
+    """If this fails, rows of two runs cannot be learned together, or held-out rows are learned."""
+    for name in ("a", "b"):
+        write_rows(tmp_path / name, recipe())
+    one, both = Rows(tmp_path / "a"), Rows(tmp_path / "a", tmp_path / "b")
+    assert (len(both), both.held_out, both.length) == (28, 4, 6)
+    assert (both[:24][0] == np.concatenate([one[:12][0]] * 2)).all()
+    assert (both[24:][0] == np.concatenate([one[12:][0]] * 2)).all()
+    shorter = tmp_path / "b" / "manifest.json"
+    write_json(shorter, json.loads(shorter.read_text()) | {"length": 5})
+    with pytest.raises(UserError, match="b: rows of 5 tokens beside others of 6"):
+        Rows(tmp_path / "a", tmp_path / "b")

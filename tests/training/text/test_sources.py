@@ -49,7 +49,7 @@ def test_questions_of_its_own(chat, tmp_path):
     target, tokenizer, renderer = chat
     plan = DataPlan(rows=18, length=96, held_out=2, temps=(0.0, 1.0), rows_per_shard=8)
     rows = prepare(tmp_path, target, tokenizer, plan)
-    assert (len(rows), rows.held_out, len(rows.manifest["shards"])) == (18, 2, 3)
+    assert (len(rows), rows.held_out, len(rows.manifests[0]["shards"])) == (18, 2, 3)
     asked = set()
     for before, _ in parts(rows):
         text = tokenizer.decode(before)
@@ -143,7 +143,7 @@ def test_files(chat, tmp_path):
     text.write_text("plain text here\n" * 9)
     plan = DataPlan((str(file), str(text)), length=40, held_out=5, rows_per_shard=10)
     rows = prepare(tmp_path / "rows", target, tokenizer, plan)
-    assert rows.held_out == 5 and len(rows.manifest["shards"]) > 3
+    assert rows.held_out == 5 and len(rows.manifests[0]["shards"]) > 3
     learned = [tokenizer.decode(row[counts].tolist()) for row, counts in zip(*rows[:], strict=True)]
     answers = [text for text in learned if "it is" in text]
     assert sorted(answers) == sorted(f"{i} it is.<|im_end|>" for i in range(30))

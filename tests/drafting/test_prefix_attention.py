@@ -1,0 +1,122 @@
+"""Prefix attention reads in pieces, as decoding commits them, what training reads at once."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import make_drafter, make_model
+
+from mlx_redrafter.decoding.loop import speculative
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import Planner
+from mlx_redrafter.decoding.trace import Watched
+from mlx_redrafter.drafting.prefix_attention import PrefixAttention, PrefixReader
+from mlx_redrafter.drafting.proposers import RecurrentProposer
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.probe import verifier_of
+
+WINDOW, SIZE, HIDDEN, EXIT = 6, 24, 16, 20
+
+
+@pytest.fixture
+def layer():
+    mx.random.seed(3)
+    return PrefixAttention(SIZE, HIDDEN, EXIT, WINDOW)
+
+
+def by_hand(layer, contexts, embeddings, row):
+    """The layer at one row, from the rows of its window alone, each weight by itself."""
+    first = max(0, row + 1 - WINDOW)
+    x = (
+        contexts[first : row + 1] @ layer.input_context.weight.T
+        + embeddings[first : row + 1] @ layer.input_token.weight.T
+    )
+    block = layer.layer
+
+    def normed(norm, x):
+        return x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + 1e-6) * norm.weight
+
+    attention, y = block.self_attn, normed(block.input_layernorm, x)
+    q, k = (
+        mx.fast.rope(part(y)[None], HIDDEN, traditional=False, base=10000, scale=1, offset=first)[0]
+        for part in (attention.q_proj, attention.k_proj)
+    )
+    shares = mx.softmax(q[-1:] @ k.T * HIDDEN**-0.5, axis=-1)
+    x = x[-1:] + attention.o_proj(shares @ attention.v_proj(y))
+    y = normed(block.post_attention_layernorm, x)
+    gate = block.mlp.gate_proj(y)
+    x = x + block.mlp.down_proj(gate * mx.sigmoid(gate) * block.mlp.up_proj(y))
+    return layer.output(normed(layer.norm, x))[0]
+
+
+def test_the_layer_is_what_it_says(layer):
+    """If this fails, a row reads what comes after it, or more than its window."""
+    contexts, embeddings = mx.random.normal((2, 15, SIZE)), mx.random.normal((2, 15, HIDDEN))
+    found = layer(contexts, embeddings)
+    for b, row in ((0, 0), (1, 3), (0, WINDOW - 1), (1, WINDOW), (0, 14)):
+        assert np.allclose(found[b, row], by_hand(layer, contexts[b], embeddings[b], row), atol=1e-5)
+
+
+def test_rows_in_pieces(layer):
+    """If this fails, what was rejected is attended to, or what was accepted is lost."""
+    rng = np.random.default_rng(0)
+    table = mx.random.normal((50, HIDDEN))
+    contexts, tokens = mx.random.normal((2, 60, SIZE)), mx.array(rng.integers(0, 50, (2, 60)))
+    at_once = layer(contexts, table[tokens])
+    reader, length = PrefixReader(layer, lambda ids: table[ids]), [9, 9]
+    reader.extend(contexts[:, :9], tokens[:, :9])
+    for step in range(12):
+        if step % 3 != 1:  # some rows wait for others
+            found = reader.last()
+            for b in range(2):
+                assert np.allclose(found[b], at_once[b, length[b] - 1], atol=1e-5)
+        if step == 4:
+            grown, count = [1, 1], None  # a plain step
+        elif step == 7:
+            grown, count = [7, 7], None  # more than the window, all of it waiting
+        else:
+            grown = rng.integers(1, 5, 2).tolist()
+            count = mx.array(grown, mx.int32)
+        size = max(grown) + (0 if count is None else 1)
+        rows, after = mx.random.normal((2, size, SIZE)), mx.zeros((2, size), mx.int32)
+        for b in range(2):  # behind those that count lies what was rejected
+            rows[b, : grown[b]] = contexts[b, length[b] : length[b] + grown[b]]
+            after[b, : grown[b]] = tokens[b, length[b] : length[b] + grown[b]]
+        reader.extend(rows, after, count)
+        length = [a + b for a, b in zip(length, grown)]
+    assert max(length) < 60
+
+
+class Alternating(Planner):
+    """Chains, trees and plain steps in turn."""
+
+    def __init__(self):
+        self._plans = [Drafted(DraftShape(1, 4, 3)), PLAIN, Drafted(DraftShape(3, 4, 7)), PLAIN, PLAIN]
+        self._asked = 0
+
+    def plan(self):
+        self._asked += 1
+        return self._plans[self._asked % len(self._plans)]
+
+
+@pytest.mark.parametrize("chunk", [2048, 3])
+def test_decoding_reads_what_training_reads(chunk):
+    """If this fails, a head is asked about another text than it was trained for: it drafts, but badly."""
+    model = make_model()
+    target, layers = Target.of(model), (1, 2)
+    drafter = make_drafter(context_layers=layers, prefix_window=8)
+    prompt = [3, 14, 15, 92, 65, 35, 89, 79, 3, 14, 15, 92]
+    watched = Watched(RecurrentProposer(drafter, target.embed))
+    options, verifier = DecodingOptions(max_tokens=40, prefill_step_size=chunk), verifier_of(model)
+    text, heads = list(prompt), []
+    for produced in speculative(verifier, watched, mx.array([prompt]), verifier.make_cache(), options, Alternating()):
+        if isinstance(produced.plan, Drafted):
+            projected, _, _ = watched.steps.popleft()
+            heads.append((len(text), projected))  # the root is the last token of the text
+        text += produced.tokens
+    contexts, _ = target.forward(mx.array([text]), [None] * 2, context_layers=layers)
+    after = target.embed(mx.array([[*text[1:], 0]]))
+    expected = drafter.project_context(contexts) + drafter.prefix(contexts, after)
+    assert len(heads) > 10
+    for length, projected in heads:
+        assert np.allclose(projected[0], expected[0, length - 2], atol=1e-4)
