@@ -92,7 +92,7 @@ def export_drafter(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a drafter under the names of Apple or Medusa, in full. Raises UserError where they have no form for it."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         drafter: Any = read_drafter(source, pathlib.Path(scratch))
-        for field in ("draft_vocab_size", "context_layers", "tie_output"):
+        for field in ("draft_vocab_size", "context_layers", "prefix_window", "output_norm", "tie_output"):
             if value := getattr(drafter.config, field, None):
                 raise UserError(f"{source}: {field} is {value}, for which this layout has no form")
         _dequantize(drafter)

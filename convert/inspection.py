@@ -147,6 +147,8 @@ def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathli
             found.about = f"for targets of hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
             if layers := getattr(config, "context_layers", ()):
                 found.about += f", reads hidden states behind layers {', '.join(map(str, layers))}"
+            if window := getattr(config, "prefix_window", 0):
+                found.about += f", attends to {window} tokens"
             if config.target_fingerprint:
                 found.about += f", made for {config.target_fingerprint.get('name', 'a target of unknown name')}"
             else:

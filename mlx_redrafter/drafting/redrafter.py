@@ -6,6 +6,7 @@ Notation of the paper (arXiv 2403.09919, section 3.1) with the details of Apple'
                s_k = e(x_k) + s_{k-1}                    (no rnn)
     z = [h ; s_k];  z = P z + p   only if exit_dim != 2 * hidden_size, or h is of several layers
     z = z + SiLU(A_i z + a_i)     for i in 1..num_draft_layers
+    z = RMSNorm(z)                only with output_norm
     logits = O z
 
 e is the target's embedding, h the context: the target's last hidden state, or those behind
@@ -51,6 +52,7 @@ class DrafterConfig:
             rising; the number of all layers stands for the last one, after the final norm. None of
             them: h is the last one alone, as in Apple's weights.
         prefix_window: committed tokens that prefix attention reads; 0 where there is none.
+        output_norm: z is normalised before O, as targets do; no part of Apple's weights.
         tie_output: O is the target's own output layer, or those of its rows that can be
             drafted; needs exit_dim = hidden_size.
         quantization: {"group_size": int, "bits": int} of a quantised drafter, else None.
@@ -67,6 +69,7 @@ class DrafterConfig:
     draft_vocab_size: int | None = None
     context_layers: tuple[int, ...] = ()
     prefix_window: int = 0
+    output_norm: bool = False
     tie_output: bool = False
     quantization: dict[str, int] | None = None
     target_fingerprint: dict[str, Any] | None = None
@@ -102,7 +105,7 @@ class DrafterConfig:
         values: dict[str, Any] = {}
         for key, least in (("vocab_size", 1), ("hidden_size", 1), ("exit_dim", 1), ("num_draft_layers", 0)):
             values[key] = whole_number(fields, key, least, source)
-        for key in ("rnn", "tie_output"):
+        for key in ("rnn", "output_norm", "tie_output"):
             values[key] = fields.get(key, False)
             if not isinstance(values[key], bool):
                 raise UserError(f"{source}: {key} is {values[key]!r}, expected true or false")
@@ -130,21 +133,8 @@ class DrafterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-        # Apple's config.json has none of these; what is not used is not said.
-        for name in (
-            *(
-                "draft_vocab_size",
-                "context_layers",
-                "prefix_window",
-                "tie_output",
-                "quantization",
-                "target_fingerprint",
-            ),
-            "right_by_depth",
-        ):
-            if not fields[name]:
-                del fields[name]
-        return fields
+        # What is not used is not said, but for what Apple's config.json says always.
+        return {name: value for name, value in fields.items() if value or name in ("num_draft_layers", "rnn")}
 
 
 def are_layers(value: Any) -> bool:
@@ -187,6 +177,8 @@ class RecurrentDrafter(DrafterBase):
         if config.prefix_window:
             self.prefix = PrefixAttention(config.context_size, hidden, exit_dim, config.prefix_window)
         self.blocks = [ResidualBlock(exit_dim) for _ in range(config.num_draft_layers)]
+        if config.output_norm:
+            self.output_norm = nn.RMSNorm(exit_dim, eps=1e-6)
         if not config.tie_output:
             self.lm_head = nn.Linear(exit_dim, config.scored, bias=False)
         if config.draft_vocab_size is not None:
@@ -281,4 +273,6 @@ class RecurrentDrafter(DrafterBase):
             z = mx.concatenate([mx.broadcast_to(projected_context, shape), state], axis=-1)
         for block in self.blocks:
             z = block(z)
+        if self.config.output_norm:
+            z = self.output_norm(z)
         return (self._tied if self.config.tie_output else self.lm_head)(z)

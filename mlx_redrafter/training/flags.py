@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " head reads, by the number of layers passed (default: the last alone)")  # fmt: skip
     add("--prefix-window", type=whole(1), metavar="TOKENS", help="prefix attention: a recurrent head also reads so many"
         " tokens of the text (default: none)")  # fmt: skip
+    add("--output-norm", nargs=0, default=False, help="normalise what a recurrent head's output layer reads")
     add("--draft-vocab-size", type=whole(1), help="draft only so many tokens, the most frequent ones (default: all)")
     add("--output-layer", choices=OUTPUTS, help="begin from the target's output layer (default)"
         " or at random, or stay tied to it: not trained, not stored")  # fmt: skip

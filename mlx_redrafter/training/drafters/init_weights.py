@@ -23,6 +23,7 @@ def new_drafter(
     seed: int,
     output: str = FROM_TARGET,
     vocab_map: np.ndarray | None = None,
+    text: np.ndarray | None = None,
 ) -> RecurrentDrafter:
     """A drafter to start training from.
 
@@ -36,6 +37,7 @@ def new_drafter(
     Args:
         output: "target", "random", or "tied" (not trained, the target's own), as config.tie_output says.
         vocab_map: (config.draft_vocab_size,) the target's ids of the draft vocabulary.
+        text: (B, T) token ids, by which a norm before the output layer learns how large hidden states are.
     """
     mx.random.seed(seed)
     drafter = RecurrentDrafter(config)
@@ -53,6 +55,11 @@ def new_drafter(
         _pass(drafter, target, np.eye(config.hidden_size, dtype=np.float32))
     if config.prefix_window:  # says nothing yet
         drafter.prefix.output.weight = mx.zeros_like(drafter.prefix.output.weight)
+    if config.output_norm and text is not None:  # hidden states that pass through come out as they were
+        hidden, _ = target.forward(mx.array(text), [None] * len(target.model.layers))
+        assert hidden is not None  # the command refuses targets that give none
+        size = mx.sqrt(mx.mean(mx.square(hidden.astype(mx.float32))))
+        drafter.output_norm.weight = size * mx.ones_like(drafter.output_norm.weight)
     mx.eval(drafter.parameters())
     return drafter
 

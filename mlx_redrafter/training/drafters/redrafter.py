@@ -66,12 +66,13 @@ class ReDrafter(Method):
             draft_vocab_size=args.draft_vocab_size,
             context_layers=() if layers == (target.num_layers,) else layers,
             prefix_window=args.prefix_window or 0,
+            output_norm=args.output_norm,
             tie_output=args.output_layer == TIED,
         )
         vocab_map = None
         if args.draft_vocab_size is not None:
             vocab_map = frequent_tokens(rows, args.draft_vocab_size, target.vocab_size)
-        return new_drafter(target, config, args.seed, args.output_layer or FROM_TARGET, vocab_map)
+        return new_drafter(target, config, args.seed, args.output_layer or FROM_TARGET, vocab_map, rows[:1][0])
 
     def batches(self, drafter: RecurrentDrafter, teacher: Teacher, seed: int, dtype: mx.Dtype) -> BatchMaker:
         return BatchMaker(teacher, seed, dtype, whole=drafter.config.prefix_window > 0)
