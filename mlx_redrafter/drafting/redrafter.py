@@ -266,6 +266,15 @@ class RecurrentDrafter(DrafterBase):
         Returns:
             (..., config.scored), unnormalised.
         """
+        return self.output_layer(self.features(projected_context, state))
+
+    @property
+    def output_layer(self) -> Any:
+        """O: (..., exit_dim) -> (..., config.scored)."""
+        return self._tied if self.config.tie_output else self.lm_head
+
+    def features(self, projected_context: mx.array, state: mx.array) -> mx.array:
+        """What O reads, (..., exit_dim); arguments as for `logits`."""
         if "input_proj_state" in self:
             z = projected_context + self.input_proj_state(state)
         else:
@@ -275,4 +284,4 @@ class RecurrentDrafter(DrafterBase):
             z = block(z)
         if self.config.output_norm:
             z = self.output_norm(z)
-        return (self._tied if self.config.tie_output else self.lm_head)(z)
+        return z

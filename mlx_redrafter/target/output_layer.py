@@ -51,11 +51,16 @@ def output_layer(target: Target, ids: mx.array | None = None) -> nn.Module:
 
 def output_matrix(target: Target) -> np.ndarray:
     """The whole layer as (vocab_size, hidden_size) float32, without a bias."""
-    parts, quantization = _parts(_find(target))
-    weight = parts["weight"]
-    if quantization is not None:
-        weight = mx.dequantize(weight, parts["scales"], parts.get("biases"), **quantization)
-    return np.array(weight.astype(mx.float32))
+    return np.array(rows_of(_find(target)).astype(mx.float32))
+
+
+def rows_of(layer: nn.Module, ids: mx.array | None = None) -> mx.array:
+    """A layer's rows (n, hidden_size), dequantised, without a bias; all of them if no ids (n,) are given."""
+    parts, quantization = _parts(layer)
+    parts = {name: part if ids is None else part[ids] for name, part in parts.items()}
+    if quantization is None:
+        return parts["weight"]
+    return mx.dequantize(parts["weight"], parts["scales"], parts.get("biases"), **quantization)
 
 
 def _find(target: Target) -> nn.Module:

@@ -11,6 +11,8 @@ import numpy as np
 from mlx_redrafter.training.loss import Batch
 from mlx_redrafter.training.teacher import Teacher
 
+_COMPARED = 16  # rows that show what all begin with
+
 
 class BatchMaker:
     """Cuts batches: which positions are unrolled how far, and what they read and learn.
@@ -31,6 +33,10 @@ class BatchMaker:
         self.positions = teacher.rows.length - self.steps - 1  # the last step's token has to be in the row
         self.kept = [max(1, round(share * self.positions)) for share in objective.step_shares]
         self.positions_per_row = self.kept[0]
+        self._common = 0  # tokens that all rows begin with
+        if objective.prompts:
+            first = teacher.rows[:_COMPARED][0]
+            self._common = int(np.argmin((first == first[0]).all(axis=0)))
 
     def __call__(self, picks: np.ndarray, update: int, part: slice = slice(None)) -> Batch:
         """The batch of update number `update`.
@@ -39,9 +45,11 @@ class BatchMaker:
             picks: (B,) the rows of the update in all processes together.
             part: the rows of this process among them.
         """
-        chosen, counted = zip(
-            *(self._choose(row, update, i) for i, row in enumerate(self.teacher.rows[picks][1])), strict=True
-        )
+        marks = self.teacher.rows[picks][1]
+        if self.teacher.objective.prompts:  # everything up to the last token that counts
+            marks = np.flip(np.maximum.accumulate(np.flip(marks, axis=1), axis=1), axis=1).copy()
+            marks[:, : self._common] = False
+        chosen, counted = zip(*(self._choose(row, update, i) for i, row in enumerate(marks)), strict=True)
         counts = np.maximum(1, np.sum([[c[k, :n].sum() for k, n in enumerate(self.kept)] for c in counted], axis=0))
         tokens, reading = self.teacher.read(picks[part])
         # Rank by rank over all rows, so that the first n_k of every row come first.
@@ -58,13 +66,37 @@ class BatchMaker:
             weights.append(mx.array(learned[k, :n] * reading["mass"][where].astype(np.float32)))
             if self.teacher.has_ids:
                 ids.append(mx.array(reading["ids"][where].astype(np.int32)))
+        candidates: list[mx.array] = []
+        if 0 < self.teacher.objective.candidates < self.teacher.size and ids:
+            candidates, ids, shares = self._among_candidates(ids, shares, update)
         hidden = mx.array(reading["hidden"][rows, at]).view(mx.bfloat16).astype(self.dtype)
         whole = []
         if self.whole:
             contexts = mx.array(reading["hidden"]).view(mx.bfloat16).astype(self.dtype)
             after = self.teacher.target.embed(mx.array(np.roll(tokens, -1, axis=1))).astype(self.dtype)
             whole = [contexts, after, mx.array(rows * tokens.shape[1] + at, mx.int32)]
-        return Batch(hidden, embeddings, ids, shares, weights, mx.array(counts, mx.float32), whole)
+        counted_in_all = mx.array(counts, mx.float32)
+        return Batch(hidden, embeddings, ids, shares, weights, counted_in_all, whole, candidates)
+
+    def _among_candidates(
+        self, ids: list[mx.array], shares: list[mx.array], update: int
+    ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+        """The candidates of an update, and its labels among them.
+
+        A label for which there is no room has no share; the rarest go first.
+        """
+        size, count = self.teacher.size, self.teacher.objective.candidates
+        seen = np.bincount(np.concatenate([np.array(part).reshape(-1) for part in ids]), minlength=size)
+        # Noise below 1 decides among those that are seen equally often, all that are not seen included.
+        order = np.argsort(-(seen + np.random.default_rng((self.seed, update)).random(size)))
+        chosen = np.sort(order[:count])
+        place = np.zeros(size, np.int32)
+        place[chosen] = np.arange(count)
+        there = np.zeros(size, np.float32)
+        there[chosen] = 1
+        places, share_there = mx.array(place), mx.array(there)
+        shares = [share * share_there[part] for share, part in zip(shares, ids, strict=True)]
+        return [mx.array(chosen.astype(np.int32))], [places[part] for part in ids], shares
 
     def _choose(self, counted: np.ndarray, update: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions of one row in random order, those with something to learn first.

@@ -98,6 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=16,
         help="tokens of the distribution that count, 0 for all (default: 16)",
     )
+    add("--loss-vocab", type=whole(0), default=0, metavar="TOKENS", help="tokens that a distribution is over in an"
+        " update: those of its labels, and others at random; 0 for all (default)")  # fmt: skip
+    add("--learn-prompts", nargs=0, default=False, help="learn prompts like answers, but for what all texts begin with")
     add("--teacher-temp", type=POSITIVE, default=1.0, help="temperature of the distribution (default: %(default)s)")
     add("--beam-length", type=whole(2, 32), default=5, help="tokens per beam, the root included: one draft step less is"
         " learned (default: %(default)s)")  # fmt: skip
@@ -153,7 +156,10 @@ def training_plan(args: argparse.Namespace, on_cpu: bool) -> TrainingPlan:
     }
     return TrainingPlan(
         **named,
-        objective=Objective(args.loss, args.teacher_top_k, args.teacher_temp, tuple(weights), tuple(shares)),
+        objective=Objective(
+            *(args.loss, args.teacher_top_k, args.teacher_temp, tuple(weights), tuple(shares)),
+            *(args.loss_vocab, args.learn_prompts),
+        ),
         quantization={"group_size": args.q_group_size, "bits": args.q_bits} if args.q_aware else None,
     )
 

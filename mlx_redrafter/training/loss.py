@@ -90,6 +90,9 @@ class Objective:
             steps that are learned.
         step_shares: share of the positions at which step k is learned (a recurrence is unrolled
             as far as it), each at most the one before; a random choice in every update.
+        candidates: tokens that a distribution is over, in every update those that its labels name and
+            others at random (a sampled softmax, arXiv 1412.2007); 0 for all.
+        prompts: prompts are learned like answers, but for what all rows begin with.
     """
 
     labels: str = KL
@@ -97,6 +100,8 @@ class Objective:
     temperature: float = 1.0
     step_weights: tuple[float, ...] = (1.0, 0.9, 0.81, 0.729)
     step_shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    candidates: int = 0
+    prompts: bool = False
 
 
 @dataclasses.dataclass
@@ -109,7 +114,7 @@ class Batch:
         embeddings: for each step k, (n_k, hidden_size) of x_{t+k}; none at all for drafters
             that read no tokens.
         ids: for each step k, (n_k, j) int32 the teacher's tokens at position t + k, in the
-            draft vocabulary; none at all where `shares` covers all of it.
+            draft vocabulary, or among the candidates where there are any; none at all where `shares` covers all of it.
         shares: for each step k, (n_k, j) their probabilities.
         weights: for each step k, (n_k,) float32; 0 for what is not learned, the probability
             that the target gives to the draft vocabulary for what is.
@@ -117,6 +122,7 @@ class Batch:
         whole: for drafters that read all of a text up to a position: contexts (B, T, context_size), embeddings
             (B, T, hidden_size) of the token after each, and (n_1,) int32 which of the B T rows the positions
             are; else none at all.
+        candidates: (C,) int32, alone in a list: draft tokens that scores are asked for; none at all where it is all.
         tokens: (B, T) int32, alone in a list, for drafters that read whole rows; else none at all.
     """
 
@@ -127,6 +133,7 @@ class Batch:
     weights: list[mx.array]
     counts: mx.array
     whole: list[mx.array] = dataclasses.field(default_factory=list)
+    candidates: list[mx.array] = dataclasses.field(default_factory=list)
     tokens: list[mx.array] = dataclasses.field(default_factory=list)
 
 

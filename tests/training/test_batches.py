@@ -1,5 +1,7 @@
 """Batches: which contexts, tokens and labels an update learns from."""
 
+import dataclasses
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,6 +10,7 @@ from support import make_drafter, make_model
 from support.rows import VOCAB, TextRows, random_rows, teacher_of
 
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.output_layer import rows_of
 from mlx_redrafter.training.batches import BatchMaker
 from mlx_redrafter.training.drafters.redrafter import ReDrafter
 from mlx_redrafter.training.loss import Objective, distillation_loss
@@ -101,3 +104,43 @@ def test_shares_of_positions_nest(tmp_path):
     parts = [make(np.arange(3), 5, slice(i, i + 1)) for i in range(3)]
     assert sum(len(p.weights[2]) for p in parts) == 12
     assert mx.array_equal(parts[0].counts, batch.counts)  # the mean is over the whole batch
+
+
+def test_prompts_are_learned_where_asked_for(tmp_path):
+    """If this fails, half of a text teaches nothing, or what all rows begin with is learned again and again."""
+    tokens, counts = random_rows(3, 20), np.zeros((3, 20), bool)
+    tokens[:, :4] = [1, 2, 3, 4]
+    tokens[:, 4] = [5, 6, 7]
+    counts[:, 12:16] = True
+    objective = Objective(step_weights=(1, 1), step_shares=(1, 1), prompts=True)
+    make = BatchMaker(teacher_of(Target(make_model()), TextRows(tokens, counts), tmp_path, objective), seed=0)
+    batch = make(np.array([0, 2]), 0)
+    assert batch.counts.tolist() == [24, 22]  # tokens 4 to 15 of both rows; of pairs one less
+    alone = dataclasses.replace(objective, prompts=False)
+    make = BatchMaker(teacher_of(Target(make_model()), TextRows(tokens, counts), tmp_path / "b", alone), seed=0)
+    assert make(np.array([0, 2]), 0).counts.tolist() == [8, 6]
+
+
+def test_candidates_stand_for_the_vocabulary(tmp_path):
+    """If this fails, a label is learned as another token, or the loss is over tokens that nobody named."""
+    target, rows = Target(make_model()), random_rows(2)
+    objective = Objective(top_k=3, step_weights=(1, 1), step_shares=(1, 1))
+    few = dataclasses.replace(objective, candidates=60)
+    whole = BatchMaker(teacher_of(target, rows, tmp_path / "a", objective), seed=0)(np.array([0, 1]), 7)
+    batch = BatchMaker(teacher_of(target, rows, tmp_path / "b", few), seed=0)(np.array([0, 1]), 7)
+    [candidates] = batch.candidates
+    assert len(set(candidates.tolist())) == 60
+    drafter = make_drafter()
+    at = mx.array(np.random.default_rng(0).normal(size=(len(whole.hidden), 32)), mx.float32)
+    for k in range(2):
+        assert mx.array_equal(candidates[batch.ids[k]], whole.ids[k]) and mx.array_equal(
+            batch.shares[k], whole.shares[k]
+        )
+        given, all_of_them = drafter.features(at, at) @ rows_of(drafter.lm_head, candidates).T, drafter.logits(at, at)
+        assert np.allclose(given, all_of_them[:, candidates], atol=1e-4)
+    named = np.unique(np.concatenate([np.array(part).reshape(-1) for part in whole.ids]))
+    scarce = dataclasses.replace(objective, candidates=len(named) // 2)
+    batch = BatchMaker(teacher_of(target, rows, tmp_path / "c", scarce), seed=0)(np.array([0, 1]), 7)
+    for k in range(2):  # what found no room has no share
+        there = np.isin(np.array(whole.ids[k]), np.array(batch.candidates[0]))
+        assert (np.array(batch.shares[k]) == np.where(there, np.array(whole.shares[k]), 0)).all() and not there.all()

@@ -16,6 +16,7 @@ from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, ar
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.output_layer import rows_of
 from mlx_redrafter.training.batches import BatchMaker
 from mlx_redrafter.training.drafters.base import Method, flag
 from mlx_redrafter.training.drafters.init_weights import FROM_TARGET, TIED, new_drafter
@@ -82,11 +83,14 @@ class ReDrafter(Method):
         if batch.whole:
             contexts, after, at = batch.whole
             context = context + drafter.prefix(contexts, after).reshape(-1, context.shape[-1])[at]
-        state = None
+        output, state = drafter.output_layer, None
+        if batch.candidates:
+            output = rows_of(output, batch.candidates[0])
         for embedding in batch.embeddings:
             rows = embedding.shape[0]
             state = drafter.advance(embedding, None if state is None else state[:rows])
-            yield drafter.logits(context[:rows], state)
+            features = drafter.features(context[:rows], state)
+            yield features @ output.T if batch.candidates else output(features)
 
     def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
         shape = DraftShape(4, args.beam_length, min(12, 4 * (args.beam_length - 1)))
