@@ -77,11 +77,11 @@ def _lively(path: str, weight: mx.array) -> mx.array:
     return (2 * weight if weight.ndim == 2 and "norm" not in path else weight) + noise
 
 
-def random_drafter(target: Target, seed: int = 1, context_layers: tuple[int, ...] = ()) -> RecurrentDrafter:
-    """A drafter that knows nothing."""
+def random_drafter(target: Target, seed: int = 1, **shape: Any) -> RecurrentDrafter:
+    """A drafter that knows nothing; `shape` is what else its config says."""
     mx.random.seed(seed)
     vocab, size = target.vocab_size, target.hidden_size
-    drafter = RecurrentDrafter(DrafterConfig(vocab, size, size, num_draft_layers=1, context_layers=context_layers))
+    drafter = RecurrentDrafter(DrafterConfig(vocab, size, size, num_draft_layers=1, **shape))
     mx.eval(drafter.parameters())
     return drafter
 
