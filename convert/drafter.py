@@ -7,7 +7,6 @@ import tempfile
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.utils import dequantize_model
 from mlx_redrafter.convert import medusa, redrafter
 from mlx_redrafter.convert.source import TORCH_PATTERNS
 
@@ -78,7 +77,7 @@ def convert_drafter(
             if target is not None:
                 drafter.config.target_fingerprint = _fingerprint(target, drafter, trust_remote_code)
             if quantize or dequantize:
-                _dequantize(drafter)
+                drafter.dequantize()
             if dtype is not None:
                 drafter.set_dtype(getattr(mx, dtype))
             if quantize:
@@ -95,19 +94,13 @@ def export_drafter(source: pathlib.Path, folder: pathlib.Path) -> None:
         for field in ("draft_vocab_size", "context_layers", "prefix_window", "output_norm", "tie_output"):
             if value := getattr(drafter.config, field, None):
                 raise UserError(f"{source}: {field} is {value}, for which this layout has no form")
-        _dequantize(drafter)
+        drafter.dequantize()
         fields, weights = (medusa if is_medusa(source) else redrafter).published_form(drafter)
         take_weights(drafter)
         save_weights(folder, weights, "writing the drafter", kind="pt", shard_bytes=_ONE_FILE)
     if is_medusa(source):
         (folder / "model.safetensors").rename(folder / medusa.WEIGHT_FILES[0])
     write_json(folder / "config.json", fields)
-
-
-def _dequantize(drafter: Drafter) -> None:
-    if drafter.config.quantization is not None:
-        dequantize_model(drafter)
-        drafter.config.quantization = None
 
 
 def _fingerprint(target: str, drafter: Drafter, trust_remote_code: bool) -> dict[str, Any]:

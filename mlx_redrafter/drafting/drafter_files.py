@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.utils import dequantize_model
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import replace_file, write_json
@@ -108,6 +109,12 @@ class DrafterBase(nn.Module):
         check_widths(self.config.widths(), group_size)
         nn.quantize(self, group_size=group_size, bits=bits)
         self.config.quantization = {"group_size": group_size, "bits": bits}
+
+    def dequantize(self) -> None:
+        """Makes quantised matrices whole again, in place; the rounding stays."""
+        if self.config.quantization is not None:
+            dequantize_model(self)
+            self.config.quantization = None
 
     def fill(self: D, weights: dict[str, mx.array], source: str) -> D:
         """Itself with its weights, quantised as the config says and frozen; every name and shape is checked.

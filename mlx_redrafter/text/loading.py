@@ -16,7 +16,7 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError, one_line
-from mlx_redrafter.system.device import stalling
+from mlx_redrafter.system.device import on_cpu, stalling
 from mlx_redrafter.system.hub import fetch, snapshot_of
 from mlx_redrafter.system.openblas_layout import pack
 from mlx_redrafter.target.model import Target
@@ -84,6 +84,8 @@ def load(
         if not target.missing:
             check_pair(target, drafter, draft)
             check_fingerprint(target, tokenizer, drafter, draft)
+            if on_cpu() and target.dtype == mx.float32:  # there, quantised products take each row by itself
+                drafter.dequantize()
             if drafter.config.quantization is None:
                 drafter.set_dtype(target.dtype)
         mx.eval(drafter.parameters())
