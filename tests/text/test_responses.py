@@ -71,8 +71,8 @@ def test_earlier_turns_are_looked_at(pair):
     seen = []
     begin = LookupProposer.begin
 
-    def spy(self, text, root):
-        begin(self, text, root)
+    def spy(self, text, root, contexts):
+        begin(self, text, root, contexts)
         seen.append(list(self.index.tokens))
 
     conversation = Conversation(model, tokenizer, None, max_tokens=8, lookup="on")
