@@ -30,10 +30,10 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.generate import stream_generate
 from mlx_redrafter.text.loading import load_target
 
-PLAIN, PACKED, OURS = "plain", "plain-packed", "ours"
+PLAIN, AS_LOADED, OURS = "plain", "as-loaded", "ours"
 CHAIN_OF_3, TREE_OF_7 = "chain:3", "best-first:4x5:7"
 DRAFTER_AUTO = "auto-no-lookup"  # chooses among the drafter's shapes alone
-DEFAULTS = (PLAIN, PACKED, OURS, CHAIN_OF_3, "beams:4x5:7", TREE_OF_7, DRAFTER_AUTO, AUTO)
+DEFAULTS = (PLAIN, AS_LOADED, OURS, CHAIN_OF_3, "beams:4x5:7", TREE_OF_7, DRAFTER_AUTO, AUTO)
 
 DRAFT_MODEL, MEDUSA, LOOKUP = "draft model", "Medusa", "lookup"
 NO_LOOKUP, REDRAFTER_AUTO = "ReDrafter auto, no lookup", "ReDrafter auto"  # the second as generate does it
@@ -55,7 +55,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 def drafts(method: str) -> bool:
     """Whether a method uses the drafter."""
-    return method not in (PLAIN, PACKED, OURS)
+    return method not in (PLAIN, AS_LOADED, OURS)
 
 
 def shape_named(method: str) -> DraftShape | None:
@@ -79,7 +79,7 @@ def shape_named(method: str) -> DraftShape | None:
         width, length = int(found[1]), int(found[2])
         shape = DraftShape(width, length, int(found[3] or width * (length - 1)), name)
     else:
-        known = ", ".join([PLAIN, PACKED, OURS, AUTO, DRAFTER_AUTO, "chain", BEAMS, BEST_FIRST])
+        known = ", ".join([PLAIN, AS_LOADED, OURS, AUTO, DRAFTER_AUTO, "chain", BEAMS, BEST_FIRST])
         raise UserError(f"--methods {method}: no such method, expected one of {known}")
     try:
         shape.check(vocab_size=2**31)
@@ -103,7 +103,7 @@ class Decoder:
         model, tokenizer, drafter: the pair.
         max_tokens: per text.
         temp, seed: of the target's choices; temperature 0 is greedy.
-        as_loaded: the target that mlx_lm's plain loop runs, if not `model`: the same, its weights not packed.
+        unpacked: the target as mlx_lm loads it, if its weights lie otherwise than the model's.
         caches: makes the caches that a text begins with, one call a text; None for the method's own.
     """
 
@@ -113,22 +113,22 @@ class Decoder:
     max_tokens: int
     temp: float = 0.0
     seed: int = 0
-    as_loaded: nn.Module | None = None
+    unpacked: nn.Module | None = None
     caches: Callable[[], list[Any]] | None = None
 
     def method(self, name: str) -> Method:
         """The method of that name (see `shape_named`)."""
         if drafts(name):
             return self.drafted(shape_named(name) or AUTO, AUTO if name == AUTO else OFF)
-        return {PLAIN: self.plain, PACKED: self.packed, OURS: self.ours}[name]
+        return {PLAIN: self.plain, AS_LOADED: self.as_loaded, OURS: self.ours}[name]
 
     def plain(self, prompt: list[int]) -> Iterable:
-        """mlx_lm's own loop over the target as mlx_lm loads it."""
-        return self._mlx_lm(self.as_loaded or self.model, prompt)
-
-    def packed(self, prompt: list[int]) -> Iterable:
-        """mlx_lm's own loop over the target as we load it."""
+        """mlx_lm's own loop over the weights that all methods read, in the same layout."""
         return self._mlx_lm(self.model, prompt)
+
+    def as_loaded(self, prompt: list[int]) -> Iterable:
+        """mlx_lm's own loop over the weights in the layout that mlx_lm loads them in."""
+        return self._mlx_lm(self.unpacked or self.model, prompt)
 
     def _mlx_lm(self, model: nn.Module, prompt: list[int], **options: Any) -> Iterable:
         """At a temperature mlx_lm asks our sampler, so that it writes the seed's text, too."""

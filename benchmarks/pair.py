@@ -97,7 +97,7 @@ def _loaded(args: argparse.Namespace, model: nn.Module, tokenizer: Any, scale: f
         if baseline:
             as_loaded, _, _ = load_from(args, pack_weights=False)
             scale_cost(as_loaded, scale)
-            layout += ", but for mlx_lm's plain loop"
+            layout += ", but for as-loaded"
         pack(model)
     facts = device_facts()
     facts["weights"] = layout

@@ -34,7 +34,8 @@ HEADING = "Drafting methods side by side"
 HELP = "mlx_lm's draft model, Medusa, ReDrafter and lookup, each at its best, with a page to read"
 
 NOTES = [
-    "speed-up: plain mlx_lm's time per token over the method's, text by text; median, and quartiles in the JSON",
+    "speed-up: the time per token of mlx_lm's plain loop on the same weights and layout over the method's, text by"
+    " text; median, and quartiles in the JSON",
     "acceptance: mean acceptance length, tokens per step of the target; by position: share of steps that got at least"
     " so many draft tokens accepted",
     "tokens/s, speed-up and acceptance leave out the round that reads the prompt; first token: median seconds to it",
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> Report:
 
     def draw(figure: Any) -> None:
         panels = {charts.at(temp): _bars(rows, temp) for temp in temps}
-        charts.bars(figure, panels, "speed-up over mlx_lm (median over texts)")
+        charts.bars(figure, panels, "speed-up over plain (median over texts)")
 
     size = (2.0 + 4.0 * len(temps), 1.6 + 0.45 * len(contest.methods()))
     notes = [*contest.missing, *data["findings"], equality(rows), *NOTES]

@@ -1,8 +1,8 @@
 """Measures the speed of ways to decode, side by side on the same prompts.
 
 Every prompt is continued by every method in turn, in an order that rotates. Speed-up is
-mlx_lm's time per token over the method's on the same text; medians and quartiles are over
-the texts. The limit is what this device would reach with the same acceptance if a step were
+plain decoding's time per token over the method's on the same text, with mlx_lm's loop on the
+same weights and layout; medians and quartiles are over the texts. The limit is what this device would reach with the same acceptance if a step were
 its verified rows alone, no drafting and no waiting: those rows are timed between the texts,
 behind a context of the prompt and half of the text.
 """
@@ -30,7 +30,8 @@ from mlx_redrafter.target.probe import verifier_of
 HELP = "plain decoding and ways to draft, side by side"
 
 NOTES = [
-    "speed-up: mlx_lm's time per token over the method's, text by text; median and quartiles (25 %, 75 %)",
+    "speed-up: the time per token of plain decoding, by mlx_lm's loop on the same weights and layout, over the"
+    " method's, text by text; median and quartiles (25 %, 75 %); as-loaded shows what the layout alone brings",
     "acceptance: mean acceptance length, tokens per step, all texts together",
     "efficiency: speed-up over the mean acceptance length of the same text, median",
     "limit: the speed-up if a step were its rows alone, no drafting, no waiting, median; reached: share of it",
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
     add_text_arguments(parser)
     parser.add_argument("--methods", nargs="+", default=list(DEFAULTS), metavar="METHOD", help="plain (mlx_lm's loop;"
-        " always takes part), plain-packed (the same, weights laid out for OpenBLAS as ours are), ours (our loop"
+        " always takes part), as-loaded (the same, weights in the layout that mlx_lm loads them in), ours (our loop"
         " without drafts), chain:N, beams:WxL:N, best-first:WxL:N, auto-no-lookup (the drafter's shapes alone),"
         f" auto (as generate does it) (default: {' '.join(DEFAULTS)})")  # fmt: skip
     add_round_arguments(parser, temps=[0.0])
@@ -82,10 +83,10 @@ def run(args: argparse.Namespace) -> Report:
 
     def draw(figure: Any) -> None:
         panels = {charts.at(temp): _bars(summaries, limits) for temp, (summaries, limits) in results.items()}
-        charts.bars(figure, panels, "speed-up over mlx_lm (median over texts)", "limit: its rows alone")
+        charts.bars(figure, panels, "speed-up over plain (median over texts)", "limit: its rows alone")
 
     size = (1.5 + 5.0 * len(results), 2.0 + 0.55 * len(names))
-    return Report("speed", "Speed-up over mlx_lm", pair.facts, pair.command, tables, NOTES, data, draw, size)
+    return Report("speed", "Speed-up over plain decoding", pair.facts, pair.command, tables, NOTES, data, draw, size)
 
 
 def _at(

@@ -14,7 +14,7 @@ from mlx_redrafter.cli.main import main
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["speed", "--methods", "magic"], "--methods magic: no such method, expected one of plain, plain-packed, ours"),
+        (["speed", "--methods", "magic"], "--methods magic: no such method, expected one of plain, as-loaded, ours"),
         (["speed", "--methods", "chain:x"], "--methods chain:x: expected chain:N"),
         (["speed", "--methods", "beams:4"], "--methods beams:4: expected beams:WxL:N"),
         (["speed", "--methods", "best-first:2x3:9"], "best-first:2x3:9: --num-draft-tokens is 9, expected 1 to 4"),
