@@ -2,9 +2,10 @@
 
 Every prompt is continued by every method in turn, in an order that rotates. Speed-up is
 plain decoding's time per token over the method's on the same text, with mlx_lm's loop on the
-same weights and layout; medians and quartiles are over the texts. The limit is what this device would reach with the same acceptance if a step were
-its verified rows alone, no drafting and no waiting: those rows are timed between the texts,
-behind a context of the prompt and half of the text.
+same weights and layout; medians and quartiles are over the texts. The limit is what this
+device would reach with the same acceptance if a step were its verified rows alone, no
+drafting and no waiting: those rows are timed between the texts, behind a context of the
+prompt and half of the text.
 """
 
 from __future__ import annotations
