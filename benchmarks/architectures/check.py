@@ -84,7 +84,7 @@ def check(name: str) -> Outcome:
 def between(target: Target) -> tuple[int, ...]:
     """Two layers in the middle of a model, by the number of layers passed; none where they cannot be read."""
     last = target.num_layers
-    return tuple(sorted({last // 2, last - 1} - {0, last}))
+    return tuple(n for n in (last // 2, last - 1) if n > 0)
 
 
 def plain(model: nn.Module) -> list[int]:

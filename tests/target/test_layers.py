@@ -92,11 +92,12 @@ def test_another_stand_in_stays_at_work(small_model):
     assert called == [1] and mx.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("module, layers", [("nanbeige", 4), ("gemma3n", 6), ("gemma4_text", 6)])
+@pytest.mark.parametrize("module, layers", [("nanbeige", 4), ("gemma3n", 6), ("gemma4_text", 6), ("olmo_hybrid", 4)])
 def test_unusual_models(module, layers):
-    """If this fails, models that loop, carry several streams or return tuples have no hidden states between layers."""
+    """If this fails, models that loop, carry several streams, return tuples or ask layers for their kind go wrong."""
     target = Target(small_models.build(module))
-    given, _ = target.forward(TOKENS, make_prompt_cache(target.model), context_layers=(1, layers - 1))
+    given, logits = target.forward(TOKENS, make_prompt_cache(target.model), context_layers=(1, layers - 1))
+    assert mx.allclose(logits, target.model(TOKENS, cache=make_prompt_cache(target.model)), atol=1e-4)
     assert target.num_layers == layers and given.shape == (1, 5, 2 * target.hidden_size)
     size = mx.mean(given * given, axis=-1)
     assert mx.allclose(size, mx.ones_like(size), atol=1e-2) and not mx.allclose(*mx.split(given, 2, axis=-1))
