@@ -90,8 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the finished drafter's weights (default: %(default)s)")  # fmt: skip
 
     add = functools.partial(parser.add_argument_group("objective").add_argument, action=_Given)
-    add("--loss", choices=LABELS, default=KL, help="learn the target's distribution (default), its most probable"
-        " token (hard), or the token that follows in the text (Apple's training)")  # fmt: skip
+    add("--loss", choices=LABELS, default=KL, help="learn the target's distribution (default), the same by what of"
+        " it would be accepted (lk), its most probable token (hard), or the token that follows in the text (Apple's"
+        " training)")  # fmt: skip
     add(
         "--teacher-top-k",
         type=whole(0),

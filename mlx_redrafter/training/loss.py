@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-KL, HARD, TEXT = "kl", "hard", "text"
-LABELS = (KL, HARD, TEXT)
+KL, LK, HARD, TEXT = "kl", "lk", "hard", "text"
+LABELS = (KL, LK, HARD, TEXT)
 
 
 def cross_entropy(logits: mx.array, shares: mx.array, ids: mx.array | None) -> mx.array:
@@ -32,6 +32,25 @@ def cross_entropy(logits: mx.array, shares: mx.array, ids: mx.array | None) -> m
     outputs: Any = _dense(logits, shares) if ids is None else _soft(logits, ids, shares)
     found: mx.array = outputs[0]
     return found
+
+
+def acceptance_loss(cross_entropies: mx.array, logits: mx.array, shares: mx.array, ids: mx.array | None) -> mx.array:
+    """The hybrid of "LK losses" (arXiv 2602.23881): a * cross-entropy + (1 - a) * (1 - overlap), a = exp(-3 overlap).
+
+    The overlap, sum_j min(share_j, probability_j), is the probability that a sampled draft is
+    accepted. Where it is small its gradient is, too, and the cross-entropy leads.
+
+    Args:
+        cross_entropies: (M,) of the same arguments, from `cross_entropy`.
+
+    Returns:
+        (M,).
+    """
+    scores = logits if ids is None else mx.take_along_axis(logits, ids, axis=-1)
+    normaliser = cross_entropies + mx.sum(scores * shares, axis=-1)
+    overlap = mx.sum(mx.minimum(shares, mx.exp(scores - normaliser[:, None])), axis=-1)
+    mix = mx.stop_gradient(mx.exp(-3 * overlap))
+    return mix * cross_entropies + (1 - mix) * (1 - overlap)
 
 
 # The gradients are written out because with a vocabulary at every step and position this is
@@ -82,9 +101,10 @@ class Objective:
     """The labels of the loss and the weights of its steps.
 
     Args:
-        labels: "kl", the target's distribution; "hard", its most probable token; "text",
-            the token that follows in the text, whoever wrote it (Apple's training).
-        top_k: with "kl", tokens of the distribution that count, renormalised; 0 for all.
+        labels: "kl", the target's distribution; "lk", the same, by what of it would be accepted;
+            "hard", its most probable token; "text", the token that follows in the text, whoever
+            wrote it (Apple's training).
+        top_k: with "kl" and "lk", tokens of the distribution that count, renormalised; 0 for all.
         temperature: of the target's distribution.
         step_weights: weight of each draft step in the loss; their number is the number of
             steps that are learned.
@@ -102,6 +122,11 @@ class Objective:
     step_shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     candidates: int = 0
     prompts: bool = False
+
+    @property
+    def soft(self) -> bool:
+        """Whether the labels are distributions."""
+        return self.labels in (KL, LK)
 
 
 @dataclasses.dataclass
@@ -138,15 +163,16 @@ class Batch:
 
 
 def distillation_loss(
-    scores: Iterable[mx.array], batch: Batch, step_weights: tuple[float, ...]
+    scores: Iterable[mx.array], batch: Batch, step_weights: tuple[float, ...], labels: str = KL
 ) -> tuple[mx.array, mx.array]:
     """Compares what a drafter says at each step with the target.
 
     Args:
         scores: for step k, (n_k, scored) the drafter's, unnormalised.
+        labels: as in `Objective`.
 
     Returns:
-        the weighted mean cross-entropy in nats, and the share of positions, (K,), where
+        the weighted mean loss, a cross-entropy in nats but for "lk", and the share of positions, (K,), where
         the drafter's first guess at step k is the target's.
     """
     losses: list[mx.array] = []
@@ -159,7 +185,10 @@ def distillation_loss(
         if ids is not None:
             best = mx.take_along_axis(ids, best[:, None], axis=-1)[:, 0]
         counted = batch.weights[k]
-        losses.append(mx.sum(cross_entropy(logits, shares, ids) * counted) / batch.counts[k] * weight)
+        loss = cross_entropy(logits, shares, ids)
+        if labels == LK:
+            loss = acceptance_loss(loss, logits, shares, ids)
+        losses.append(mx.sum(loss * counted) / batch.counts[k] * weight)
         hit = mx.equal(mx.argmax(logits, axis=-1), best) * counted
         hits.append(mx.sum(hit) / batch.counts[k])
     return mx.sum(mx.stack(losses)) / sum(step_weights), mx.stack(hits)

@@ -23,7 +23,7 @@ from mlx_redrafter.training.acceptance_length import held_out_prompts
 from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.kinds import METHODS
 from mlx_redrafter.training.drafters.vocabulary import coverage, vocab_map_of
-from mlx_redrafter.training.loss import HARD, KL, TEXT, Objective
+from mlx_redrafter.training.loss import HARD, KL, LK, TEXT, Objective
 from mlx_redrafter.training.resume import arguments_of, defaults
 from mlx_redrafter.training.text.data_plan import REGENERATED, SELF
 from mlx_redrafter.training.text.shards import Rows
@@ -99,18 +99,19 @@ def prefill_speed(target: Target, rows: Rows, batch_size: int) -> float:
 
 def _in_words(objective: Objective) -> str:
     top_k, hot = objective.top_k, objective.temperature
+    distribution = f"the target's {f'{top_k} most probable tokens' if top_k else 'whole distribution'}"
+    distribution += f" at temperature {hot}" if hot != 1 else ""
     labels = {
-        KL: f"the target's {f'{top_k} most probable tokens' if top_k else 'whole distribution'}"
-        + (f" at temperature {hot}" if hot != 1 else ""),
+        KL: distribution,
+        LK: distribution,
         HARD: "the target's most probable token",
         TEXT: "the next token of the text",
     }[objective.labels]
-    against = "against" if objective.labels == KL else "with"
+    against = "against" if objective.soft else "with"
+    loss = "likelihood of acceptance and cross-entropy" if objective.labels == LK else "cross-entropy"
     weights, shares = (", ".join(f"{x:.2g}" for x in xs) for xs in (objective.step_weights, objective.step_shares))
     steps = len(objective.step_weights)
-    return (
-        f"cross-entropy {against} {labels}; {steps} draft steps, weights {weights}, at shares {shares} of the positions"
-    )
+    return f"{loss} {against} {labels}; {steps} draft steps, weights {weights}, at shares {shares} of the positions"
 
 
 def _text(rows: Rows) -> str:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.training.loss import HARD, KL, TEXT, Objective
+from mlx_redrafter.training.loss import HARD, TEXT, Objective
 from mlx_redrafter.training.row_cache import RowCache
 from mlx_redrafter.training.text.shards import Rows
 
@@ -54,7 +54,7 @@ class Teacher:
         if vocab_map is not None:
             self._draft_of = np.full(target.vocab_size, -1, np.int32)
             self._draft_of[vocab_map] = np.arange(len(vocab_map))
-        labels = self._labels = 1 if objective.labels != KL else min(objective.top_k, self.size) or self.size
+        labels = self._labels = 1 if not objective.soft else min(objective.top_k, self.size) or self.size
         self.has_ids = labels != self.size
         ids = [] if not self.has_ids else [("ids", "<u2" if self.size <= 2**16 else "<i4", (rows.length, labels))]
         hidden = ("hidden", "<u2", (rows.length, target.context_size(context_layers)))

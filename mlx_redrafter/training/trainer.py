@@ -117,8 +117,8 @@ def train(
 
     def loss_of(weights: Any, parts: dict[str, Any]) -> tuple[mx.array, mx.array]:
         drafter.update(as_seen(weights, plan.dtype, plan.quantization))
-        batch = Batch(**parts)
-        return distillation_loss(method.scores(drafter, batch), batch, plan.objective.step_weights)
+        batch, objective = Batch(**parts), plan.objective
+        return distillation_loss(method.scores(drafter, batch), batch, objective.step_weights, objective.labels)
 
     gradients_of, apply = compiled_steps(loss_of, optimizer, plan.max_grad_norm, plan.compile, plan.iters)
     log = _Log(folder / "log.jsonl", progress.done, first)
