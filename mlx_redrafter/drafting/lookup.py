@@ -10,6 +10,7 @@ joins the tree of another proposer, takes the place of a chain, or stands alone.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import mlx.core as mx
 
@@ -180,6 +181,14 @@ class LookupProposer(Proposer):
             self.text.extend(accepted)
             if self._unused > KEPT and self.text.tokens.shape[0] == 1:
                 self.text = None
+
+    def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
+        if self.inner is not None:
+            self.inner.leave(cache, tokens, dropped, context)
+
+    def resume(self, cache: Any, tokens: int) -> None:
+        if self.inner is not None:
+            self.inner.resume(cache, tokens)
 
     def learn(self, tokens: list[int]) -> None:
         if self._root is None:

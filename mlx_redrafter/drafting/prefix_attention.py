@@ -63,21 +63,22 @@ class Memory:
     """Keys and values of the last rows that were read, newest last; looks to the layer like an mlx-lm cache.
 
     Attributes:
-        keys, values: (B, heads, window, head_dim); what lies before the first row does not count.
-        offset: (B,) int32 rows read so far.
+        keys, values: (B, heads, window, head_dim); of these the last `held` rows count.
+        offset: (B,) int32 the position of the next row.
+        held: (B,) int32.
     """
 
     def __init__(self, layer: PrefixAttention, batch: int, dtype: mx.Dtype):
         width = layer.layer.hidden_size // layer.heads
         self.window = layer.window
         self.keys = self.values = mx.zeros((batch, layer.heads, layer.window, width), dtype)
-        self.offset = mx.zeros((batch,), mx.int32)
+        self.offset = self.held = mx.zeros((batch,), mx.int32)
 
     def mask(self, count: int) -> mx.array:
         """(B, 1, count, window + count) bool: what each of so many new rows attends to."""
         seat, row = mx.arange(self.window + count), mx.arange(count)[:, None]
         near = (seat > row) & (seat <= self.window + row)
-        return near & (seat >= (self.window - self.offset)[:, None, None, None])
+        return near & (seat >= (self.window - self.held)[:, None, None, None])
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """All rows with new ones behind them, as the layer attends to them; `keep` says which of them stay."""
@@ -87,7 +88,7 @@ class Memory:
 
     def keep(self, count: mx.array | int) -> None:
         """Of the new rows the first (B,) or `count` stay; the oldest make room for them."""
-        self.offset = self.offset + count
+        self.offset, self.held = self.offset + count, mx.minimum(self.held + count, self.window)
         if isinstance(count, int):
             kept = slice(count, count + self.window)
             self.keys, self.values = self.keys[:, :, kept], self.values[:, :, kept]
@@ -95,6 +96,15 @@ class Memory:
         seats = (count[:, None] + mx.arange(self.window))[:, None, :, None]
         self.keys = mx.take_along_axis(self.keys, seats, axis=2)
         self.values = mx.take_along_axis(self.values, seats, axis=2)
+
+    def arrays(self) -> list[mx.array]:
+        return [self.keys, self.values, self.offset, self.held]
+
+    def drop(self, count: int) -> None:
+        """Forgets the last rows."""
+        self.offset, self.held = self.offset - count, mx.maximum(self.held - count, 0)
+        seats = mx.maximum(mx.arange(self.window) - count, 0)
+        self.keys, self.values = self.keys[:, :, seats], self.values[:, :, seats]
 
 
 class PrefixReader:
@@ -150,8 +160,16 @@ class PrefixReader:
         assert self._last is not None  # the prompt has a last row
         return self._last
 
+    def drop(self, count: int) -> None:
+        """Forgets the last rows: the text goes on from before them."""
+        self.last()
+        assert self._memory is not None
+        if count:
+            self._memory.drop(count)
+        self._last = None
+
     def arrays(self) -> list[mx.array]:
         """What goes on to the next step."""
-        mine = [] if self._memory is None else [self._memory.keys, self._memory.values, self._memory.offset]
+        mine = [] if self._memory is None else self._memory.arrays()
         mine += [] if self._last is None else [self._last]
         return mine + [array for waiting in self._waiting for array in waiting if array is not None]

@@ -9,6 +9,8 @@ order) travels with the tree.
 from __future__ import annotations
 
 import abc
+import weakref
+from typing import Any
 
 import mlx.core as mx
 
@@ -67,12 +69,29 @@ class Proposer(abc.ABC):
             contexts: (B, 1 + N, context_size) of all rows of the step's tree.
         """
 
+    def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:  # noqa: B027
+        """Called when a text is left that others may go on from (batch size 1).
+
+        Args:
+            cache: what the text is kept in; no longer needed than this object is there.
+            tokens: of the text.
+            dropped: rows that were committed, and are not part of it.
+            context: (1, 1, context_size) of its last token.
+        """
+
+    def resume(self, cache: Any, tokens: int) -> None:  # noqa: B027
+        """Called before `begin` where a text goes on that was left; arguments as for `leave`."""
+
     def learn(self, tokens: list[int]) -> None:  # noqa: B027
         """Called once the host has read a step (batch size 1): first the root after the prompt, then each step."""
 
     def arrays(self) -> list[mx.array]:
         """State on the device that goes from step to step."""
         return []
+
+
+# What prefix attention has read of the texts that prompt caches hold, how long they are, and the context of their end.
+_LEFT: weakref.WeakKeyDictionary[Any, tuple[PrefixReader, int, mx.array]] = weakref.WeakKeyDictionary()
 
 
 class RecurrentProposer(Proposer):
@@ -87,6 +106,7 @@ class RecurrentProposer(Proposer):
     def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
         self.drafter, self.embed, self.temperature = drafter, embed, temperature
         self.context_layers, self.prefix = drafter.context_layers, None
+        self._resumed: mx.array | None = None  # the context of the last token of a text that goes on
         if drafter.config.prefix_window:
             self.prefix = PrefixReader(drafter.prefix, embed)
             self.prefix_window = drafter.config.prefix_window
@@ -105,10 +125,15 @@ class RecurrentProposer(Proposer):
         return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)
 
     def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
-        if self.prefix is not None:
+        if self.prefix is None:
+            return
+        after = mx.concatenate([text, root[:, None].astype(text.dtype)], axis=1)
+        if self._resumed is not None and contexts.shape[1] == text.shape[1]:
+            contexts = mx.concatenate([self._resumed, contexts], axis=1)
+        else:
             self.prefix.begin()
-            after = mx.concatenate([text, root[:, None].astype(text.dtype)], axis=1)
-            self.prefix.extend(contexts, after[:, -contexts.shape[1] :])
+        self._resumed = None
+        self.prefix.extend(contexts, after[:, -contexts.shape[1] :])
 
     def advance(self, accepted: Accepted, contexts: mx.array) -> None:
         if self.prefix is None:
@@ -118,6 +143,16 @@ class RecurrentProposer(Proposer):
         else:
             path = mx.take_along_axis(contexts, accepted.path[..., None], axis=1)
             self.prefix.extend(path, accepted.tokens, accepted.count + 1)
+
+    def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
+        if self.prefix is not None:
+            self.prefix.drop(dropped)
+            _LEFT[cache] = self.prefix, tokens, context
+
+    def resume(self, cache: Any, tokens: int) -> None:
+        reader, known, context = _LEFT.pop(cache, (None, 0, None))
+        if self.prefix is not None and reader is not None and reader.layer is self.prefix.layer and known == tokens:
+            self.prefix, self._resumed = reader, context
 
     def arrays(self) -> list[mx.array]:
         return [] if self.prefix is None else self.prefix.arrays()

@@ -218,6 +218,8 @@ def _drafting(
     """Speculative decoding whose rows end up in the caller's cache, exactly those of what was yielded."""
     cache = verifier.make_cache(prompt_cache)
     held, max_tokens = cached(prompt_cache or []), options.max_tokens
+    if prompt_cache:
+        proposer.resume(prompt_cache[0], held)
     yielded: list[int] = []
     source = speculative(verifier, proposer, ids, cache, options, planner)
     try:
@@ -236,8 +238,18 @@ def _drafting(
         source.close()
         if prompt_cache is not None and cache.length is not None:
             # The last token's row is missing where no later step has read it.
-            cache.end_trees(held + ids.shape[1] + max(0, len(yielded) - 1))
+            rows, committed = held + ids.shape[1] + max(0, len(yielded) - 1), _host(cache.length)
+            cache.end_trees(rows)
+            context = None
             if yielded:
-                verifier.target.forward(mx.array([[yielded[-1]]]), cache.layers)
+                last_token, layers = mx.array([[yielded[-1]]]), proposer.context_layers
+                context, _ = verifier.target.forward(last_token, cache.layers, context_layers=layers)
             cache.give_back(prompt_cache)
             mx.eval([c.state for c in prompt_cache])
+            if context is not None and prompt_cache:
+                proposer.leave(prompt_cache[0], rows + 1, committed - rows, context)
+
+
+def _host(number: mx.array) -> int:
+    value: Any = number.item()
+    return int(value)

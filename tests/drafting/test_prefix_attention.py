@@ -3,17 +3,22 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_tokenizer
 from support import make_drafter, make_model
 
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.trace import Watched
+from mlx_redrafter.drafting import proposers
 from mlx_redrafter.drafting.prefix_attention import PrefixAttention, PrefixReader
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.text.generate import stream_generate
+from mlx_redrafter.text.loading import EMBEDDED
 
 WINDOW, SIZE, HIDDEN, EXIT = 6, 24, 16, 20
 
@@ -120,3 +125,37 @@ def test_decoding_reads_what_training_reads(chunk):
     assert len(heads) > 10
     for length, projected in heads:
         assert np.allclose(projected[0], expected[0, length - 2], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Ids are all that counts: any tokenizer will do, as long as no token ends the text."""
+    found = load_tokenizer(EMBEDDED / "target")
+    found.eos_token_ids = []
+    return found
+
+
+@pytest.mark.parametrize("count", [7, 8, 9, 10])
+def test_a_conversation_reads_on(tokenizer, count):
+    """If this fails, a head sees nothing of earlier turns, or rows that were taken back."""
+    model = make_model()
+    target, layers = Target.of(model), (1, 2)
+    drafter = make_drafter(context_layers=layers, prefix_window=24)
+    cache, text, seen = make_prompt_cache(model), [], []
+
+    class Spy(PrefixReader):
+        def last(self):
+            seen.append(super().last())
+            return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proposers, "PrefixReader", Spy)
+        for turn in ([3, 14, 15, 92], [65, 35, 89], [79, 3]):
+            seen.clear()
+            options = {"max_tokens": count, "shape": DraftShape(3, 4, 7), "prompt_cache": cache}
+            responses = stream_generate(model, tokenizer, turn, drafter, cached_tokens=text, **options)
+            known = [*text, *turn]
+            text = known + [response.token for response in responses][:count]
+            contexts, _ = target.forward(mx.array([text]), [None] * 2, context_layers=layers)
+            expected = drafter.prefix(contexts, target.embed(mx.array([[*text[1:], 0]])))
+            assert np.allclose(seen[0][0], expected[0, len(known) - 1], atol=1e-4)
