@@ -127,10 +127,13 @@ def turn_order(names: list[_T], turn: int, reference_every: int = 0) -> list[_T]
     return order or [reference]
 
 
-def measure(stream: Iterable, show: bool = False) -> Run:
+def measure(stream: Iterable, show: Callable[[str, bool], object] | None = None) -> Run:
     """Takes a stream of responses to its end.
 
     A response that was not drafted ends a round, as in mlx_lm's and in our own streams.
+
+    Args:
+        show: is given each piece of text, and whether it had been drafted.
     """
     tokens, to_first, after_first, before = [], 0.0, 0.0, 0
     accepted: list[int] = []
@@ -148,8 +151,8 @@ def measure(stream: Iterable, show: bool = False) -> Run:
             ended = not drafted
         elif not drafted:
             before, after_first = len(tokens), time.perf_counter()
-        if show:
-            print(response.text, end="", flush=True)
+        if show is not None:
+            show(response.text, drafted)
     seconds = time.perf_counter() - after_first
     steps = getattr(response, "steps", len(accepted))
     held = max(0, mx.get_peak_memory() - active)

@@ -23,12 +23,11 @@ from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import AUTO, BEAMS, BEST_FIRST, OFF, ON, DraftShape
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.system.openblas_layout import pack
 from mlx_redrafter.system.weights import weights
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.generate import stream_generate
-from mlx_redrafter.text.loading import load_target
+from mlx_redrafter.text.loading import find_drafter, find_target, load_target
 
 PLAIN, AS_LOADED, OURS = "plain", "as-loaded", "ours"
 CHAIN_OF_3, TREE_OF_7 = "chain:3", "best-first:4x5:7"
@@ -253,7 +252,7 @@ def open_contest(target: Target, drafter: RecurrentDrafter, draft_model: str | N
     if draft_model is None:
         contest.missing.append("mlx_lm's draft model takes no part: --draft-model was not given.")
     else:
-        contest.draft, _ = load_target(fetch(draft_model, "--draft-model"), None, None)
+        contest.draft, _ = load_target(find_target(draft_model, "--draft-model"))
         found = Target.of(contest.draft).vocab_size
         if found != target.vocab_size:
             raise UserError(f"--draft-model {draft_model}: vocabulary of {found}, the target's is {target.vocab_size}")
@@ -261,7 +260,7 @@ def open_contest(target: Target, drafter: RecurrentDrafter, draft_model: str | N
     if medusa is None:
         contest.missing.append("Medusa takes no part: --medusa was not given.")
     else:
-        heads = open_drafter(fetch(medusa, "--medusa"))
+        heads = open_drafter(find_drafter(medusa, "--medusa"))
         if not isinstance(heads, MedusaHeads):
             raise UserError(f"--medusa {medusa}: is a recurrent drafter, expected Medusa heads")
         check_pair(target, heads, f"--medusa {medusa}")

@@ -9,10 +9,12 @@ import argparse
 
 from mlx_redrafter.benchmarks.prompts import Prompt, evenly, read_prompts
 
+from mlx_redrafter.embedded.assistant import QUESTIONS
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.flag_types import real, whole
 from mlx_redrafter.text.flags import add_pair_arguments
+from mlx_redrafter.text.loading import ASSISTANT, is_embedded
 
 SCALE = (
     "widen the target's feed-forward layers by neurons that contribute nothing, until a token reads X times the"
@@ -33,13 +35,13 @@ def add_out_argument(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(parser=parser)
 
 
-def add_prompt_arguments(parser: argparse.ArgumentParser, prompts: int = 20) -> None:
-    """Which prompts to continue."""
+def add_prompt_arguments(parser: argparse.ArgumentParser, prompts: int | None = 20, usual: str = "%(default)s") -> None:
+    """Which prompts to continue; `usual` says how many where `prompts` does not."""
     add = parser.add_argument
     add("--prompts", nargs="+", metavar="PATH", help="files of prompts: MT-Bench, Spec-Bench or HumanEval (.jsonl),"
-        " text or source; or directories of them (default, for the embedded target: Python files that were held"
-        " out of its training)")  # fmt: skip
-    add("--num-prompts", type=whole(1), default=prompts, help="so many of them, spread evenly (default: %(default)s)")
+        " text or source; or directories of them (default: for the embedded target Python files that were held"
+        " out of its training, for the assistant everyday questions)")  # fmt: skip
+    add("--num-prompts", type=whole(1), default=prompts, help=f"so many of them, spread evenly (default: {usual})")
     add("--prompt-tokens", type=whole(1), help="keep only so many tokens from the beginning of each (default: all)")
     add("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
 
@@ -64,11 +66,13 @@ def check_texts(args: argparse.Namespace, any_target: bool = False) -> list[Prom
     """The prompts that the flags of `add_text_arguments` name; needs no model, so mistakes show at once.
 
     Args:
-        any_target: without --prompts, held-out Python will do for every target.
+        any_target: without --prompts, the assistant's questions will do for every target but the embedded one.
     """
     if args.prompts is not None:
         return evenly(read_prompts(args.prompts), args.num_prompts)
-    if args.model is not None and not any_target:
+    if args.model == ASSISTANT or (any_target and not is_embedded(args.model)):
+        return evenly([Prompt(text, kind, message=True) for kind, text in QUESTIONS], args.num_prompts)
+    if not is_embedded(args.model):
         raise UserError("--prompts is missing: a file of prompts for this target")
     prompts = [Prompt(text, "held-out Python") for text in held_out_prefixes(args.num_prompts)]
     if not prompts:

@@ -24,6 +24,7 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import load_from
+from mlx_redrafter.text.loading import is_embedded
 
 
 @dataclasses.dataclass
@@ -79,7 +80,7 @@ def load_pair(args: argparse.Namespace, baseline: bool = True) -> Pair:
         raise UserError("--draft is missing: a benchmark compares a target with and without its drafter")
     pack(drafter)
     loaded = _loaded(args, model, tokenizer, args.cost_scale, baseline)
-    loaded.facts["drafter"] = f"{args.draft or 'embedded'}, {describe(drafter)}"
+    loaded.facts["drafter"] = f"{args.draft or args.model}, {describe(drafter)}"
     return Pair(**vars(loaded), drafter=drafter)
 
 
@@ -102,7 +103,7 @@ def _loaded(args: argparse.Namespace, model: nn.Module, tokenizer: Any, scale: f
     facts = device_facts()
     facts["weights"] = layout
     scaled = f" (cost scaled {reached:.2f}x)" if scale > 1 else ""
-    facts["target"] = f"{args.model or 'embedded'}, {describe(model)}{scaled}"
+    facts["target"] = f"{args.model}, {describe(model)}{scaled}"
     return Loaded(model, tokenizer, facts, command_line(args, args.parser), reached, as_loaded)
 
 
@@ -121,8 +122,7 @@ def encode_prompts(
     args: argparse.Namespace, model: nn.Module, tokenizer: Any, prompts: list[Prompt]
 ) -> list[list[int]]:
     """The prompts' token ids. Raises UserError for one that does not fit into the target's context."""
-    # The embedded target continues Python and knows nothing of conversations.
-    template = args.model is not None and not args.ignore_chat_template
+    template = not is_embedded(args.model) and not args.ignore_chat_template
     encoded = [token_ids(prompt, tokenizer, args.prompt_tokens, template) for prompt in prompts]
     longest, limit = max(map(len, encoded)), Target.of(model).context_length
     if limit is not None and longest + args.max_tokens > limit:

@@ -14,7 +14,7 @@ from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.hub import require_login, upload
-from mlx_redrafter.text.loading import DTYPES
+from mlx_redrafter.text.loading import DTYPES, EMBEDDED_PAIR
 from mlx_redrafter.training.drafters.medusa_tree_fit import fit_medusa_tree
 from mlx_redrafter.training.text.data_plan import SELF
 
@@ -42,15 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--gguf", metavar="NAME", help="read this GGUF file, named in full or in part, where"
         " --hf-path has several")  # fmt: skip
     target.add_argument("--quant-predicate", choices=QUANT_RECIPES, help="a mixed recipe, in place of --q-bits")
-    drafter.add_argument("--target", help="directory or Hub id of the target it is for, to be told later if it is"
-        " used with another")  # fmt: skip
+    drafter.add_argument("--target", help="directory, GGUF file or Hub id of the target it is for, to be told later if"
+        " it is used with another")  # fmt: skip
     add = back.add_argument
     add("--mlx-path", required=True, help="local directory or Hub id to read")
     add("--hf-path", required=True, help="directory to write; must not exist yet")
     tree = kinds.add_parser("medusa-tree", help="fit the static tree of converted Medusa heads to text")
     add = tree.add_argument
     add("--mlx-path", required=True, help="directory of the heads; their config.json gets the tree")
-    add("--target", help="directory or Hub id of their target (default: the embedded one)")
+    add("--target", default=EMBEDDED_PAIR, help="directory, GGUF file or Hub id of their target (default: %(default)s)")
     add("--data", nargs="+", default=[SELF], metavar="SOURCE", help="text, as for `mlx-redrafter train`"
         " (default: the target writes it)")  # fmt: skip
     add("--text", metavar="DIR", help="rows that a training for this target wrote, in place of --data")

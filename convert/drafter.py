@@ -10,16 +10,17 @@ import mlx.core as mx
 from mlx_redrafter.convert import medusa, redrafter
 from mlx_redrafter.convert.source import TORCH_PATTERNS
 
-from mlx_redrafter.drafting.drafter_files import check_quantization
+from mlx_redrafter.drafting.drafter_files import check_quantization, read_fields
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.pairing import check_sizes
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import read_json, require_free, write_directory, write_json
+from mlx_redrafter.system.files import require_free, write_directory, write_json
 from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.system.weights import save_weights, take_weights
 from mlx_redrafter.target.fingerprint import fingerprint
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.text.loading import load_target
+from mlx_redrafter.text.checks import is_drafter
+from mlx_redrafter.text.loading import find_target, load_target
 
 _PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 _ONE_FILE = 2**62  # bytes of a shard: `load` reads one
@@ -27,7 +28,7 @@ _ONE_FILE = 2**62  # bytes of a shard: `load` reads one
 
 def is_medusa(folder: pathlib.Path) -> bool:
     """Whether a drafter's config.json is that of Medusa heads. Raises UserError where there is none."""
-    return "medusa_num_heads" in read_json(folder / "config.json")
+    return "medusa_num_heads" in read_fields(folder)
 
 
 def read_drafter(folder: pathlib.Path, scratch: pathlib.Path) -> Drafter:
@@ -55,7 +56,7 @@ def convert_drafter(
             quantised already goes through 16 bits.
         dtype: of the weights that are not quantised; None keeps the checkpoint's.
         dequantize: write the matrices of a quantised drafter in full.
-        target: directory or Hub id of the target it is for; its fingerprint is noted in the
+        target: of the target that it is for, as for `load`; its fingerprint is noted in the
             config. None keeps what the checkpoint's config says, if anything.
         trust_remote_code: for the target.
 
@@ -68,7 +69,10 @@ def convert_drafter(
     require_free(mlx_path)
     if quantize:
         check_quantization(q_bits, q_group_size)
-    published = is_medusa(fetch(hf_path, "--hf-path", ["config.json"]))
+    fields = read_fields(fetch(hf_path, "--hf-path", ["config.json"]))
+    if "model_type" in fields and not is_drafter(fields):
+        raise UserError(f"{hf_path}: is a model, not a drafter; use `mlx-redrafter convert target`")
+    published = "medusa_num_heads" in fields
     names = medusa.WEIGHT_FILES if published else ("model.pt", *TORCH_PATTERNS)
     source = fetch(hf_path, "--hf-path", [*_PATTERNS, *names])
     with write_directory(mlx_path) as folder:
@@ -104,7 +108,7 @@ def export_drafter(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _fingerprint(target: str, drafter: Drafter, trust_remote_code: bool) -> dict[str, Any]:
-    model, tokenizer = load_target(fetch(target, "--target"), trust_remote_code=trust_remote_code, lazy=True)
+    model, tokenizer = load_target(find_target(target, "--target"), trust_remote_code=trust_remote_code, lazy=True)
     found = Target.of(model)
     if not found.missing:
         check_sizes(found, drafter, "--hf-path")

@@ -15,13 +15,13 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, quantize_model, save_config
-from mlx_redrafter.convert.gguf import find_gguf, is_gguf, write_model
 from mlx_redrafter.convert.source import TORCH_PATTERNS, weight_files
 from mlx_redrafter.convert.tokenizer import read_tokenizer
 from mlx_redrafter.convert.torch_files import as_safetensors
 
 from mlx_redrafter.drafting.drafter_files import check_quantization
 from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.gguf import find_gguf, is_gguf, write_model
 from mlx_redrafter.system.files import require_free, write_directory
 from mlx_redrafter.system.hub import MODEL_PATTERNS, fetch
 from mlx_redrafter.system.weights import save_weights, take_weights

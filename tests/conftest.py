@@ -14,8 +14,11 @@ import mlx_redrafter  # isort: skip
 import mlx.core as mx
 import pytest
 
+from mlx_redrafter.embedded import assistant
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.system import device, partial_submit
+
+ASSISTANT_FILE = assistant.weights_file()
 
 
 def pytest_collection_modifyitems(items):
@@ -34,6 +37,22 @@ def tuning_folder(tmp_path_factory):
         patch.setattr(mlx_redrafter.tuning.measure, "SECONDS", 0.0)
         patch.setattr(device, "load_average", lambda: 0.0)  # tests keep the cores busy themselves
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_assistant():
+    """Tests run as where the assistant is not installed, so that a command without --model means the embedded pair."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assistant, "weights_file", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def assistant_file() -> pathlib.Path:
+    """The assistant's GGUF file, which a package brings."""
+    if ASSISTANT_FILE is None:
+        pytest.skip(f"the assistant is not installed: {assistant.INSTALL}")
+    return ASSISTANT_FILE
 
 
 @pytest.fixture(scope="session")

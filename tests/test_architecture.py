@@ -30,6 +30,7 @@ LAYERS = [
     {"drafting"},
     {"target"},
     {"embedded"},
+    {"gguf"},
     {"system"},
     {"errors"},
 ]

@@ -30,7 +30,8 @@ from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.text.loading import NO_DRAFTER
+from mlx_redrafter.text.flags import add_target_arguments
+from mlx_redrafter.text.loading import NO_DRAFTER, is_embedded
 from mlx_redrafter.training import command as train_command
 from mlx_redrafter.training.acceptance_length import acceptance_length
 from mlx_redrafter.training.text.data_plan import SELF, DataPlan
@@ -85,7 +86,7 @@ VARIANTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help="directory, GGUF file or Hub id of the target (default: the embedded one)")
+    add_target_arguments(add)
     add("--work", required=True, metavar="DIR", help="keeps the text and the finished drafters")
     add("--files", nargs="+", metavar="PATH", help="text for the variants that learn from files (default, for the"
         " embedded target: the standard library's files that were not held out)")  # fmt: skip
@@ -122,7 +123,7 @@ def _write_text(args: argparse.Namespace, work: pathlib.Path, text: str, target:
     data: tuple[str, ...] = (SELF,)
     if text == FILES:
         data = tuple(args.files or ())
-        if not data and args.model is not None:
+        if not data and not is_embedded(args.model):
             raise UserError("--files is missing: text for the variants that learn from files")
         if not data:
             library = work / "library.jsonl"
@@ -132,7 +133,7 @@ def _write_text(args: argparse.Namespace, work: pathlib.Path, text: str, target:
             data = (str(library),)
     # Acceptance is measured here, on the same prompts for all; a training measures its own on what it holds out.
     plan = DataPlan(data, rows=args.rows, held_out=1, batch_size=256)
-    prepare(work / f"text-{text}", target, loaded.tokenizer, plan, embedded=args.model is None)
+    prepare(work / f"text-{text}", target, loaded.tokenizer, plan, embedded=is_embedded(args.model))
 
 
 def _train(args: argparse.Namespace, work: pathlib.Path, variant: Variant, target: Target) -> None:
@@ -142,7 +143,7 @@ def _train(args: argparse.Namespace, work: pathlib.Path, variant: Variant, targe
         return
     sizes = {"HALF": str(target.hidden_size // 2), "DOUBLE": str(target.hidden_size * 2)}
     flags = [sizes.get(flag, flag) for flag in variant.flags]
-    model = [] if args.model is None else ["--model", args.model]
+    model = ["--model", args.model, *(() if args.gguf is None else ("--gguf", args.gguf))]
     rows = ["--text", str(work / f"text-{variant.text}")]
     fixed = ["--iters", str(args.iters), "--eval-every", "0", "--dtype", "float32"]
     parser = argparse.ArgumentParser()

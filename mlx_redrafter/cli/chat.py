@@ -10,6 +10,7 @@ from mlx_redrafter.text.conversation import Conversation
 from mlx_redrafter.text.flags import (
     add_generation_arguments,
     add_model_arguments,
+    choose_target,
     draft_shape,
     generation_options,
     load_from,
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     draft_shape(args)
     template = template_options(args)
+    said = choose_target(args)
     if args.prompt_cache_file is not None:
         check_cache_name(args.prompt_cache_file)
     model, drafter, tokenizer = load_from(args)
@@ -47,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     if file is not None and pathlib.Path(file).exists():
         conversation.load(file, model_name(args))
         print(f"(going on from {file}: {len(conversation.messages)} messages)")
-    if args.model is None:
-        print("The embedded model continues Python code; name one that talks with --model.")
+    if said:
+        print(f"{said} (--model names another)")
     print(COMMANDS)
     try:
         while (text := read_message()) is not None:

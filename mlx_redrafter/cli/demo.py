@@ -1,4 +1,4 @@
-"""`mlx-redrafter demo`: the same text twice, once plainly and once with the drafter, side by side.
+"""`mlx-redrafter demo`: answers as they come, what was drafted in colour, and how fast each way writes them.
 
 With --show-tree, one text step by step: what was drafted, accepted and rejected.
 """
@@ -25,17 +25,22 @@ from mlx_redrafter.system.device import device_facts
 from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE
-from mlx_redrafter.text.flags import add_model_arguments, draft_shape, load_from
+from mlx_redrafter.text.flags import add_model_arguments, choose_target, draft_shape, load_from
+from mlx_redrafter.text.loading import EMBEDDED_PAIR, is_embedded
 from mlx_redrafter.tuning.session import drafting_for
 
-HELP = "write the same text plainly and with the drafter, and compare"
+HELP = "answer questions with drafts, and compare the speed of several ways to do so"
 TREE = DraftShape(4, 5, 7)
+PLAIN = "plain (mlx_lm)"
+PYTHON_FILES, QUESTIONS_ASKED = 20, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    add_prompt_arguments(parser)
+    add_prompt_arguments(parser, None, f"{PYTHON_FILES} Python files, or {QUESTIONS_ASKED} questions")
     add = parser.add_argument
+    add("--embedded", dest="model", action="store_const", const=EMBEDDED_PAIR, help="take the embedded pair, as with"
+        f" --model {EMBEDDED_PAIR}")  # fmt: skip
     add("--max-tokens", "-m", type=whole(2), help="tokens per text (default: 128; 32 with --show-tree)")
     add("--show-tree", action="store_true", help="write one text and show every step's tree: which words were drafted,"
         " accepted, rejected; without a shape, trees of 7")  # fmt: skip
@@ -44,36 +49,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.max_tokens is None:
         args.max_tokens = 32 if args.show_tree else 128
+    said = choose_target(args, with_drafter=True)
+    if args.num_prompts is None:
+        args.num_prompts = PYTHON_FILES if is_embedded(args.model) else QUESTIONS_ASKED
     prompts = check_texts(args, any_target=True)
     asked = draft_shape(args)
     model, drafter, tokenizer = load_from(args)
     if drafter is None and args.lookup in (None, OFF):
         raise UserError("--draft is missing: the demo compares a target with and without its drafter")
     texts = encode_prompts(args, model, tokenizer, prompts)
+    print(said or f"Model: {args.model}")
     if args.show_tree:
         shape = TREE if asked == AUTO else asked
         assert isinstance(shape, DraftShape)
         print(f"{prompts[0].text}\n")
         return show_trees(model, drafter, tokenizer, texts[0], shape, args.lookup or OFF, args.max_tokens)
-    decoder = Decoder(model, tokenizer, drafter, args.max_tokens)
-    methods: dict[str, Method] = {"plain (mlx_lm)": decoder.plain}
-    source = "lookup" if drafter is None else "drafted" if args.lookup in (None, OFF) else f"lookup {args.lookup}"
-    beside = [DraftShape(), TREE] if asked == AUTO else [TREE]
-    for each in [asked] if drafter is None else dict.fromkeys([asked, *beside]):
-        with_lookup = each == AUTO and drafter is not None and args.lookup is None
-        name = f"{'drafter and lookup' if with_lookup else source}, {describe(each)}"
-        methods[name] = decoder.drafted(each, args.lookup)
-    print(f"Target: {args.model or 'embedded, 12.6 M parameters, continues Python'}")
+    ways = ways_to_write(args, Decoder(model, tokenizer, drafter, args.max_tokens), asked)
     facts = device_facts()
     products = facts.get("float32 products by")
     print(f"Device: {facts['device']}" + (f"; float32 products by {products}" if products else ""))
-    what = "a file that was held out of training" if args.prompts is None else prompts[0].category
-    for name, method in list(methods.items())[:2]:
-        print(f"\n--- {name}: continuing {what}\n{prompts[0].text}", end="")
-        print("\033[36m" if colours() else "", end="")
-        measure(method(texts[0]), show=True)
-        print("\033[0m" if colours() else "")
-    print("\n" + table(side_by_side(methods, texts)).text())
+    asked_for = list(ways)[-1]
+    answered = [(asked_for, i) for i, prompt in enumerate(prompts[:QUESTIONS_ASKED]) if prompt.message]
+    for way, i in answered or [(PLAIN, 0), (asked_for, 0)]:
+        print(f"\n--- {way}: {prompts[i].category}\n{prompts[i].text}", end="\n\n" if answered else "")
+        measure(ways[way](texts[i]), show=write)
+        print()
+    print("\n" + table(side_by_side(ways, texts)).text())
+    print("Speed-up: over mlx_lm's loop on the same weights in the same layout")
+
+
+def ways_to_write(args: argparse.Namespace, decoder: Decoder, asked: DraftShape | str) -> dict[str, Method]:
+    """Plain decoding first, what the flags ask for last, and usual shapes between them where there is a drafter."""
+    ways: dict[str, Method] = {PLAIN: decoder.plain, "plain (our loop)": decoder.ours}
+    source = "drafted" if args.lookup in (None, OFF) else f"lookup {args.lookup}"
+    usual = [DraftShape(), *([TREE] if is_embedded(args.model) else [])]
+    if decoder.drafter is None:
+        source, usual = "lookup", []
+    for shape in [*(each for each in usual if each != asked), asked]:
+        with_lookup = shape == AUTO and decoder.drafter is not None and args.lookup is None
+        name = f"{'drafter and lookup' if with_lookup else source}, {describe(shape)}"
+        ways[name] = decoder.drafted(shape, args.lookup)
+    return ways
+
+
+def write(text: str, drafted: bool) -> None:
+    """A piece of text as it comes, green where it was drafted."""
+    print(painted(text, GREEN, drafted and colours()), end="", flush=True)
 
 
 def show_trees(

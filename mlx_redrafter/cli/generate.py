@@ -14,6 +14,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.text.flags import (
     add_generation_arguments,
     add_model_arguments,
+    choose_target,
     draft_shape,
     generation_options,
     load_from,
@@ -21,7 +22,7 @@ from mlx_redrafter.text.flags import (
     template_options,
 )
 from mlx_redrafter.text.generate import stream_generate
-from mlx_redrafter.text.loading import NO_DRAFTER
+from mlx_redrafter.text.loading import NO_DRAFTER, is_embedded
 from mlx_redrafter.text.prompt_cache import load_cache_file
 from mlx_redrafter.text.prompts import encode, encode_messages
 from mlx_redrafter.text.responses import GenerationResponse, summary
@@ -50,8 +51,7 @@ def prompt_tokens(args: argparse.Namespace, tokenizer: Any, after_cache: bool) -
     text = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if not text:
         raise UserError("--prompt is empty, expected text")
-    # The embedded target continues Python and knows nothing of conversations.
-    if args.ignore_chat_template or args.model is None or tokenizer.chat_template is None:
+    if args.ignore_chat_template or is_embedded(args.model) or tokenizer.chat_template is None:
         if args.system_prompt is not None:
             raise UserError("--system-prompt needs a chat template, which is not used here")
         return encode(tokenizer, text)
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     template_options(args)
     if args.prompt == "":
         raise UserError("--prompt is empty, expected text")
+    said = choose_target(args)
     model, drafter, tokenizer = load_from(args)
     options = generation_options(args, tokenizer)
     if args.prompt_cache_file is not None:
@@ -79,10 +80,12 @@ def run(args: argparse.Namespace) -> None:
             print(response.text, end="", flush=True)
     assert response is not None
     if args.json:
-        print(json.dumps(report("".join(pieces), tokens, response)))
+        print(json.dumps({"model": args.model} | report("".join(pieces), tokens, response)))
     else:
         print("\n" + "=" * 10 + "\n" + summary(response))
-        if response.method == "plain" and drafter is None and args.draft is None and args.model is not None:
+        if said:
+            print(said)
+        elif response.method == "plain" and drafter is None and args.draft is None:
             print(f"No drafter was given (--draft PATH, or --draft {NO_DRAFTER} to say so): decoded plainly")
 
 

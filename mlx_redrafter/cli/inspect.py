@@ -11,11 +11,11 @@ import time
 
 import mlx.core as mx
 
-from mlx_redrafter.convert.gguf.kept import as_directory
 from mlx_redrafter.convert.inspection import Inspection, inspect_directory
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.flag_types import real
 from mlx_redrafter.system.hub import snapshot_of
+from mlx_redrafter.text.loading import place_of
 
 HELP = "say what a directory is, what it lacks and what it would cost to run"
 _ARTICLES = {"adapter": "an adapter", "unknown": "nothing that is known here"}
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = pathlib.Path(as_directory(args.path, "PATH", args.gguf)).expanduser()
+    folder = pathlib.Path(place_of(args.path, "PATH", args.gguf)).expanduser()
     if not folder.is_dir():
         raise UserError(f"{args.path}: {'is a file, expected a directory' if folder.exists() else 'no such directory'}")
     found = inspect_directory(snapshot_of(folder), args.trust_remote_code)

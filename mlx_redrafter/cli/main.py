@@ -12,7 +12,6 @@ import sys
 from importlib.metadata import version
 from typing import NoReturn
 
-from mlx_redrafter.convert.gguf.kept import as_directory
 from mlx_redrafter.errors import UserError
 
 # Name: module with HELP, add_arguments(parser) and run(args), which may return an exit code.
@@ -59,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     args = parser_of_all().parse_args(argv)
     try:
-        _convert_gguf(args)
         code = args.run(args) or 0
         sys.stdout.flush()
         return code
@@ -82,15 +80,6 @@ def _give_up_output() -> None:
     """Lets what is still to be printed go, or Python would try once more at its end."""
     with contextlib.suppress(OSError, ValueError):  # it may be no file at all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _convert_gguf(args: argparse.Namespace) -> None:
-    """Puts the directory that a GGUF file is converted to, once, in the place of one that --model means."""
-    model, name = getattr(args, "model", None), getattr(args, "gguf", None)
-    if model is not None:
-        args.model = as_directory(model, "--model", name)
-    elif name is not None and hasattr(args, "model"):
-        raise UserError(f"--gguf {name} needs --model, a directory or Hub repository that has it")
 
 
 if __name__ == "__main__":

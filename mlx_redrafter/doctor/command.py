@@ -35,11 +35,11 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import TREE, Capability, verifier_of
 from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_pair_arguments, load_from
-from mlx_redrafter.text.loading import load
+from mlx_redrafter.text.loading import EMBEDDED_PAIR, is_embedded, load
 from mlx_redrafter.tuning.session import session_for
 
 HELP = "check this program on this device; exits with 1 and lists the failed checks"
-EMBEDDED_PAIR, YOUR_PAIR, NO_PAIR = "Embedded pair", "Your pair", "Without a model"
+EMBEDDED, YOUR_PAIR, NO_PAIR = "Embedded pair", "Your pair", "Without a model"
 PATIENCE = 60.0  # seconds that the stages of a pair may take on the CPU
 PLAIN_ADVICE = "mlx-lm's own pass differs between GPU and CPU, without anything of ours: please report it to MLX"
 
@@ -69,8 +69,8 @@ def examine(args: argparse.Namespace) -> Report:
     model, drafter, tokenizer = load_from(args)
     if drafter is None:
         raise UserError("--draft is missing: a target is checked together with its drafter")
-    mine = args.model is None and args.draft is None and args.adapter_path is None
-    name = EMBEDDED_PAIR if mine else YOUR_PAIR
+    mine = is_embedded(args.model) and args.draft in (None, EMBEDDED_PAIR) and args.adapter_path is None
+    name = EMBEDDED if mine else YOUR_PAIR
     facts = device_facts()
     if limit := mx.device_info().get("max_recommended_working_set_size"):
         facts["memory limit"] = f"{int(limit) / 1e9:.1f} GB"
@@ -89,7 +89,7 @@ def examine(args: argparse.Namespace) -> Report:
         # Memory comes first, before anything else was held.
         note(name, "memory", memory_check, model, drafter, tokenizer, before)
         if not mine:
-            note(EMBEDDED_PAIR, "stages", lambda: _stage_checks(*load(), places, True))
+            note(EMBEDDED, "stages", lambda: _stage_checks(*load(), places, True))
         note(name, "stages", _stage_checks, model, drafter, tokenizer, places, mine)
         note(name, "costs of a step", _cost_check, model, drafter, report)
         kinds = variants(args, model)

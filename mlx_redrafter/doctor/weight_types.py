@@ -65,7 +65,7 @@ def variants(args: argparse.Namespace, model: nn.Module) -> list[Variant]:
 def _load(args: argparse.Namespace, dtype: str | None, bits: int | None = None) -> Pair:
     """The pair that flags name, its target quantised as mlx-lm does where bits are given."""
     options = {"adapter_path": args.adapter_path, "trust_remote_code": args.trust_remote_code}
-    model, drafter, tokenizer = load(args.model, args.draft, dtype=dtype, **options)
+    model, drafter, tokenizer = load(args.model, args.draft, gguf=args.gguf, dtype=dtype, **options)
     assert drafter is not None  # the command has seen to that
     if bits is not None:
         nn.quantize(model, GROUP_SIZE, bits, class_predicate=_fits)

@@ -14,11 +14,25 @@ import mlx.nn as nn
 from mlx_lm.utils import dequantize_model
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import replace_file, write_json
+from mlx_redrafter.system.files import read_json, replace_file, write_json
 from mlx_redrafter.system.weights import tensors
 
 D = TypeVar("D", bound="DrafterBase")
 Embedder = Callable[[mx.array], mx.array]  # the target's embedding: (..., hidden_size) for ids of any shape
+
+
+def read_fields(folder: pathlib.Path) -> dict[str, Any]:
+    """The parsed config.json of a drafter. Raises UserError where there is none, naming what is there in its place."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file, expected a drafter's directory")
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{folder}: is an adapter, not a drafter; use it with --model TARGET --adapter-path {folder}"
+            )
+        if any(folder.glob("*.gguf")):
+            raise UserError(f"{folder}: holds a GGUF file, a model, not a drafter; use it with --model {folder}")
+    return read_json(folder / "config.json")
 
 
 def whole_number(fields: dict[str, Any], key: str, least: int, source: str) -> int:

@@ -6,10 +6,11 @@ import pathlib
 from typing import TypeAlias
 
 from mlx_redrafter.drafting import medusa, redrafter
+from mlx_redrafter.drafting.drafter_files import read_fields
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import read_json, read_safetensors
+from mlx_redrafter.system.files import read_safetensors
 
 Drafter: TypeAlias = RecurrentDrafter | MedusaHeads
 
@@ -21,9 +22,7 @@ def open_drafter(path: str | pathlib.Path) -> Drafter:
         UserError: naming the missing or damaged file, key or tensor.
     """
     file, weights_file = pathlib.Path(path) / "config.json", pathlib.Path(path) / "model.safetensors"
-    if not file.exists() and (file.parent / "adapter_config.json").exists():
-        raise UserError(f"{path}: is an adapter, not a drafter; use it with --model TARGET --adapter-path {path}")
-    fields = read_json(file)
+    fields = read_fields(file.parent)
     if fields.get("model_type") == medusa.MODEL_TYPE and "vocab_size" in fields:
         heads = MedusaHeads(MedusaConfig.from_dict(fields, str(file)))
         return heads.fill(read_safetensors(weights_file), str(weights_file))

@@ -25,9 +25,8 @@ def check_sizes(target: Target, drafter: Drafter, name: str) -> None:
     for field in ("hidden_size", "vocab_size"):
         found, expected = getattr(drafter.config, field), getattr(target, field)
         if found != expected:
-            raise UserError(
-                f"{name}: {field} is {found}, but the target's is {expected}; it was made for another model"
-            )
+            known = (drafter.config.target_fingerprint or {}).get("name", "another model")
+            raise UserError(f"{name}: {field} is {found}, but the target's is {expected}; it was made for {known}")
     target.check_layers(drafter.context_layers, name)
 
 

@@ -1,4 +1,4 @@
-"""The small pair for tests and as fallback, and where its text is from.
+"""The pairs that come with the package: a small one for tests and as fallback, and the assistant's drafter.
 
-Knows nothing of how it is loaded.
+Knows nothing of how they are loaded, or of what they write.
 """

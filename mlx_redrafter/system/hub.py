@@ -41,6 +41,8 @@ def fetch(
             return snapshot_of(path)
         if path.exists():
             hint = " (`mlx-redrafter convert target` makes one of a GGUF file)" if path.suffix == ".gguf" else ""
+            if (path.parent / "config.json").exists():
+                hint = f"; the one that it is in, {path.parent}, may be meant"
             raise UserError(f"{flag} {path_or_repo}: is a file, expected a directory{hint}")
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{flag} {path_or_repo}: not a usable path ({one_line(error)})") from error

@@ -28,6 +28,10 @@ TOKENIZER_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.
 # Tokens that end a turn and nothing else: a model that ends its texts with one was tuned on chats.
 _TURN_ENDS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"}
 _TURN_ENDS |= {"<turn|>", "<|END_OF_TURN_TOKEN|>", "<|return|>", "<|endofassistant|>", "<|user|>"}
+_PEFT = (
+    "in PEFT's layout, and mlx-lm reads its own; merge it into its model with PEFT (merge_and_unload,"
+    " save_pretrained) and give that directory as --model"
+)
 _CHAT_NAME = re.compile(r"(?i)(?:^|[-_./])(?:instruct|chat|it)(?:$|[-_./])")
 
 
@@ -59,9 +63,14 @@ def check_model_directory(folder: pathlib.Path) -> dict[str, Any]:
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """The parsed config.json of a target or a drafter. Raises UserError where there is none, or an adapter."""
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise UserError(f"{folder}: is an adapter; use it with --model TARGET --adapter-path {folder}")
-    return read_json(folder / "config.json")
+    file, adapter = folder / "config.json", folder / "adapter_config.json"
+    if file.exists() or not folder.is_dir():
+        return read_json(file)
+    if not adapter.exists():
+        raise UserError(f"{file}: no such file; a model's or a drafter's directory has it beside the weights")
+    if "peft_type" in read_json(adapter):
+        raise UserError(f"{folder}: is an adapter {_PEFT}")
+    raise UserError(f"{folder}: is an adapter; use it with --model TARGET --adapter-path {folder}")
 
 
 def is_drafter(config: dict[str, Any]) -> bool:
@@ -78,13 +87,13 @@ def check_adapter(folder: pathlib.Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is a file, expected a directory" if folder.exists() else "no such directory"
         raise UserError(f"--adapter-path {folder}: {what}")
-    file = folder / "adapter_config.json"
+    file, config = folder / "adapter_config.json", folder / "config.json"
+    if not file.exists() and config.exists():
+        what, flag = ("drafter", "--draft") if is_drafter(read_json(config)) else ("model", "--model")
+        raise UserError(f"--adapter-path {folder}: is a {what}, not an adapter; use it with {flag} {folder}")
     fields = read_json(file)
     if "peft_type" in fields:
-        raise UserError(
-            f"--adapter-path {folder}: is in PEFT's layout, and mlx-lm reads its own; merge it into its model with"
-            " PEFT (merge_and_unload, save_pretrained) and give that directory as --model"
-        )
+        raise UserError(f"--adapter-path {folder}: is {_PEFT}")
     if fields.get("fine_tune_type", "lora") != "full":
         for key, kind, what in (("num_layers", int, "a whole number"), ("lora_parameters", dict, "an object")):
             if not isinstance(fields.get(key), kind):

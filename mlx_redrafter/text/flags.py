@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import mlx.nn as nn
@@ -14,24 +15,38 @@ from mlx_redrafter.decoding.options import Progress
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, BEST_FIRST, LOOKUPS, POLICIES, DraftShape
+from mlx_redrafter.embedded import assistant
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.flag_types import real, whole
-from mlx_redrafter.text.loading import DTYPES, EMBEDDED, NO_DRAFTER, load
+from mlx_redrafter.text.loading import ASSISTANT, DTYPES, EMBEDDED_PAIR, NO_DRAFTER, load, place_of
 
 # Flags that have the names of arguments: of `position_keyed`, and of `stream_generate`.
 SAMPLING = ("seed", "top_p", "min_p", "top_k", "min_tokens_to_keep", "xtc_probability", "xtc_threshold")
 AS_THEY_ARE = ("max_tokens", "stop", "lookup", "prefill_step_size", "kv_bits", "kv_group_size", "quantized_kv_start")
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser, drafter: bool = True) -> None:
-    """Which target, and which drafter where there is to be one."""
-    add = parser.add_argument
-    add("--model", metavar="PATH", help="load the target from this directory, GGUF file or Hub id (default: the"
-        " embedded pair)")  # fmt: skip
+def add_target_arguments(add: Callable[..., Any], default: str | None = EMBEDDED_PAIR) -> None:
+    """Which target.
+
+    Args:
+        add: `add_argument` of a parser.
+        default: where none is named; None for the assistant, where it is installed (see `choose_target`).
+    """
+    usual = default or f"{ASSISTANT} where it is installed, else {EMBEDDED_PAIR}"
+    add("--model", metavar="PATH", default=default, help="load the target from this directory, GGUF file or Hub id; or"
+        f" {ASSISTANT}, {assistant.TITLE}, or {EMBEDDED_PAIR}, which continues Python (default: {usual})")  # fmt: skip
     add("--gguf", metavar="NAME", help="read this GGUF file, named in full or in part, where --model has several")
+
+
+def add_pair_arguments(
+    parser: argparse.ArgumentParser, drafter: bool = True, default: str | None = EMBEDDED_PAIR
+) -> None:
+    """Which target, and which drafter where there is to be one; `default` as for `add_target_arguments`."""
+    add = parser.add_argument
+    add_target_arguments(add, default)
     if drafter:
-        add("--draft", metavar="PATH|none", help="load the drafter from this directory or Hub id; none decodes without"
-            " one (default: the embedded drafter for the embedded target, else none)")  # fmt: skip
+        add("--draft", metavar="PATH", help=f"load the drafter from this directory or Hub id; or {ASSISTANT} or"
+            f" {EMBEDDED_PAIR} for theirs, or {NO_DRAFTER} (default: theirs for them, else {NO_DRAFTER})")  # fmt: skip
     else:
         parser.set_defaults(draft=NO_DRAFTER)
     add("--adapter-path", metavar="PATH", help="add the LoRA adapters of this directory to the target, as in mlx-lm")
@@ -42,7 +57,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser, drafter: bool = True) ->
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which target, which drafter, how much to draft."""
-    add_pair_arguments(parser)
+    add_pair_arguments(parser, default=None)
     add = parser.add_argument
     add("--beam-width", type=number_or_auto, default=AUTO, metavar="W", help="draft this many beams; 1 drafts a chain,"
         " auto measures steps and chooses all three (default: auto; 1 if one of the next two is given)")  # fmt: skip
@@ -147,11 +162,38 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def choose_target(args: argparse.Namespace, with_drafter: bool = False) -> str:
+    """Names the target where the flags of `add_model_arguments` do not: the assistant, else the embedded one.
+
+    Args:
+        with_drafter: an assistant without its drafter is of no use; otherwise it gets drafts by lookup.
+
+    Returns:
+        one line for people that says what is used; empty where they said it themselves.
+    """
+    if args.model is not None:
+        return ""
+    alone = args.draft is None and assistant.drafter_folder() is None
+    missing = ""
+    if assistant.weights_file() is None:
+        missing = f"the assistant is not installed, `{assistant.INSTALL}` brings it"
+    elif alone and with_drafter:
+        missing = "this installation has no drafter for the assistant"
+    args.model = EMBEDDED_PAIR if missing else ASSISTANT
+    if missing:
+        return f"Model: {EMBEDDED_PAIR}, which continues Python; {missing}"
+    if alone and args.lookup is None:
+        args.lookup = AUTO
+    said = f"Model: {ASSISTANT}, which is {assistant.TITLE}"
+    return f"{said}; this installation has no drafter for it" if alone else said
+
+
 def load_from(args: argparse.Namespace, pack_weights: bool = True) -> tuple[nn.Module, Drafter | None, Any]:
     """What the flags of `add_pair_arguments` name."""
     return load(
         args.model,
         args.draft,
+        gguf=args.gguf,
         adapter_path=args.adapter_path,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
@@ -161,7 +203,7 @@ def load_from(args: argparse.Namespace, pack_weights: bool = True) -> tuple[nn.M
 
 def model_name(args: argparse.Namespace) -> str:
     """The model's name in a prompt-cache file; mlx-lm loads the model by it."""
-    return args.model or str(EMBEDDED / "target")
+    return place_of(args.model, "--model", args.gguf)
 
 
 def _progress() -> Progress | None:

@@ -1,4 +1,4 @@
-"""From a path or a Hub id to a model, a drafter and a tokenizer.
+"""From a name, a path or a Hub id to a model, a drafter and a tokenizer.
 
 Knows nothing of prompts and texts.
 """
@@ -15,7 +15,9 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.embedded import assistant
 from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.gguf import as_directory, is_gguf
 from mlx_redrafter.system.device import on_cpu, stalling
 from mlx_redrafter.system.hub import fetch, snapshot_of
 from mlx_redrafter.system.openblas_layout import pack
@@ -33,13 +35,14 @@ from mlx_redrafter.text.checks import (
 
 EMBEDDED = pathlib.Path(__file__).parents[1] / "embedded"
 DTYPES = ("float32", "float16", "bfloat16")
-NO_DRAFTER = "none"
+EMBEDDED_PAIR, ASSISTANT, NO_DRAFTER = "embedded", "assistant", "none"  # what may stand for a path
 
 
 def load(
     path_or_repo: str | None = None,
     draft: str | None = None,
     *,
+    gguf: str | None = None,
     adapter_path: str | None = None,
     dtype: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
@@ -49,9 +52,13 @@ def load(
     """Loads a target, its drafter and its tokenizer.
 
     Args:
-        path_or_repo: directory or Hub id of an mlx-lm model; None for the embedded pair.
-        draft: directory or Hub id of a drafter; "none" for no drafter. If left out, the
-            embedded target comes with the embedded drafter, and any other with none.
+        path_or_repo: directory or Hub id of an mlx-lm model, or a GGUF file, which is converted once into the
+            cache directory; "assistant" for SmolLM2-135M-Instruct, where it is installed; None or
+            "embedded" for the embedded pair. A directory of such a name is "./assistant".
+        draft: directory or Hub id of a drafter; "none" for no drafter. If left out, the assistant
+            and the embedded target come with their own, which these names stand for, too, and any
+            other target with none.
+        gguf: which GGUF file, by its name or a part of it, where path_or_repo has several.
         adapter_path: LoRA adapters, as in mlx-lm.
         dtype: "float32", "float16" or "bfloat16" for the target's unquantised weights;
             None keeps them as they are, and float32 for the embedded pair.
@@ -65,25 +72,23 @@ def load(
     Raises:
         UserError: naming the file, field or flag that is wrong.
     """
-    if path_or_repo is None:
-        folder = EMBEDDED / "target"
-        draft = str(EMBEDDED / "drafter") if draft is None else draft
+    folder = find_target(path_or_repo, "--model", gguf)
+    if is_embedded(path_or_repo):
         dtype = dtype or "float32"
-    else:
-        folder = fetch(path_or_repo, "--model")
     if said := stalling():
         logger.warning("%s", said)
-    drafter = None
+    place = own_drafter(path_or_repo) if draft is None else None
     if draft is not None and draft != NO_DRAFTER:
-        drafter = open_drafter(fetch(draft, "--draft"))
+        place = find_drafter(draft)
+    drafter = None if place is None else open_drafter(place)
     model, tokenizer = load_target(folder, adapter_path, dtype, tokenizer_config, trust_remote_code)
     if pack_weights:
         pack(model)
-    if drafter is not None and draft is not None:
-        target = Target.of(model)
+    if drafter is not None:
+        target, name = Target.of(model), draft or str(place)
         if not target.missing:
-            check_pair(target, drafter, draft)
-            check_fingerprint(target, tokenizer, drafter, draft)
+            check_pair(target, drafter, name)
+            check_fingerprint(target, tokenizer, drafter, name)
             if on_cpu() and target.dtype == mx.float32:  # there, quantised products take each row by itself
                 drafter.dequantize()
             if drafter.config.quantization is None:
@@ -92,6 +97,53 @@ def load(
         if pack_weights:
             pack(drafter)
     return model, drafter, tokenizer
+
+
+def is_embedded(name: str | None) -> bool:
+    """Whether a target's name means the embedded one, which continues Python and knows nothing of conversations."""
+    return name in (None, EMBEDDED_PAIR)
+
+
+def place_of(name: str | None, flag: str, gguf: str | None = None) -> str:
+    """A directory or Hub id of a target from its name, for those who keep it: that of a GGUF file is its conversion.
+
+    Args:
+        name: as for `load`.
+        flag: what the user typed it for, for messages.
+
+    Raises:
+        UserError: the assistant is not installed, or a GGUF file cannot be found or read.
+    """
+    if gguf is not None and (name == ASSISTANT or is_embedded(name)):
+        raise UserError(f"--gguf {gguf} needs {flag}, a directory or Hub repository that has it")
+    if name is None or name == EMBEDDED_PAIR:
+        return str(EMBEDDED / "target")
+    if name == ASSISTANT:
+        return str(assistant.target_folder())
+    return as_directory(name, flag, gguf)
+
+
+def find_target(name: str | None, flag: str, gguf: str | None = None) -> pathlib.Path:
+    """The directory of a target. Raises UserError where there is none, see `place_of` and `fetch`."""
+    return fetch(place_of(name, flag, gguf), flag)
+
+
+def own_drafter(target: str | None) -> pathlib.Path | None:
+    """The directory of the drafter that comes with a target of this name; None where none does."""
+    if target == ASSISTANT:
+        return assistant.drafter_folder()
+    return EMBEDDED / "drafter" if is_embedded(target) else None
+
+
+def find_drafter(name: str, flag: str = "--draft") -> pathlib.Path:
+    """The directory of a drafter from its name, as for `load`. Raises UserError where there is none."""
+    if name in (ASSISTANT, EMBEDDED_PAIR):
+        if (folder := own_drafter(name)) is None:
+            raise UserError(f"{flag} {name}: this installation of mlx-redrafter has no drafter for the assistant")
+        return folder
+    if is_gguf(name):
+        raise UserError(f"{flag} {name}: is a GGUF file, a model, not a drafter; use it with --model {name}")
+    return fetch(name, flag)
 
 
 def load_target(

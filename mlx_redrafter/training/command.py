@@ -16,11 +16,11 @@ import mlx.core as mx
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.system.files import remove_left_over, require_free, write_json
-from mlx_redrafter.system.hub import fetch, require_login, upload
+from mlx_redrafter.system.hub import require_login, upload
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import NONE
-from mlx_redrafter.text.loading import EMBEDDED, load_target
+from mlx_redrafter.text.loading import find_target, is_embedded, load_target
 from mlx_redrafter.training.acceptance_length import held_out_prompts
 from mlx_redrafter.training.drafters.kinds import METHODS
 from mlx_redrafter.training.drafters.vocabulary import vocab_map_of
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         require_free(out)
     if args.upload_repo is not None and first:
         require_login(args.upload_repo)
-    folder = EMBEDDED / "target" if args.model is None else fetch(args.model, "--model")
+    folder = find_target(args.model, "--model", args.gguf)
     # Half precision is slow and coarse on a CPU.
     model, tokenizer = load_target(folder, None, "float32" if on_cpu() else None, None, args.trust_remote_code)
     verifier = verifier_of(model)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         write_json(notes / "arguments.json", arguments_of(args), indent=1)  # shows early that --out can be written
         if args.text is None:
             try:
-                prepare(notes / "text", target, tokenizer, plan_of_data, embedded=args.model is None)
+                prepare(notes / "text", target, tokenizer, plan_of_data, embedded=is_embedded(args.model))
             except UserError as error:
                 if not args.resume:
                     forget(out, notes, args, error)

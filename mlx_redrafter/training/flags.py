@@ -18,6 +18,7 @@ from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.flag_types import real, whole
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.flags import add_target_arguments
 from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.init_weights import OUTPUTS
 from mlx_redrafter.training.drafters.kinds import METHODS
@@ -40,8 +41,7 @@ class _Given(argparse.Action):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(parser.add_argument, action=_Given)
-    add("--model", help="directory, GGUF file or Hub id of the target (default: the embedded one)")
-    add("--gguf", metavar="NAME", help="read this GGUF file, named in full or in part, where --model has several")
+    add_target_arguments(add)
     add("--out", required=True, help="directory for the drafter, its log and its checkpoints")
     add("--resume", nargs=0, default=False, help="go on with the run in --out; other flags are those it was begun with,"
         " unless given: --iters, --eval-every and the like may change")  # fmt: skip

@@ -74,7 +74,7 @@ def report(
     write_json(out / "training" / "result.json", facts | arguments_of(args), indent=1)
     with replace_file(out / "README.md") as file:
         file.write_text(_card(args, finished, _text(rows), facts))
-    drawn = draw_curves(log, picture, f"{method.title} for {args.model or 'the embedded target'}")
+    drawn = draw_curves(log, picture, f"{method.title} for {args.model}")
     print(
         f"{out}: mean acceptance length {length:.2f} on {len(prompts)} held-out prompts (greedy, {drafted})\n"
         f"{speed:.0f} tokens/s of text learned, {facts['prefill_ratio']:.2f} of the target's own"
@@ -136,7 +136,7 @@ def command_line(arguments: dict[str, Any], defaults: dict[str, Any]) -> str:
 
 def _card(args: argparse.Namespace, drafter: Any, text: str, facts: dict[str, Any]) -> str:
     """README.md for the Hub and for people; `text` says what the drafter learned from."""
-    method, name = METHODS[args.method], args.model or "the embedded target"
+    method, name = METHODS[args.method], args.model
     bits = f"{args.q_bits} bits" if args.q_bits else facts["dtype"]
     rows = {
         "target": name,

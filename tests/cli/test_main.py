@@ -215,9 +215,9 @@ def test_version(capsys):
 @pytest.mark.parametrize("flags", [["--json"], []], ids=["json", "text"])
 def test_a_full_disk_behind_the_output(flags):
     """If this fails, a script whose disk is full reads a traceback, and an exit code that means something else."""
-    command = [sys.executable, "-m", "mlx_redrafter.cli.main", "generate", "-p", "x", "-m", "2", "--draft", "none"]
+    command = [sys.executable, "-m", "mlx_redrafter.cli.main", "generate", "--model", "embedded", "-p", "x", "-m", "2"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*command, *flags], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([*command, "--draft", "none", *flags], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "mlx-redrafter: error: output: No space left on device\n")
 
 
@@ -255,11 +255,13 @@ def test_every_flag_is_explained(command):
 
 def test_demo(capsys):
     """If this fails, the first thing a newcomer types does not work, or the two texts differ."""
-    assert main(["demo", "--num-prompts", "2", "-m", "24"]) == 0
+    assert main(["demo", "--embedded", "--num-prompts", "2", "-m", "24"]) == 0
     out = capsys.readouterr().out
-    assert "Texts equal to the plain one, token for token: 6 of 6" in out
+    assert out.startswith("Model: embedded\n") and "plain (mlx_lm): held-out Python" in out
+    assert "Texts equal to the plain one, token for token: 8 of 8" in out
     lines = [line for line in out.splitlines() if line.endswith("x")]
-    assert lines[-4].startswith("plain (mlx_lm)") and lines[-4].endswith("1.00x")
-    assert lines[-3].startswith("drafter and lookup, auto ")
-    assert lines[-2].startswith("drafted, chain of 3") and lines[-1].startswith("drafted, tree of 7")
+    assert [line.partition("  ")[0] for line in lines] == [
+        "plain (mlx_lm)", "plain (our loop)", "drafted, chain of 3", "drafted, tree of 7", "drafter and lookup, auto",
+    ]  # fmt: skip
+    assert lines[0].endswith("1.00x")
     assert mx.default_device().type != mx.DeviceType.cpu or "Device: CPU" in out

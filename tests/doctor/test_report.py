@@ -65,7 +65,7 @@ def test_your_pair_that_is_broken(quick, two_places, tmp_path, capsys, monkeypat
     assert {"texts, float32", "texts, float32, sampled"} == set(fields["failed"])
     assert "2 of" in out and "more than rounding explains; please report this" in out
     pairs = {check["pair"] for check in fields["checks"]}
-    assert pairs == {command.NO_PAIR, command.EMBEDDED_PAIR, command.YOUR_PAIR}
+    assert pairs == {command.NO_PAIR, command.EMBEDDED, command.YOUR_PAIR}
     mine = {check["name"] for check in fields["checks"] if check["pair"] == command.YOUR_PAIR}
     assert {"beam search", "verification of a tree"} <= mine and "verification of a chain" not in mine
 

@@ -8,8 +8,9 @@ Four kinds of mistakes, with the members that were looked for:
 * files that may not be read: weights, config, tokenizer, adapter_config, adapters, a drafter's weights and config;
 * files that stand for others: Git LFS pointers and web pages as weights, config, tokenizer or adapters;
 
-and what is whole but something else: a drafter or an adapter as --model, a model or an adapter as --draft, a model or
-PEFT's layout as --adapter-path. The table is made from the commands' own parsers, so a new command joins it by itself.
+and what is whole but something else: a drafter or an adapter as --model; a model, an adapter or a GGUF file as --draft;
+a model, a drafter or PEFT's layout as --adapter-path. The table is made from the commands' own parsers, so a new
+command joins it by itself.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ PAGE = "\n<!DOCTYPE html>\n<html><head><title>Hugging Face</title></head></html>
 EXPECTED = {
     "model": TARGET,
     "draft": DRAFTER,
+    "init": DRAFTER,
+    "medusa": DRAFTER,
+    "draft_model": TARGET,
     "adapter_path": ADAPTER,
     "target": TARGET,
     "path": TARGET,
@@ -47,7 +51,7 @@ EXPECTED = {
 }
 OTHERS = {"prompt": "x", "max_tokens": "1"}  # required flags that take no directory to read
 PROMPTS = functools.cache(held_out_prefixes)
-IGNORED = {"upload_repo", "data", "text", "init", "draft_model", "prompts", "report", "resume"}
+IGNORED = {"upload_repo", "data", "text", "prompts", "report", "resume"}
 
 
 def link(name: str, folder: pathlib.Path, damage: Callable[[pathlib.Path], object] = lambda f: None) -> None:
@@ -154,6 +158,7 @@ KINDS: dict[str, dict[str, tuple[Maker, str]]] = {
         },
         "a drafter": (lambda f: link(DRAFTER, f), "is a drafter"),
         "an adapter": (adapter, "is an adapter"),
+        "PEFT's layout": (lambda f: adapter(f, peft_type="LORA"), "in PEFT's layout"),
         "nothing": (lambda f: f.mkdir(), "config.json: no such file"),
     },
     DRAFTER: {
@@ -167,7 +172,8 @@ KINDS: dict[str, dict[str, tuple[Maker, str]]] = {
             for name in ("config.json", "model.safetensors")
         },
         "a target": (lambda f: link(TARGET, f), "model"),
-        "an adapter": (adapter, ""),
+        "an adapter": (adapter, "is an adapter, not a drafter"),
+        "a GGUF file": (lambda f: (f.mkdir(), (f / "m.gguf").touch()), "a model, not a drafter"),
         "nothing": (lambda f: f.mkdir(), "config.json: no such file"),
     },
     ADAPTER: {
@@ -184,7 +190,8 @@ KINDS: dict[str, dict[str, tuple[Maker, str]]] = {
             f"{name} may not be read": (lambda f, n=name: (adapter(f), locked(n)(f)), f"{name}: may not be read")
             for name in ("adapter_config.json", "adapters.safetensors")
         },
-        "a target": (lambda f: link(TARGET, f), "adapter_config.json: no such file"),
+        "a target": (lambda f: link(TARGET, f), "is a model, not an adapter; use it with --model"),
+        "a drafter": (lambda f: link(DRAFTER, f), "is a drafter, not an adapter; use it with --draft"),
     },
 }
 
@@ -193,7 +200,7 @@ def leaves(argv: list[str], parser: argparse.ArgumentParser) -> Iterator[tuple[l
     """Every command with its subcommands' names, and its flags."""
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not below:
-        yield argv, parser._actions
+        yield argv, [action for action in parser._actions if action.nargs != 0]
     for action in below:
         for name, child in action.choices.items():
             yield from leaves([*argv, name], child)
@@ -297,7 +304,6 @@ def test_all_flags_for_directories_are_in_the_table():
         for action in actions
         if any(word in (action.help or "") for word in ("directory", "Hub id"))
         and "must not exist yet" not in (action.help or "")
-        and action.nargs != 0
         and reads(argv, action) is None
         and action.dest not in IGNORED | {"out", "work"}
     }

@@ -53,6 +53,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("llama", "Mistral", _COMMON | {"head_dim": 32, "sliding_window": None}),
     "qwen2": ("qwen2", "Qwen2", _COMMON | {"rope_parameters": _ROPE}),
     "qwen3": ("qwen3", "Qwen3", _COMMON | {"head_dim": 32, "tie_word_embeddings": True}),
+    "mixtral": ("llama", "Mixtral", _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "qwen3moe",
+        "Qwen3Moe",
+        _COMMON
+        | {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "norm_topk_prob": True,  # as all of Qwen's are; no key tells
+        },
+    ),
+    "gemma": ("gemma", "Gemma", _COMMON | {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": (
         "gemma2",
         "Gemma2",
@@ -99,6 +113,8 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts": "ffn_down_exps",
 }
 _GEMMA_NAMES = {
     "post_attention_layernorm": "post_attention_norm",
@@ -137,7 +153,7 @@ def write_gguf(name: str, model: torch.nn.Module, path: pathlib.Path, kind: str 
         add_key(writer, key, value)
     for key, value in {**tensors(name, model), **extra}.items():
         if key not in drop and key not in raw:
-            add_tensor(writer, key, value, kind if value.ndim == 2 else "F32")
+            add_tensor(writer, key, value, kind if value.ndim > 1 else "F32")
     for key, (blocks, block_kind) in raw.items():
         writer.add_tensor(key, blocks, raw_dtype=gguf.GGMLQuantizationType[block_kind])
     writer.write_header_to_file()
@@ -194,6 +210,9 @@ def _metadata(name: str, model: torch.nn.Module) -> dict[str, object]:
         rope = rope["full_attention"]
     elif rope["rope_theta"] is not None:
         keys["rope.freq_base"] = float(rope["rope_theta"])
+    if experts := getattr(config, "num_local_experts", getattr(config, "num_experts", 0)):
+        keys |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok}
+        keys["expert_feed_forward_length"] = getattr(config, "moe_intermediate_size", None)
     if arch == "gemma2":
         keys |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 64}
     if rope.get("rope_type") == "linear":
@@ -218,17 +237,21 @@ def tensors(name: str, model: torch.nn.Module) -> dict[str, np.ndarray]:
     """llama.cpp's names and numbers."""
     arch, _, fields = MODELS[name]
     config = model.config
-    names = _NAMES | (_GEMMA_NAMES if arch.startswith("gemma") else {})
+    names = _NAMES | (_GEMMA_NAMES if arch in ("gemma2", "gemma3") else {})
     found = {}
     for key, value in model.state_dict().items():
         if key == "lm_head.weight" and fields["tie_word_embeddings"]:
             continue
         place, suffix = key.rsplit(".", 1)
-        prefix = ""
+        prefix, weight = "", value.numpy()
         if place.startswith("model.layers."):
             _, _, number, place = place.split(".", 3)
             prefix = f"blk.{number}."
-        weight = value.numpy()
+        if suffix == "gate_up_proj":  # of all experts
+            for part, each in zip(("gate", "up"), np.split(weight, 2, axis=1)):
+                found[f"{prefix}ffn_{part}_exps.weight"] = np.ascontiguousarray(each)
+            continue
+        suffix = "weight" if place == "mlp.experts" else suffix
         if arch in ("llama", "smollm3") and place.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if place.endswith("q_proj") else config.num_key_value_heads
             weight = _interleave(weight, heads)

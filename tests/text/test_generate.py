@@ -170,7 +170,7 @@ def test_json(pair, expected, capsys):
     assert report["tokens"] == [r.token for r in expected]
     assert report["text"] == "".join(r.text for r in expected)
     assert set(report) == {
-        "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "steps",
+        "model", "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "steps",
         "mean_acceptance_length", "acceptance_by_position", "peak_memory_gb", "finish_reason", "method", "reason",
         "shape", "plain_share", "lookup_share",
     }  # fmt: skip

@@ -20,6 +20,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.target.fingerprint import fingerprint
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.loading import find_drafter
 from mlx_redrafter.training.acceptance_length import acceptance_length
 from mlx_redrafter.training.batches import BatchMaker, WholeRows
 from mlx_redrafter.training.loss import Batch
@@ -71,7 +72,7 @@ class Method(abc.ABC):
 
     def earlier(self, args: argparse.Namespace, target: Target, tokenizer: Any) -> Any:
         """The drafter that --init names, in float32. Raises UserError unless training can go on from it."""
-        drafter: Any = open_drafter(args.init)
+        drafter: Any = open_drafter(find_drafter(args.init, "--init"))
         if not isinstance(drafter, self.kind):
             raise UserError(f"--init {args.init}: is a drafter of another kind than --method {self.name}")
         if drafter.config.quantization is not None:
@@ -107,7 +108,7 @@ class Method(abc.ABC):
 
     def save(self, args: argparse.Namespace, drafter: Any, target: Target, tokenizer: Any, out: pathlib.Path) -> None:
         """Writes a finished drafter, in the type and the bits that the flags say."""
-        drafter.config.target_fingerprint = fingerprint(target, tokenizer, args.model or "the embedded target")
+        drafter.config.target_fingerprint = fingerprint(target, tokenizer, args.model)
         drafter.set_dtype(getattr(mx, args.dtype))
         if args.q_bits is not None:
             drafter.quantize(args.q_group_size, args.q_bits)

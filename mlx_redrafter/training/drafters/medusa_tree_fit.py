@@ -17,9 +17,8 @@ from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.system.files import read_json, write_json
-from mlx_redrafter.system.hub import fetch
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.text.loading import EMBEDDED, load_target
+from mlx_redrafter.text.loading import find_target, is_embedded, load_target
 from mlx_redrafter.training.resume import earlier_rows
 from mlx_redrafter.training.text.data_plan import SELF, DataPlan
 from mlx_redrafter.training.text.sources import prepare
@@ -39,7 +38,7 @@ def fit_medusa_tree(
 
     Args:
         path: the heads' directory; of its config.json only medusa_choices changes.
-        target: directory or Hub id of their target; None for the embedded one.
+        target: of their target, as for `load`; None for the embedded one.
         text: rows that a training wrote, in place of data; the last ones, which are held out, come first.
         rows: texts to look at, of `row_length` tokens each.
 
@@ -55,7 +54,7 @@ def fit_medusa_tree(
     heads = open_drafter(path)
     if not isinstance(heads, MedusaHeads):
         raise UserError(f"{path}: not Medusa heads, which alone have a static tree")
-    folder = EMBEDDED / "target" if target is None else fetch(target, "--target")
+    folder = find_target(target, "--target")
     model, tokenizer = load_target(folder, None, "float32" if on_cpu() else None, None, trust_remote_code)
     reader = verifier_of(model).target
     check_pair(reader, heads, str(path))
@@ -66,7 +65,7 @@ def fit_medusa_tree(
             found = earlier_rows([text], reader, tokenizer, heads.config.medusa_num_heads)
         else:
             plan = DataPlan(data, length=row_length, rows=rows, held_out=0)
-            found = prepare(scratch, reader, tokenizer, plan, embedded=target is None)
+            found = prepare(scratch, reader, tokenizer, plan, embedded=is_embedded(target))
         tokens, counted = found[-rows:]
     accuracies = rank_accuracies(reader, heads, tokens.tolist(), counted=counted)
     choices = fit_choices(accuracies, tree_size)

@@ -216,7 +216,7 @@ def test_mistakes_about_trees(stories, trained, tmp_path, capsys):
     for flags, message in (
         (["--mlx-path", str(tmp_path)], "config.json: no such file"),
         (["--mlx-path", str(trained), "--tree-size", "0"], "--tree-size is 0, expected 1 or more"),
-        (["--mlx-path", str(trained)], "it was made for another model"),  # the embedded one
+        (["--mlx-path", str(trained)], "it was made for tiny"),  # and not for the embedded target
         (["--mlx-path", str(trained), "--target", str(stories), "--text", str(tmp_path)], "manifest.json: no such"),
     ):
         before = (trained / "config.json").read_bytes()

@@ -6,10 +6,10 @@ import pathlib
 import shutil
 
 import pytest
-from mlx_redrafter.convert.gguf import find
-from mlx_redrafter.convert.gguf.find import find_gguf, is_gguf
 
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.gguf import find
+from mlx_redrafter.gguf.find import find_gguf, is_gguf
 
 
 def test_the_only_one_of_a_directory(file, tmp_path):
@@ -45,3 +45,12 @@ def test_hub_repository_without_network(file, tmp_path, monkeypatch):
     assert find_gguf("owner/x-GGUF", "--model") == snapshot / "x-Q8_0.gguf"
     with pytest.raises(UserError, match="--model owner/y-GGUF: not here, and the Hub: no network"):
         find_gguf("owner/y-GGUF", "--model")
+
+
+def test_a_directory_of_the_hubs_cache(file, tmp_path):
+    """If this fails, what `hf download` left can only be named by the file in its snapshot."""
+    repo = tmp_path / "models--owner--x-GGUF"
+    (repo / "blobs").mkdir(parents=True)
+    (snapshot := repo / "snapshots/0123").mkdir(parents=True)
+    (snapshot / "x-Q8_0.gguf").symlink_to(file.rename(repo / "blobs/4567"))
+    assert is_gguf(str(repo)) and find_gguf(str(repo), "--model") == snapshot / "x-Q8_0.gguf"

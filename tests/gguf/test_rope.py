@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from mlx_redrafter.convert.gguf.rope import _frequencies
 from support import gguf_files
+
+from mlx_redrafter.gguf.rope import _frequencies
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pathlib
 import shutil
 
 import pytest
-from mlx_redrafter.convert.gguf import kept
 
 from mlx_redrafter.cli.main import main
+from mlx_redrafter.gguf import kept
 
 
 def generate(model, *flags) -> int:
@@ -42,9 +42,9 @@ def test_changed_file_is_converted_anew(file, tmp_path):
 def test_another_process_was_faster(file, tmp_path, monkeypatch):
     write = kept.write_model
 
-    def slow(path, folder):
+    def slow(path, folder, *more):
         shutil.copytree(made_by_another, kept.kept_folder(path))
-        return write(path, folder)
+        return write(path, folder, *more)
 
     made_by_another = tmp_path / "another"
     made_by_another.mkdir()

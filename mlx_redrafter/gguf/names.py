@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import tempfile
 from typing import Any
 
@@ -11,11 +12,13 @@ import gguf
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-from mlx_redrafter.convert.gguf.architectures import architecture
-from mlx_redrafter.convert.gguf.file import GGUF, Tensor
-from mlx_redrafter.convert.gguf.rope import FACTOR_TENSORS
 
 from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.gguf.architectures import architecture
+from mlx_redrafter.gguf.file import GGUF, Tensor
+from mlx_redrafter.gguf.rope import FACTOR_TENSORS
+
+_EXPERTS = re.compile(r"\.(?:mlp|block_sparse_moe)\.switch_mlp\.")  # mlx-lm's words; gguf knows transformers'
 
 
 def parameters(file: GGUF, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -34,7 +37,7 @@ def parameters(file: GGUF, config: dict[str, Any]) -> dict[str, Tensor]:
     name_of = gguf.get_tensor_name_map(kinds[file.metadata["general.architecture"]], config["num_hidden_layers"])
     found: dict[str, Tensor] = {}
     for parameter, shape in _shapes(file, config).items():
-        name = name_of.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        name = name_of.get_name(_EXPERTS.sub(".mlp.experts.", parameter), try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"{file.path}: mlx-lm's {parameter} has no name in GGUF files")
         if name not in file.tensors:

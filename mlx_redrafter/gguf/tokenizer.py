@@ -7,11 +7,11 @@ import pathlib
 from typing import Any
 
 from gguf import TokenType
-from mlx_redrafter.convert.gguf.file import GGUF
-from mlx_redrafter.convert.gguf.splitting import BEGINNING, PATTERNS, WHOLE_WORDS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.gguf.file import GGUF
+from mlx_redrafter.gguf.splitting import BEGINNING, PATTERNS, WHOLE_WORDS
 
 KEY = "tokenizer.ggml"
 SPACE = "▁"

@@ -9,12 +9,12 @@ import gguf
 import pytest
 import sentencepiece
 from mlx_lm.utils import load_tokenizer
-from mlx_redrafter.convert.gguf.file import read_gguf
-from mlx_redrafter.convert.gguf.splitting import PATTERNS
-from mlx_redrafter.convert.gguf.tokenizer import end_tokens, write_tokenizer
 from support import gguf_files
 
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.gguf.file import read_gguf
+from mlx_redrafter.gguf.splitting import PATTERNS
+from mlx_redrafter.gguf.tokenizer import end_tokens, write_tokenizer
 
 LINES = [
     "the sea and the sky",

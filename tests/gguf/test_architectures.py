@@ -7,8 +7,9 @@ import mlx_lm
 import numpy as np
 import pytest
 import torch
-from mlx_redrafter.convert.gguf import write_model
 from support import gguf_files
+
+from mlx_redrafter.gguf import write_model
 
 TOKENS = [5, 17, 200, 3, 99, 42, 250, 7, 7, 130, 64, 11, 2, 180]
 
@@ -29,4 +30,5 @@ def test_logits(name, tmp_path):
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS])).logits[0].numpy()
     assert expected.std() > 0.05
-    np.testing.assert_allclose(logits(folder), expected, atol=1e-3)
+    tolerance = 5e-3 if name == "gemma" else 1e-3  # mlx-lm's Gemma has the exact GELU, not the one with tanh
+    np.testing.assert_allclose(logits(folder), expected, atol=tolerance)

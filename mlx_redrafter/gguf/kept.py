@@ -8,11 +8,10 @@ import pathlib
 import shutil
 import sys
 
-from mlx_redrafter.convert.gguf.file import split_parts
-from mlx_redrafter.convert.gguf.find import find_gguf, is_gguf
-from mlx_redrafter.convert.gguf.model import write_model
-
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.gguf.file import split_parts
+from mlx_redrafter.gguf.find import find_gguf, is_gguf
+from mlx_redrafter.gguf.model import write_model
 from mlx_redrafter.system.files import write_directory
 from mlx_redrafter.system.openblas import cache_dir
 
@@ -35,7 +34,7 @@ def as_directory(path_or_repo: str, flag: str, name: str | None = None) -> str:
     return str(converted(find_gguf(path_or_repo, flag, name)))
 
 
-def converted(path: pathlib.Path) -> pathlib.Path:
+def converted(path: pathlib.Path, dtype: str | None = None) -> pathlib.Path:
     """The mlx-lm directory of a GGUF file, made now unless it is there already.
 
     It is made under another name and renamed when it is whole. A file that has changed since is
@@ -43,16 +42,17 @@ def converted(path: pathlib.Path) -> pathlib.Path:
 
     Args:
         path: the file, or the first part of a split one.
+        dtype: write all weights as numbers of this type; None keeps them packed.
 
     Raises:
         UserError: the file is not one that can be read, or the cache directory cannot be written.
     """
-    folder = kept_folder(path)
+    folder = kept_folder(path, dtype)
     if folder.exists():
         return folder
     try:
         with write_directory(folder) as made:
-            summary = write_model(path, made)
+            summary = write_model(path, made, dtype is not None, dtype)
     except UserError:
         if folder.exists():  # another process was faster
             return folder
@@ -64,8 +64,8 @@ def converted(path: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def kept_folder(path: pathlib.Path) -> pathlib.Path:
-    """Where the directory of a file is: a name from its place, and one from its sizes and times of change.
+def kept_folder(path: pathlib.Path, dtype: str | None = None) -> pathlib.Path:
+    """Where the directory of a file is: a name from its place and `dtype`, one from its sizes and times of change.
 
     Raises:
         UserError: no such file.
@@ -77,7 +77,7 @@ def kept_folder(path: pathlib.Path) -> pathlib.Path:
         except OSError as error:
             raise UserError(f"{part}: cannot be read ({error.strerror or error})") from error
         facts.append((fact.st_size, fact.st_mtime_ns))
-    place = _digest(str(path.resolve()))
+    place = _digest(f"{path.resolve()}{dtype or ''}")
     return cache_dir() / "gguf" / f"{path.stem}-{place}-{_digest(json.dumps([VERSION, facts]))}"
 
 

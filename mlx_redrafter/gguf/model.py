@@ -8,12 +8,12 @@ import pathlib
 from collections import Counter
 from typing import Any
 
-from mlx_redrafter.convert.gguf.architectures import config
-from mlx_redrafter.convert.gguf.file import read_gguf
-from mlx_redrafter.convert.gguf.outputs import Output, plan
-from mlx_redrafter.convert.gguf.tokenizer import end_tokens, write_tokenizer
 from tqdm import tqdm
 
+from mlx_redrafter.gguf.architectures import config
+from mlx_redrafter.gguf.file import read_gguf
+from mlx_redrafter.gguf.outputs import Output, plan
+from mlx_redrafter.gguf.tokenizer import end_tokens, write_tokenizer
 from mlx_redrafter.system.weights import ITEM_BYTES, SHARD_BYTES, require_space, write_safetensors
 
 

@@ -7,9 +7,10 @@ import re
 
 from huggingface_hub import HfApi, hf_hub_download, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
-from mlx_redrafter.convert.gguf.file import MAGIC, SPLIT, split_parts
 
 from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.gguf.file import MAGIC, SPLIT, split_parts
+from mlx_redrafter.system.hub import snapshot_of
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _PROJECTOR = "mmproj"  # llama.cpp's files for images, beside those of language models
@@ -29,6 +30,7 @@ def is_gguf(path_or_repo: str, name: str | None = None) -> bool:
     if name is not None:
         return True
     if path.is_dir():
+        path = snapshot_of(path)
         return not (path / "config.json").exists() and bool(_models(file.name for file in path.glob("*.gguf")))
     if path.is_file():
         return path.suffix == ".gguf" or _magic(path) == MAGIC
@@ -50,6 +52,7 @@ def find_gguf(path_or_repo: str, flag: str, name: str | None = None) -> pathlib.
     if path.is_file():
         return split_parts(path)[0]
     if path.is_dir():
+        path = snapshot_of(path)
         return path / _choose([file.name for file in path.glob("*.gguf")], f"{flag} {path_or_repo}", name)
     if not _HUB_ID.fullmatch(path_or_repo):
         raise UserError(f"{flag} {path_or_repo}: no such file or directory (a Hub id looks like owner/name)")

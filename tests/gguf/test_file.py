@@ -7,10 +7,10 @@ import pathlib
 import gguf
 import numpy as np
 import pytest
-from mlx_redrafter.convert.gguf import write_model
 from support import gguf_files
 
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.gguf import write_model
 from mlx_redrafter.system.files import write_directory
 
 
@@ -75,7 +75,10 @@ def test_truncated(whole, tmp_path, share, message):
             {"metadata": {"general.architecture": "rwkv7"}},
             "general.architecture is 'rwkv7', expected one of llama, qwen2",
         ),
-        ({"metadata": {"llama.expert_count": 8}}, "a mixture of 8 experts, expected a dense model"),
+        (
+            {"metadata": {"general.architecture": "rwkv7", "rwkv7.expert_count": 8}},
+            "general.architecture is 'rwkv7' with 8 experts, expected one of llama, qwen3moe",
+        ),
         ({"metadata": {"llama.embedding_length": None}}, "key 'llama.embedding_length' is missing"),
         ({"metadata": {"llama.block_count": "two"}}, "llama.block_count is 'two', expected int"),
         ({"metadata": {"llama.attention.head_count_kv": [2, 1]}}, "head_count_kv is a list of 2, expected int"),

@@ -11,17 +11,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mlx_redrafter.convert.gguf.file import GGUF
-from mlx_redrafter.convert.gguf.rope import rope_scaling
-
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.gguf.file import GGUF
+from mlx_redrafter.gguf.rope import rope_scaling
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One value of general.architecture.
+    """One value of general.architecture, of dense models or of mixtures of experts.
 
     Attributes:
         model_type, hf_class: transformers' names.
@@ -40,14 +39,12 @@ class Architecture:
 def architecture(file: GGUF) -> Architecture:
     """That of a file. Raises UserError where it is none of those read here."""
     name = file.get("general.architecture", str)
-    if name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{file.path}: general.architecture is {name!r}, expected one of {known}")
-    if file.get(f"{name}.expert_count", int, 0):
-        raise UserError(
-            f"{file.path}: a mixture of {file.get(f'{name}.expert_count', int)} experts, expected a dense model"
-        )
-    return ARCHITECTURES[name]
+    experts = file.get(f"{name}.expert_count", int, 0)
+    if found := (MIXTURES if experts else ARCHITECTURES).get(name):
+        return found
+    known = ", ".join(MIXTURES if experts else ARCHITECTURES)
+    what = f" with {experts} experts" if experts else ""
+    raise UserError(f"{file.path}: general.architecture is {name!r}{what}, expected one of {known}")
 
 
 def config(file: GGUF) -> dict[str, Any]:
@@ -111,6 +108,29 @@ def _smollm3(file: GGUF, fields: dict[str, Any]) -> dict[str, Any]:
     return _llama(file, fields) | {"no_rope_layer_interval": every, "no_rope_layers": layers}
 
 
+def _mixtral(file: GGUF, fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_local_experts": file.get("llama.expert_count", int),
+        "num_experts_per_tok": file.get("llama.expert_used_count", int),
+    }
+
+
+def _qwen3_moe(file: GGUF, fields: dict[str, Any]) -> dict[str, Any]:
+    return _qwen3(file, fields) | {
+        "num_experts": file.get("qwen3moe.expert_count", int),
+        "num_experts_per_tok": file.get("qwen3moe.expert_used_count", int),
+        "moe_intermediate_size": file.get("qwen3moe.expert_feed_forward_length", int),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }
+
+
+def _gemma1(file: GGUF, fields: dict[str, Any]) -> dict[str, Any]:
+    activation = "gelu_pytorch_tanh"
+    return _head_dim(file, fields) | {"hidden_act": activation, "hidden_activation": activation}
+
+
 def _gemma2(file: GGUF, fields: dict[str, Any]) -> dict[str, Any]:
     return _gemma(file, fields, 46) | {
         "attn_logit_softcapping": file.get("gemma2.attn_logit_softcapping", float, 50.0),
@@ -157,8 +177,13 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", _llama, permuted=True),  # Mistral's models, too
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _qwen2),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen3),
+    "gemma": Architecture("gemma", "GemmaForCausalLM", _gemma1, shifted_norms=True),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma2, shifted_norms=True),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, shifted_norms=True),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", _phi3),
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", _smollm3, permuted=True),
+}
+MIXTURES = {
+    "llama": Architecture("mixtral", "MixtralForCausalLM", _mixtral, permuted=True),
+    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe),
 }

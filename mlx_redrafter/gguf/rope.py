@@ -7,9 +7,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-from mlx_redrafter.convert.gguf.file import GGUF
 
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.gguf.file import GGUF
 
 FREQUENCIES = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
