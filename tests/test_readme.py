@@ -1,4 +1,4 @@
-"""The README and the pages beside it: commands and flags exist, what runs in seconds runs, links lead somewhere."""
+"""The README, the pages beside it and the workflow: commands exist, what runs in seconds runs, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 import shlex
 
 import pytest
+import yaml
 
 from mlx_redrafter.cli.main import main
+from mlx_redrafter.embedded import assistant
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,11 +22,19 @@ def commands(page: pathlib.Path) -> list[str]:
     return [line.split("  #")[0].strip() for line in re.findall(r"^ {4}(mlx-redrafter .*)$", text, re.MULTILINE)]
 
 
+def workflow_lines() -> list[str]:
+    """What the workflow's steps type, a line each."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    return [line.strip() for step in steps for line in step.get("run", "").splitlines()]
+
+
 class Parsed(Exception):
     """Raised in place of running a command."""
 
 
-ALL = sorted({command for page in PAGES for command in commands(page)})
+IN_WORKFLOW = [line.partition(" | ")[0] for line in workflow_lines() if line.startswith("mlx-redrafter ")]
+ALL = sorted({command for page in PAGES for command in commands(page)} | set(IN_WORKFLOW))
 
 
 @pytest.mark.parametrize("command", ALL)
@@ -45,6 +55,16 @@ def test_commands_are_understood(command, monkeypatch, capsys):
 def test_there_are_commands():
     """If this fails, the test above has found none of them."""
     assert len(commands(ROOT / "README.md")) >= 5 and len(ALL) > 15
+    assert {shlex.split(line)[1] for line in IN_WORKFLOW} == {"doctor", "tune", "bench"}
+
+
+def test_the_workflow_makes_what_the_makefile_has():
+    """If this fails, the first push to a host ends in a red cross."""
+    made = [line.split()[1] for line in workflow_lines() if line.startswith("make ")]
+    assert made == ["lint", "test"]
+    for target in made:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert any(f"'{assistant.REQUIREMENT}'" in line for line in workflow_lines())
 
 
 @pytest.mark.parametrize("command", [c for c in commands(ROOT / "README.md") if c.split()[1] == "generate"])
