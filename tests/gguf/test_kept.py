@@ -8,8 +8,10 @@ import shutil
 
 import pytest
 
+from mlx_redrafter import load
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.gguf import kept
+from mlx_redrafter.target.probe import is_quantized
 
 
 def generate(model, *flags) -> int:
@@ -28,6 +30,14 @@ def test_model_is_converted_once(file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kept, "write_model", lambda *_: pytest.fail("converted twice"))
     assert generate(file) == 0
     assert capsys.readouterr().out.split("=")[0] == first.out.split("=")[0]
+
+
+def test_from_python(file, tmp_path):
+    """If this fails, load() refuses what --model takes."""
+    for path, options in ((file, {}), (tmp_path, {"gguf": "small"})):
+        model, drafter, tokenizer = load(str(path), **options)
+        assert drafter is None and is_quantized(model) and tokenizer.encode("hello")
+    assert len(kept_folders(tmp_path)) == 1
 
 
 def test_changed_file_is_converted_anew(file, tmp_path):
