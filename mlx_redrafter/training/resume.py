@@ -56,6 +56,8 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
     add_arguments(parser)
     # A flag that there was not yet when the run began has its default; numbers as text go through the flag's type.
     texts = {name: str(value) if type(value) in (int, float) else value for name, value in stored.items()}
+    if isinstance(texts.get("text"), str):  # of a run from when there was one folder only
+        texts["text"] = [texts["text"]]
     parser.set_defaults(**{name: texts[name] for name in texts.keys() & defaults().keys() if texts[name] is not None})
     try:
         flags = vars(parser.parse_args([f"--out={args.out}"]))

@@ -119,7 +119,7 @@ def test_a_run_knows_its_own_flags(stories, text, tmp_path, capsys):
     result = json.loads((out / "training" / "result.json").read_text())
     begun = json.loads((out / "training" / "arguments.json").read_text())
     assert (result["updates"], result["seed"], result["exit_dim"]) == (3, 3, 32) and weights(out) != first
-    assert (begun["iters"], begun["seed"], begun["text"]) == (3, 3, str(text)) and "given" not in begun
+    assert (begun["iters"], begun["seed"], begun["text"]) == (3, 3, [str(text)]) and "given" not in begun
     assert [json.loads(x)["iter"] for x in (out / "training" / "log.jsonl").open()] == [2, 3]
     assert main(["train", "--out", str(out), "--resume", "--seed", "4"]) == 2
     assert "--seed is 4, but the run to resume has 3; such a change needs a new --out" in capsys.readouterr().err

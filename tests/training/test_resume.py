@@ -41,7 +41,7 @@ def test_what_may_change(begun):
         new = {"model": "m", "loss": "hard", "method": "medusa", "output_layer": "random", "train_dtype": "float32"}
         word = new.get(name, "17" if not isinstance(value, str) or name == "seed" else "x")
         flag = f"--{name.replace('_', '-')}"
-        words = [flag] if name == "q_aware" else [flag, word]
+        words = [flag] if value is False else [flag, word]
         (begun / "training" / "checkpoint.safetensors").unlink(missing_ok=True)
         assert getattr(resumed(parse("--out", begun, "--resume", *words)), name) != begun_value(begun, name)
         (begun / "training" / "checkpoint.safetensors").touch()
