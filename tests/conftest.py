@@ -24,7 +24,7 @@ ASSISTANT_FILE = assistant.weights_file()
 def pytest_collection_modifyitems(items):
     """Marks the tests that run a trained model, which `make test-fast` leaves out."""
     for item in items:
-        if {"pair", "stories", "stories_pair", "hub"} & set(getattr(item, "fixturenames", ())):
+        if {"pair", "stories", "stories_pair", "hub", "served", "told"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("model")
 
 
@@ -122,3 +122,34 @@ def without_privileges():
     assert libc.capset(header, less) == 0
     yield
     assert libc.capset(header, kept) == 0
+
+
+@pytest.fixture(scope="session")
+def served():
+    """A client of a server of the target that writes stories and its drafter."""
+    from support.serving import TINY, serving
+
+    with serving(*TINY, "--num-draft-tokens", "3") as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def parrot(tmp_path_factory):
+    """The directory of a target whose texts are known, and of its drafter."""
+    from support.parrot import make_parrot
+
+    return make_parrot(tmp_path_factory.mktemp("parrot") / "parrot")
+
+
+@pytest.fixture(scope="session")
+def parrot_flags(parrot):
+    return ("--model", str(parrot), "--draft", str(parrot / "drafter"), "--num-draft-tokens", "2", "--lookup", "off")
+
+
+@pytest.fixture(scope="session")
+def told(parrot_flags):
+    """A client of a server of that target."""
+    from support.serving import serving
+
+    with serving(*parrot_flags) as client:
+        yield client

@@ -19,7 +19,8 @@ PACKAGE = "mlx_redrafter"
 AT_THE_TOP = ("convert", "benchmarks")  # folders that the wheel maps into the package
 # Top to bottom; a package imports only from those below it, and everything may import errors.
 LAYERS = [
-    {"cli", "server"},
+    {"cli"},
+    {"server"},
     {"benchmarks"},
     {"doctor"},
     {"convert"},

@@ -46,7 +46,7 @@ def test_commands_are_understood(command, monkeypatch, capsys):
 
     for module in ("cli.generate", "cli.chat", "cli.demo", "benchmarks.command", "training.command"):
         monkeypatch.setattr(f"mlx_redrafter.{module}.run", parsed)
-    for module in ("convert.command", "cli.inspect", "cli.tune", "doctor.command"):
+    for module in ("convert.command", "cli.serve", "cli.inspect", "cli.tune", "doctor.command"):
         monkeypatch.setattr(f"mlx_redrafter.{module}.run", parsed)
     with pytest.raises(Parsed):
         main(shlex.split(command)[1:])

@@ -18,6 +18,7 @@ from mlx_redrafter.errors import UserError
 COMMANDS = {
     "generate": "mlx_redrafter.cli.generate",
     "chat": "mlx_redrafter.cli.chat",
+    "serve": "mlx_redrafter.cli.serve",
     "demo": "mlx_redrafter.cli.demo",
     "bench": "mlx_redrafter.benchmarks.command",
     "train": "mlx_redrafter.training.command",

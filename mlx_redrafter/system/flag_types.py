@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 
@@ -37,3 +38,11 @@ def real(least: float, most: float = math.inf, words: str = "") -> Callable[[str
         return value
 
     return read
+
+
+def size(text: str) -> int:
+    """A number of bytes, which may end in K, M, G or T, alone or with a B: thousands, millions and so on."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a size like 500MB or 4G")
+    return int(float(found[1]) * 1000 ** " KMGT".find(found[2] or " "))

@@ -73,20 +73,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """How much text, and how the target chooses."""
+    add_choice_arguments(parser, max_tokens)
     add = parser.add_argument
-    tokens = whole(1, also=(-1,), words="1 or more, or -1 for no limit")
-    add("--max-tokens", "-m", type=tokens, default=max_tokens, metavar="N", help="end the text after this many tokens;"
-        " -1 sets no limit (default: %(default)s)")  # fmt: skip
-    add("--temp", type=real(0), default=0.0, metavar="T", help="sample at this temperature; 0 takes the most probable"
-        " token (default: %(default)s)")  # fmt: skip
-    add("--top-p", type=real(0, 1), default=1.0, metavar="P", help="sample from the most probable tokens that make up"
-        " this share (default: 1, all)")  # fmt: skip
-    add("--min-p", type=real(0, 1), default=0.0, metavar="P", help="drop tokens below this share of the best token's"
-        " probability (default: 0, none)")  # fmt: skip
     add("--min-tokens-to-keep", type=whole(1), default=1, metavar="N", help="keep at least this many tokens whatever"
         " --min-p says (default: %(default)s)")  # fmt: skip
-    add("--top-k", type=whole(0), default=0, metavar="K", help="sample from the K most probable tokens (default: 0,"
-        " all)")  # fmt: skip
     add("--xtc-probability", type=real(0, 1), default=0.0, metavar="P", help="apply XTC to this share of the tokens"
         " (default: 0, none)")  # fmt: skip
     add("--xtc-threshold", type=real(0, 0.5), default=0.1, metavar="P", help="let XTC drop tokens above this"
@@ -97,6 +87,28 @@ def add_generation_arguments(parser: argparse.ArgumentParser, max_tokens: int) -
     add("--chat-template-config", metavar="JSON", help="give the chat template the arguments of this JSON object")
     add("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="end the text at these tokens, too")
     add("--stop", nargs="+", default=(), metavar="TEXT", help="end the text before any of these texts")
+    add_cache_arguments(parser)
+
+
+def add_choice_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """How much text, and from which tokens the target chooses."""
+    add = parser.add_argument
+    tokens = whole(1, also=(-1,), words="1 or more, or -1 for no limit")
+    add("--max-tokens", "-m", type=tokens, default=max_tokens, metavar="N", help="end the text after this many tokens;"
+        " -1 sets no limit (default: %(default)s)")  # fmt: skip
+    add("--temp", type=real(0), default=0.0, metavar="T", help="sample at this temperature; 0 takes the most probable"
+        " token (default: %(default)s)")  # fmt: skip
+    add("--top-p", type=real(0, 1), default=1.0, metavar="P", help="sample from the most probable tokens that make up"
+        " this share (default: 1, all)")  # fmt: skip
+    add("--min-p", type=real(0, 1), default=0.0, metavar="P", help="drop tokens below this share of the best token's"
+        " probability (default: 0, none)")  # fmt: skip
+    add("--top-k", type=whole(0), default=0, metavar="K", help="sample from the K most probable tokens (default: 0,"
+        " all)")  # fmt: skip
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """How prompts are read into the KV cache, and how it is kept."""
+    add = parser.add_argument
     add("--prefill-step-size", type=whole(1), default=2048, metavar="N", help="read the prompt in pieces of this many"
         " tokens (default: %(default)s)")  # fmt: skip
     add("--kv-bits", type=int, choices=(2, 4, 8), help="quantise the KV cache to this many bits (default: do not)")

@@ -85,17 +85,7 @@ def load(
     if pack_weights:
         pack(model)
     if drafter is not None:
-        target, name = Target.of(model), draft or str(place)
-        if not target.missing:
-            check_pair(target, drafter, name)
-            check_fingerprint(target, tokenizer, drafter, name)
-            if on_cpu() and target.dtype == mx.float32:  # there, quantised products take each row by itself
-                drafter.dequantize()
-            if drafter.config.quantization is None:
-                drafter.set_dtype(target.dtype)
-        mx.eval(drafter.parameters())
-        if pack_weights:
-            pack(drafter)
+        fit_drafter(drafter, model, tokenizer, draft or str(place), pack_weights)
     return model, drafter, tokenizer
 
 
@@ -144,6 +134,28 @@ def find_drafter(name: str, flag: str = "--draft") -> pathlib.Path:
     if is_gguf(name):
         raise UserError(f"{flag} {name}: is a GGUF file, a model, not a drafter; use it with --model {name}")
     return fetch(name, flag)
+
+
+def fit_drafter(drafter: Drafter, model: nn.Module, tokenizer: Any, name: str, pack_weights: bool = True) -> None:
+    """Readies an opened drafter for a loaded target: their types of weights agree, and what they share is shared.
+
+    Args:
+        name: of the drafter, for messages.
+
+    Raises:
+        UserError: it was made for a target of another shape.
+    """
+    target = Target.of(model)
+    if not target.missing:
+        check_pair(target, drafter, name)
+        check_fingerprint(target, tokenizer, drafter, name)
+        if on_cpu() and target.dtype == mx.float32:  # there, quantised products take each row by itself
+            drafter.dequantize()
+        if drafter.config.quantization is None:
+            drafter.set_dtype(target.dtype)
+    mx.eval(drafter.parameters())
+    if pack_weights:
+        pack(drafter)
 
 
 def load_target(

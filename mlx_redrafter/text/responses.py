@@ -30,6 +30,7 @@ class GenerationResponse:
         peak_memory: in GB.
         finish_reason: "stop", "length" or None while it goes on.
         steps: verifications so far.
+        draft_tokens, accepted_tokens: what the steps drafted, and what of it is in the text.
         mean_acceptance_length: tokens per step, the target's own one included; 1.0 without drafts.
         acceptance_by_position: share of steps that got at least d draft tokens accepted, d = 1, 2, ...
         method: "redrafter", "medusa", "lookup" (alone), or "plain".
@@ -49,6 +50,8 @@ class GenerationResponse:
     peak_memory: float
     finish_reason: str | None = None
     steps: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     mean_acceptance_length: float = 1.0
     acceptance_by_position: list[float] = dataclasses.field(default_factory=list)
     method: str = "plain"

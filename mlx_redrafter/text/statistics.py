@@ -48,6 +48,8 @@ class Statistics:
         shapes = Counter(plan.shape for plan in self.plans.elements() if isinstance(plan, Drafted))
         return {
             "steps": self.steps,
+            "draft_tokens": sum(n * plan.num_draft_tokens for plan, n in self.plans.items()),
+            "accepted_tokens": sum(self.accepted),
             "mean_acceptance_length": 1 + sum(self.accepted) / steps,
             "acceptance_by_position": [count / steps for count in self.accepted],
             "shape": next((shape for shape, _ in shapes.most_common(1)), None),

@@ -10,11 +10,15 @@ class StopStrings:
 
     Args:
         stops: the strings; empty ones are ignored.
+
+    Attributes:
+        found: the one that ended the text.
     """
 
     def __init__(self, stops: Sequence[str]):
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        self.found: str | None = None
 
     def take(self, text: str, last: bool = False) -> tuple[str, bool]:
         """Takes the next piece of text.
@@ -27,9 +31,10 @@ class StopStrings:
             the text that can be given out, and whether a stop string was found after it.
         """
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            out, self._held = self._held[: min(found)], ""
+            at, self.found = min(found)
+            out, self._held = self._held[:at], ""
             return out, True
         at = len(self._held)
         # What is held back is the longest end of the text that a stop string begins with.

@@ -59,8 +59,13 @@ def _kind(module: nn.Module) -> str:
     return store.digest(json.dumps([facts, scheme, heads]).encode())
 
 
-def weights_digest(drafter: Drafter) -> str:
-    """Tells drafters of one kind apart, by a few entries of each of their tensors."""
-    weights: list[Any] = tree_flatten(drafter.parameters())  # type: ignore[assignment]
+def identity(model: nn.Module) -> str:
+    """Tells models apart by the names, shapes, types and a few entries of all their weights."""
+    return _kind(model) + weights_digest(model)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Tells modules of one kind apart, by a few entries of each of their tensors."""
+    weights: list[Any] = tree_flatten(module.parameters())  # type: ignore[assignment]
     entries = mx.concatenate([array.reshape(-1)[:64].astype(mx.float32) for _, array in weights])
     return store.digest(np.array(entries).tobytes())

@@ -1,0 +1,210 @@
+"""The queue and the thread that generates: mlx_lm's, with our loop in it, and nothing that ends it.
+
+Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Generator, Iterator
+from queue import Empty, Queue
+from typing import Any
+
+from mlx_lm.server import GenerationArguments, ResponseGenerator
+
+from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.server import seam
+from mlx_redrafter.server.answers import GONE, Answer, HungUp, answer_to, logger
+from mlx_redrafter.server.caches.memory import PromptCaches
+from mlx_redrafter.server.limits import Limits
+from mlx_redrafter.server.metrics import Metrics
+from mlx_redrafter.server.provider import Provider
+from mlx_redrafter.server.requests import Request
+from mlx_redrafter.server.text_stream import text_stream
+from mlx_redrafter.system import threads
+
+POLL = 0.2  # seconds between two looks at whether the client is still there
+
+
+class GenerationThread(ResponseGenerator):
+    """Generates for one request after the other.
+
+    Args:
+        limits: of queue and context.
+
+    Attributes:
+        started: done when the models of the command line are loaded; raises what went wrong.
+        metrics: counted as requests end.
+    """
+
+    model_provider: Provider
+    prompt_cache: PromptCaches
+
+    def __init__(self, provider: Provider, prompt_cache: PromptCaches, limits: Limits):
+        self.limits, self.started = limits, concurrent.futures.Future[None]()
+        self.metrics = Metrics(self.waiting, prompt_cache)
+        self._open = set[Request]()
+        self._lock = threading.RLock()
+        self._current: Any = None  # what the thread has taken from the queue
+        super().__init__(provider, prompt_cache)
+
+    def _run_generate(self) -> None:
+        try:
+            self.model_provider.load_default()
+            self._open_cache()
+        except Exception as error:
+            self.started.set_exception(error)
+            return
+        self.started.set_result(None)
+        cache = self.prompt_cache  # mlx_lm's loop gives its own reference up
+        while not self._stop:
+            try:
+                self._generate()
+            except Exception as error:  # outside of what mlx_lm watches over
+                logger.error("the generation thread goes on after an error", exc_info=error)
+                if self._current is not None:
+                    self._current[0].put(error)
+        cache.close()
+
+    def _open_cache(self) -> None:
+        provider = self.model_provider
+        self.prompt_cache.open(provider.model_key, provider.model if provider.draft_model is None else None)
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        self._current = super()._next_request(timeout)
+        if self._current is None:
+            self.prompt_cache.write_one()
+        return self._current
+
+    def stop_and_join(self) -> None:
+        with self._lock:
+            for request in self._open:
+                request.cancelled.set()
+        self._stop = True
+        self.join()
+
+    def join(self) -> None:
+        threads.join(self._generation_thread)
+
+    def waiting(self) -> int:
+        """Requests whose turn has not come yet."""
+        with self._lock:
+            return sum(not request.begun.is_set() for request in self._open)
+
+    def generate(
+        self, request: Any, generation_args: Any, progress_callback: Callable[[int, int], None] | None = None
+    ) -> tuple[Any, Iterator[Any]]:
+        """Queues a request; as mlx_lm's, in an HTTP thread.
+
+        Returns:
+            what is known when its turn has come, and its responses.
+
+        Raises:
+            Answer: what to tell the client instead.
+        """
+        if not self.generation_available():
+            raise Answer(503, "the server is stopping")
+        with self._lock:
+            if self.waiting() >= self.limits.queue:
+                raise Answer(429, f"{self.limits.queue} requests are waiting already", retry_after=5)
+            self._open.add(request)
+        responses: Queue[Any] = Queue()
+        self.requests.put((responses, request, generation_args))
+        context = self._await(request, responses)
+        return context, self._responses(request, responses, progress_callback or (lambda read, total: None))
+
+    @contextlib.contextmanager
+    def attending(self, request: Request) -> Iterator[None]:
+        """While it lasts, somebody waits for the answer to a request."""
+        try:
+            yield
+        finally:
+            request.cancelled.set()
+            with self._lock:
+                self._open.discard(request)
+            self.metrics.count_text(len(request.tokens), request.first_seconds, request.age, request.last)
+
+    def _responses(
+        self, request: Request, responses: Queue[Any], progress: Callable[[int, int], None]
+    ) -> Iterator[Any]:
+        while (response := self._await(request, responses)) is not None:
+            if isinstance(response, tuple):
+                progress(*response)
+                continue
+            if response.finish_reason == "stop":
+                # mlx_lm's handler drops the text of a response that says so, and takes it for granted where none does.
+                response.finish_reason = None
+            yield response
+
+    def _await(self, request: Request, responses: Queue[Any]) -> Any:
+        """The next thing that the generation thread says of a request. Raises Answer."""
+        while True:
+            if request.is_time_to_look(POLL):
+                self._look(request)
+            try:
+                found = responses.get(timeout=POLL)
+            except Empty:
+                continue
+            if isinstance(found, Exception):
+                raise answer_to(found)
+            return found
+
+    def _look(self, request: Request) -> None:
+        """Raises Answer where waiting on is of no use."""
+        if request.hung_up():
+            raise Answer(GONE, "the client hung up")
+        if not request.begun.is_set() and request.age > self.limits.queue_seconds:
+            raise Answer(503, f"its turn did not come within {request.age:.0f} s", retry_after=30)
+        if not self.generation_available():
+            raise Answer(503, "the server is stopping")
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        responses, ours, args = request
+        if ours.cancelled.is_set():
+            responses.put(HungUp())
+            return
+        ours.begun.set()
+        self._open_cache()
+        with seam.generating(functools.partial(self._text_stream, ours, args)):
+            super()._serve_single(request, stream)
+
+    def _text_stream(self, request: Request, args: GenerationArguments, **theirs: Any) -> Generator[Any]:
+        limit = self._context
+        room = None if limit is None else limit - len(request.tokens)
+        return text_stream(self.model_provider, request, args, room, **theirs)
+
+    @property
+    def _context(self) -> int | None:
+        """Tokens that prompt and text may have together."""
+        limits = (self.limits.context, self.model_provider.target.context_length)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        if isinstance(request.prompt, list):
+            found: Any = request.prompt, [request.prompt], ["assistant"], "normal", None
+        else:
+            try:
+                found = super()._tokenize(tokenizer, request, args)
+            except Exception as error:  # templates are programs of their own, and messages the client's
+                raise UserError(f"messages or prompt: {one_line(error)}") from error
+        request.tokens = list(found[0])
+        self._check(request.tokens, args)
+        return found
+
+    def _check(self, tokens: list[int], args: Any) -> None:
+        """Raises UserError for what only the model can tell."""
+        if not tokens:
+            raise UserError("the prompt is empty: expected at least one token")
+        if (limit := self._context) is not None and len(tokens) >= limit:
+            raise UserError(f"the prompt has {len(tokens)} tokens, expected fewer than the context of {limit}")
+        size = self.model_provider.target.vocab_size or 2**31
+        for name, ids in (("prompt", tokens), ("logit_bias", args.logits.logit_bias or {})):
+            if wrong := [token for token in ids if not 0 <= token < size]:
+                raise UserError(f"{name} has the token id {wrong[0]}, expected 0 to {size - 1}")
+
+    def _make_state_machine(self, model_key: Any, tokenizer: Any, stop_words: Any) -> Any:
+        # Stop strings are found in the text, see `text_stream`, not where they end on a token's border.
+        return super()._make_state_machine(model_key, tokenizer, [])

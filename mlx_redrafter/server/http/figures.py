@@ -1,0 +1,44 @@
+"""What an answer says of how it was made: under `usage` and `timings`. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_redrafter.text.responses import GenerationResponse
+
+
+def usage(last: Any) -> dict[str, Any]:
+    """The fields of `usage` that are not OpenAI's.
+
+    Args:
+        last: the last response of a text; of mlx_lm's own loop nothing is said.
+    """
+    if not isinstance(last, GenerationResponse):
+        return {}
+    return {
+        "draft_tokens": last.draft_tokens,
+        "accepted_tokens": last.accepted_tokens,
+        "mean_acceptance_length": last.mean_acceptance_length,
+    }
+
+
+def timings(last: Any) -> dict[str, Any]:
+    """Speeds and drafts; names that llama.cpp's server has are its names."""
+    found: dict[str, Any] = {
+        "prompt_n": last.prompt_tokens,
+        "prompt_per_second": last.prompt_tps,
+        "predicted_n": last.generation_tokens,
+        "predicted_per_second": last.generation_tps,
+    }
+    if isinstance(last, GenerationResponse):
+        found |= {
+            "draft_n": last.draft_tokens,
+            "draft_n_accepted": last.accepted_tokens,
+            "method": last.method,
+            "shape": None if last.shape is None else str(last.shape),
+            "plain_share": last.plain_share,
+            "lookup_share": last.lookup_share,
+        }
+        if last.reason:
+            found["reason"] = last.reason
+    return found

@@ -1,0 +1,62 @@
+"""One request on its way from its HTTP thread to the generation thread and back. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mlx_lm.server import CompletionRequest
+
+
+@dataclasses.dataclass(eq=False)
+class Request(CompletionRequest):
+    """What mlx_lm knows of a request, and what has to travel with it.
+
+    Attributes:
+        num_draft_tokens: the node budget it asks for; None for the server's own shape.
+        hung_up: whether its client has gone; asked while it waits.
+        arrived: when, on the monotonic clock.
+        begun: set when its turn has come.
+        cancelled: set when nobody waits for its answer any more.
+        tokens: the whole prompt, once it is known.
+        last: the newest response of its generation, whose figures are those of the text so far.
+        stopped_by: the stop string that ended its text.
+        first_seconds: how old it was when the first one came.
+        looked: when it was last looked whether the client is still there.
+    """
+
+    num_draft_tokens: int | None = None
+    hung_up: Callable[[], bool] = lambda: False
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    begun: threading.Event = dataclasses.field(default_factory=threading.Event)
+    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    last: Any = None
+    stopped_by: str | None = None
+    first_seconds: float | None = None
+
+    looked: float = dataclasses.field(default_factory=time.monotonic)
+
+    __hash__ = object.__hash__
+
+    @property
+    def age(self) -> float:
+        """Seconds since it arrived."""
+        return time.monotonic() - self.arrived
+
+    def note(self, response: Any) -> None:
+        """Keeps the newest response."""
+        self.last = response
+        if self.first_seconds is None:
+            self.first_seconds = self.age
+
+    def is_time_to_look(self, seconds: float) -> bool:
+        """Whether the last look is longer ago than this; then this is the next one."""
+        now = time.monotonic()
+        if now - self.looked < seconds:
+            return False
+        self.looked = now
+        return True

@@ -1,0 +1,138 @@
+"""Generates the text of one request: our loop in the place of mlx_lm's, with what the request asks for.
+
+Knows nothing of queues and HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.server import GenerationArguments
+
+from mlx_redrafter.decoding.logits_processors import LogitsProcessor
+from mlx_redrafter.decoding.sampling import Chooser, position_keyed
+from mlx_redrafter.drafting.shape import OFF
+from mlx_redrafter.server import seam
+from mlx_redrafter.server.answers import HungUp
+from mlx_redrafter.server.provider import Provider
+from mlx_redrafter.server.requests import Request
+from mlx_redrafter.text.generate import stream_generate
+from mlx_redrafter.text.stop_strings import StopStrings
+
+
+def text_stream(
+    provider: Provider,
+    request: Request,
+    args: GenerationArguments,
+    room: int | None,
+    *,
+    prompt: list[int],
+    max_tokens: int,
+    draft_model: Any,
+    input_embeddings: Any,
+    prompt_progress_callback: Callable[[int, int], None],
+    **theirs: Any,
+) -> Generator[Any]:
+    """What mlx_lm.server calls for the responses of one text.
+
+    Args:
+        room: tokens that the context has for the text; None for no limit.
+        prompt: what of the prompt the cache does not hold.
+        draft_model, input_embeddings: with either, the text is mlx_lm's.
+        theirs: the other arguments of mlx_lm's `stream_generate`.
+
+    Raises:
+        HungUp: the client has gone while the prompt was read.
+        UserError: see `stream_generate`.
+    """
+
+    def progress(read: int, total: int) -> None:
+        if request.cancelled.is_set():
+            raise HungUp
+        prompt_progress_callback(read, total)
+
+    theirs |= {
+        "prompt": prompt,
+        "max_tokens": max_tokens if room is None else min(max_tokens, room),
+        "prompt_progress_callback": progress,
+    }
+    if draft_model is None and input_embeddings is None:
+        source = ours(provider, request, args, **theirs)
+    else:
+        source = seam.theirs(draft_model=draft_model, input_embeddings=input_embeddings, **theirs)
+    stops = StopStrings(args.stop_words)
+    with contextlib.closing(source):
+        for response in source:
+            ended = response.finish_reason is not None
+            response.text, stopped = stops.take(response.text, last=ended)
+            if stopped:
+                response.finish_reason, request.stopped_by = "stop", stops.found
+            if not args.logprobs and args.top_logprobs <= 0:
+                response.logprobs = _UNASKED
+            request.note(response)
+            yield response
+            if stopped or ended or request.cancelled.is_set():
+                return
+
+
+def ours(
+    provider: Provider,
+    request: Request,
+    args: GenerationArguments,
+    *,
+    prompt: list[int],
+    logits_processors: Sequence[LogitsProcessor],
+    **options: Any,
+) -> Generator[Any]:
+    """The same from our loop."""
+    for name in ("stream", "sampler", "num_draft_tokens"):  # what takes their place is in the request
+        options.pop(name)
+    plain = request.num_draft_tokens == 0
+    cached = request.tokens[: len(request.tokens) - len(prompt)]
+    return stream_generate(
+        drafter=None if plain else provider.drafter,
+        prompt=prompt,
+        chooser=chooser(args, options["tokenizer"]),
+        logits_processors=[_after(cached, processor) for processor in logits_processors],
+        shape=provider.shape_for(request.num_draft_tokens or None),
+        lookup=OFF if plain else provider.lookup,
+        cached_tokens=cached,
+        **options,
+    )
+
+
+def chooser(args: GenerationArguments, tokenizer: Any) -> Chooser:
+    """How the target chooses: as `generate` does, from a seed of its own where the request gives none."""
+    sampling = args.sampling
+    return position_keyed(
+        sampling.temperature,
+        seed=int(np.random.default_rng().integers(2**32)) if args.seed is None else args.seed,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        top_k=sampling.top_k,
+        xtc_probability=sampling.xtc_probability,
+        xtc_threshold=sampling.xtc_threshold,
+        xtc_special_tokens=(*tokenizer.encode("\n"), *tokenizer.eos_token_ids),
+    )
+
+
+def _after(cached: list[int], processor: LogitsProcessor) -> LogitsProcessor:
+    """The same processor, which sees the cached part of the prompt, too: a text must not depend on what was cached."""
+    if not cached:
+        return processor
+    before = mx.array(cached, mx.int32)
+    return lambda tokens, logits: processor(mx.concatenate([before, tokens]), logits)
+
+
+class _Unasked:
+    """Stands for log-probabilities that nobody asked for: reading the real ones would wait for the device."""
+
+    def __getitem__(self, token: int) -> np.float32:
+        return np.float32(0)
+
+
+_UNASKED = _Unasked()

@@ -1,0 +1,67 @@
+"""OpenAI's responses, by its own client."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+
+TOOL = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}
+
+
+@pytest.fixture(scope="module")
+def client(told):
+    with openai.OpenAI(base_url=f"{told.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "<greet>",
+        [
+            {"role": "developer", "content": "x"},
+            {"role": "user", "content": [{"type": "input_text", "text": "<greet>"}]},
+        ],
+        [
+            {"role": "user", "content": "<call>"},
+            {"type": "reasoning", "id": "r", "summary": []},
+            {"type": "function_call", "call_id": "1", "name": "add", "arguments": '{"a": 1}'},
+            {"type": "function_call", "call_id": "2", "name": "add", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "<greet>"},
+        ],
+    ],
+    ids=["text", "messages", "calls"],
+)
+def test_text(client, given):
+    """If this fails, a program that speaks the newer of OpenAI's APIs gets nothing, or another text in pieces."""
+    answer = client.responses.create(model="parrot", input=given, instructions="Be brief.")
+    assert (answer.status, answer.output_text) == ("completed", "Hello world, good bye now")
+    assert answer.usage.output_tokens == 6 and answer.usage.draft_tokens >= 0 and answer.timings["draft_n"] >= 0
+    with client.responses.stream(model="parrot", input=given, instructions="Be brief.") as stream:
+        events = list(stream)
+        last = stream.get_final_response()
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == answer.output_text
+    assert last.output_text == answer.output_text and last.usage.output_tokens == 6
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_calls(client):
+    answer = client.responses.create(model="parrot", input="<call>", tools=[TOOL])
+    message, call = answer.output
+    assert message.content[0].text == "Let me see." and (call.name, call.arguments) == ("add", '{"a": 1}')
+    with client.responses.stream(model="parrot", input="<call>", tools=[TOOL]) as stream:
+        message, call = stream.get_final_response().output
+    assert message.content[0].text == "Let me see." and (call.name, call.arguments) == ("add", '{"a": 1}')
+
+
+def test_an_answer_that_is_cut(client):
+    answer = client.responses.create(model="parrot", input="<long>", max_output_tokens=16)
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    events = list(client.responses.create(model="parrot", input="<long>", max_output_tokens=16, stream=True))
+    assert events[-1].type == "response.incomplete" and events[-1].response.output_text == answer.output_text
+
+
+@pytest.mark.parametrize("more", [{"previous_response_id": "x"}, {"text": {"format": {"type": "json_object"}}}])
+def test_what_cannot_be_had_is_refused(client, more):
+    with pytest.raises(openai.BadRequestError, match=next(iter(more))):
+        client.responses.create(model="parrot", input="<greet>", **more)
