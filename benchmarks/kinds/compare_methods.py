@@ -34,8 +34,7 @@ HEADING = "Drafting methods side by side"
 HELP = "mlx_lm's draft model, Medusa, ReDrafter and lookup, each at its best, with a page to read"
 
 NOTES = [
-    "speed-up: the time per token of mlx_lm's plain loop on the same weights and layout over the method's, text by"
-    " text; median, and quartiles in the JSON",
+    "speed-up: plain mlx_lm's time per token over the method's, text by text; median, and quartiles in the JSON",
     "acceptance: mean acceptance length, tokens per step of the target; by position: share of steps that got at least"
     " so many draft tokens accepted",
     "tokens/s, speed-up and acceptance leave out the round that reads the prompt; first token: median seconds to it",

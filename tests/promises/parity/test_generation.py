@@ -72,7 +72,7 @@ def test_generation_from_several_layers(tmp_path):
     model, verifier = random_targets(tmp_path, "grouped-tied", layers=4)
     prompt, count, layers = [3, 1, 4, 1, 5, 9, 2, 6], 30, (1, 3, 4)
     cache, hidden, _ = read_prompts(verifier, [prompt], layers)
-    assert worst(hidden[0], reference.read_sequence(model, prompt, layers)[0][-1]) < 1e-4
+    assert worst(hidden[0, -1], reference.read_sequence(model, prompt, layers)[0][-1]) < 1e-4
     tree = random_tree(np.random.default_rng(6), rows=9, vocab=VOCAB)
     hidden, _ = verifier(to_candidate_tree([tree]), cache, layers)
     assert worst(hidden[0], reference.verify(model, prompt, tree, layers)[0]) < 1e-4
