@@ -134,6 +134,7 @@ class GenerationThread(ResponseGenerator):
             if isinstance(response, tuple):
                 progress(*response)
                 continue
+            request.taken += 1
             if response.finish_reason == "stop":
                 # mlx_lm's handler drops the text of a response that says so, and takes it for granted where none does.
                 response.finish_reason = None

@@ -24,6 +24,8 @@ class Request(CompletionRequest):
         tokens: the whole prompt, once it is known.
         last: the newest response of its generation, whose figures are those of the text so far.
         stopped_by: the stop string that ended its text.
+        logprobs: of the tokens that its HTTP thread has not told of yet, where they were asked for.
+        taken: tokens that its HTTP thread has taken since it last told of them.
         first_seconds: how old it was when the first one came.
         looked: when it was last looked whether the client is still there.
     """
@@ -36,6 +38,8 @@ class Request(CompletionRequest):
     tokens: list[int] = dataclasses.field(default_factory=list)
     last: Any = None
     stopped_by: str | None = None
+    logprobs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    taken: int = 0
     first_seconds: float | None = None
 
     looked: float = dataclasses.field(default_factory=time.monotonic)

@@ -71,7 +71,9 @@ def text_stream(
             response.text, stopped = stops.take(response.text, last=ended)
             if stopped:
                 response.finish_reason, request.stopped_by = "stop", stops.found
-            if not args.logprobs and args.top_logprobs <= 0:
+            if args.logprobs or args.top_logprobs > 0:
+                request.logprobs.append(described(response, args.top_logprobs, theirs["tokenizer"]))
+            else:
                 response.logprobs = _UNASKED
             request.note(response)
             yield response
@@ -103,6 +105,26 @@ def ours(
         cached_tokens=cached,
         **options,
     )
+
+
+def described(response: Any, top: int, tokenizer: Any) -> dict[str, Any]:
+    """What OpenAI says of a token and of the `top` most probable ones in its place; ids are mlx_lm's addition."""
+    row = response.logprobs
+    before = tokenizer.encode("a", add_special_tokens=False)  # alone, some would lose the space that they begin with
+    start = tokenizer.decode(before)
+
+    def one(token: int) -> dict[str, Any]:
+        text = tokenizer.decode([*before, token]).removeprefix(start)
+        part = "\ufffd" in text  # of a letter of several tokens
+        return {
+            "token": text,
+            "logprob": row[token].item(),
+            "bytes": None if part else list(text.encode()),
+            "id": token,
+        }
+
+    best: Any = mx.argsort(-row)[: max(0, top)].tolist()
+    return one(response.token) | {"top_logprobs": [one(token) for token in best]}
 
 
 def chooser(args: GenerationArguments, tokenizer: Any) -> Chooser:

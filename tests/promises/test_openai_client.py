@@ -44,13 +44,19 @@ def test_a_conversation(stories_client, sampling):
     assert usage.draft_tokens == whole.usage.draft_tokens > 0 and pieces[-2].timings["shape"] == "chain of 3"
 
 
-def test_logprobs(stories_client):
-    """If this fails, a program that reads probabilities reads those of other tokens."""
-    asked = {"model": "tiny", "messages": TURNS, "max_tokens": 8, "temperature": 0}
-    choice = stories_client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices[0]
-    assert len(choice.logprobs.content) == 8
-    for one in choice.logprobs.content:
-        assert one.logprob == max(other.logprob for other in one.top_logprobs) <= 0 and len(one.top_logprobs) == 2
+@pytest.mark.parametrize("top", [None, 2])
+def test_logprobs(stories_client, top):
+    """If this fails, a program that reads probabilities reads those of other tokens, or none in a stream."""
+    asked = {"model": "tiny", "messages": TURNS, "max_tokens": 8, "temperature": 1, "seed": 5, "logprobs": True}
+    asked |= {} if top is None else {"top_logprobs": top}
+    choice = stories_client.chat.completions.create(**asked).choices[0]
+    told = choice.logprobs.content
+    assert "".join(one.token for one in told).strip() == choice.message.content.strip()
+    for one in told:
+        assert one.logprob < 0 and bytes(one.bytes).decode() == one.token and len(one.top_logprobs) == (top or 0)
+        assert one.top_logprobs == sorted(one.top_logprobs, key=lambda other: -other.logprob)
+    pieces = [piece.choices[0].logprobs for piece in stories_client.chat.completions.create(**asked, stream=True)]
+    assert [one.token for piece in pieces if piece for one in piece.content] == [one.token for one in told]
 
 
 def test_stop(client):

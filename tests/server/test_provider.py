@@ -38,7 +38,15 @@ def test_only_the_last_few_drafters_stay(provider, tmp_path):
     assert len(provider._drafters) == module.MOST_DRAFTERS
 
 
-def test_another_target_has_none_of_our_drafters(provider, parrot):
+def test_another_target_has_none_of_our_drafters(provider, parrot, monkeypatch):
+    """If this fails, a target gets drafts that are not for it, or two targets have to fit into memory."""
+    load = module.load
+
+    def alone(*names, **named):
+        assert provider.model is provider.target is provider.drafter is None
+        return load(*names, **named)
+
+    monkeypatch.setattr(module, "load", alone)
     provider.load(str(parrot), None, DEFAULT)
     assert provider.drafter is None and provider.model_key == (str(parrot), None, None)
     provider.load(DEFAULT, None, DEFAULT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from support.serving import TINY, mlx_lm_serving
@@ -44,7 +45,9 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_pena
 
 def test_penalties_do_not_depend_on_what_was_cached(served):
     """If this fails, the second of two equal requests has another text than the first."""
-    fields = {"prompt": "The dog barked. The dog barked. The", "max_tokens": 30, **PENALTIES}
+    far = {f"{name}_context_size": 500 for name in ("repetition", "presence", "frequency")}
+    prompt = "Lily had a big red ball and a small dog. One day, the ball was lost in the park. Lily was sad. The"
+    fields = {"prompt": prompt, "max_tokens": 30, **PENALTIES, **far}
     first = served.post(TEXT, **fields)
     again = served.post(TEXT, **fields)
     assert (
@@ -52,10 +55,10 @@ def test_penalties_do_not_depend_on_what_was_cached(served):
         > first["usage"]["prompt_tokens_details"]["cached_tokens"]
     )
     assert again["choices"] == first["choices"]
-    assert served.post(TEXT, prompt=fields["prompt"], max_tokens=30)["choices"] != first["choices"]
+    assert served.post(TEXT, prompt=prompt, max_tokens=30)["choices"] != first["choices"]
 
 
-SCRIPT = [
+SCRIPT: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": PROMPT}),
     ("/v1/completions", {"prompt": PROMPT, "logprobs": True, "top_logprobs": 3, "max_tokens": 5}),
     ("/v1/completions", {"prompt": "Tom had a ball.", "logit_bias": {"13": -100}} | PENALTIES),
@@ -72,9 +75,12 @@ def test_equal_to_mlx_lms_server(served):
                 each.post(path, **({"max_tokens": 30, "temperature": 0} | fields))["choices"][0]
                 for each in (served, client)
             )
-            logprobs = [choice.pop("logprobs", {"content": []})["content"] for choice in (ours, theirs)]
+            tops = [choice.pop("logprobs", {"content": []})["content"] for choice in (ours, theirs)]
             assert ours == theirs
-            assert [one["id"] for one in logprobs[0]] == [one["id"] for one in logprobs[1]]
-            assert [one["logprob"] for one in logprobs[0]] == pytest.approx(
-                [one["logprob"] for one in logprobs[1]], abs=1e-4
-            )
+            assert len(tops[0]) == len(tops[1]) == (5 if fields.get("logprobs") else 0)
+            for mine, other in zip(*tops):
+                other = sorted(other["top_logprobs"], key=lambda one: -one["logprob"])
+                assert [one["id"] for one in mine["top_logprobs"]] == [one["id"] for one in other]
+                assert [one["logprob"] for one in mine["top_logprobs"]] == pytest.approx(
+                    [one["logprob"] for one in other], abs=1e-4
+                )

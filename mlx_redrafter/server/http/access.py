@@ -18,7 +18,7 @@ def check_origin(headers: Message, origins: Sequence[str]) -> None:
 
 def check_key(headers: Message, key: str | None) -> None:
     """Raises Answer where there is a key and it was not sent, as OpenAI's clients or Anthropic's do."""
-    given = headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ")
+    given = headers.get("x-api-key") or headers.get("Authorization", "").partition(" ")[2]
     # Headers are read as Latin-1, whatever they were written as.
     if key is not None and not hmac.compare_digest(given.strip().encode("latin-1", "replace"), key.encode()):
         raise Answer(401, "the API key is missing or wrong")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import select
 import socket
 import time
@@ -32,6 +33,7 @@ TRANSLATIONS: dict[str, Callable[[dict[str, Any]], Translation]] = {
     "/v1/messages": Messages,
     "/v1/responses": Responses,
 }
+LENGTH = re.compile("[0-9]{1,18}")
 DRAIN_SECONDS = 5.0  # for which a refused body is read: a client that is still sending it could not read the answer
 
 
@@ -67,6 +69,8 @@ class Handler(APIHandler):
         """Runs a method; whatever it raises ends this request and nothing else."""
         path = self.path.partition("?")[0]
         path = self.path = ALIASES.get(path, path)
+        length = self.headers.get("Content-Length", "")
+        self._unread = int(length) if LENGTH.fullmatch(length) else 0
         try:
             self._check_access()
             method()
@@ -121,9 +125,9 @@ class Handler(APIHandler):
         length = self.headers.get("Content-Length")
         if length is None:
             raise Answer(411, "the header Content-Length is missing")
-        if not length.isascii() or not length.isdigit():
-            raise Answer(400, f"Content-Length is {length!r}, expected a whole number")
-        self._unread, most = int(length), self.response_generator.limits.body_bytes
+        if not LENGTH.fullmatch(length):
+            raise Answer(400, f"Content-Length is {length[:30]!r}, expected a whole number")
+        most = self.response_generator.limits.body_bytes
         if self._unread > most:
             raise Answer(413, f"the body has {length} bytes, expected at most {most}")
         raw = self.rfile.read(self._unread)
@@ -211,11 +215,16 @@ class Handler(APIHandler):
 
     def generate_response(self, text: str, finish_reason: Any, *others: Any, **named: Any) -> dict[str, Any]:
         response = super().generate_response(text, finish_reason, *others, **named)
-        last = None if self._request is None else self._request.last
+        assert self._request is not None
+        [choice], last = response["choices"], self._request.last
+        if told := self._request.logprobs[: self._request.taken]:
+            choice["logprobs"] = {"content": told, "refusal": None}
+            del self._request.logprobs[: len(told)]
+            self._request.taken = 0
         if finish_reason is not None and last is not None:
             response["timings"] = figures.timings(last)
-            if self._request is not None and self._request.stopped_by is not None:
-                response["choices"][0]["stop_reason"] = self._request.stopped_by
+            if self._request.stopped_by is not None:
+                choice["stop_reason"] = self._request.stopped_by
         if "usage" in response:
             response["usage"] |= figures.usage(last)
         if self._translation is not None and not self.stream:

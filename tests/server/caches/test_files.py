@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import mlx.core as mx
 import pytest
@@ -207,8 +208,8 @@ def test_a_server_that_is_killed(tmp_path, delay):
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
         url = process.stdout.readline().split()[-1]
-        body = json.dumps({"prompt": PROMPT, "max_tokens": 12})
-        subprocess.run(["curl", "-s", f"{url}/v1/completions", "-d", body], check=True, capture_output=True)
+        body = json.dumps({"prompt": PROMPT, "max_tokens": 12}).encode()
+        urllib.request.urlopen(f"{url}/v1/completions", body).read()
         time.sleep(delay)
         process.kill()
     answer = asked(tmp_path)

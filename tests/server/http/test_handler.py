@@ -56,6 +56,8 @@ def test_an_oversized_body_is_read_before_it_is_refused(guarded):
     """If this fails, a client that sends much before it reads gets a broken connection in the place of an answer."""
     status, _, content = guarded.send("POST", TEXT, b"x" * 3_000_000, KEY)
     assert status == 413 and "has 3000000 bytes, expected at most 2000" in content.decode()
+    assert guarded.send("POST", TEXT, b"x" * 3_000_000)[0] == 401
+    assert guarded.send("POST", "/v1/nowhere", b"x" * 3_000_000, KEY)[0] == 404
 
 
 def test_origins(guarded, told):
@@ -106,6 +108,7 @@ def test_refusals(told, method, path, body, status):
         (b"POST /v1/completions HTTP/1.1\r\n\r\n", 411),
         (b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
         (b"POST /v1/completions HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
         (b"GET / HTTP/9.9\r\n\r\n", 505),
         (b"nonsense\r\n\r\n", 400),
         (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
