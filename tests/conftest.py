@@ -22,8 +22,10 @@ ASSISTANT_FILE = assistant.weights_file()
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests that run a trained model, which `make test-fast` leaves out."""
+    """Marks the tests that run a trained model, which `make test-fast` leaves out, and gives slow ones their time."""
     for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
         if {"pair", "stories", "stories_pair", "hub", "served", "told"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("model")
 

@@ -51,7 +51,7 @@ EXPECTED = {
 }
 OTHERS = {"prompt": "x", "max_tokens": "1"}  # required flags that take no directory to read
 PROMPTS = functools.cache(held_out_prefixes)
-IGNORED = {"upload_repo", "data", "text", "prompts", "report", "resume"}
+IGNORED = {"upload_repo", "data", "text", "prompts", "report", "resume", "prompt_cache_dir"}
 
 
 def link(name: str, folder: pathlib.Path, damage: Callable[[pathlib.Path], object] = lambda f: None) -> None:
@@ -172,7 +172,7 @@ KINDS: dict[str, dict[str, tuple[Maker, str]]] = {
             for name in ("config.json", "model.safetensors")
         },
         "a target": (lambda f: link(TARGET, f), "model"),
-        "an adapter": (adapter, "is an adapter, not a drafter"),
+        "an adapter": (adapter, "is an adapter"),
         "a GGUF file": (lambda f: (f.mkdir(), (f / "m.gguf").touch()), "a model, not a drafter"),
         "nothing": (lambda f: f.mkdir(), "config.json: no such file"),
     },
@@ -228,6 +228,8 @@ def table() -> Iterator[tuple[list[str], argparse.Action, str, str]]:
         for action in actions:
             if (kind := reads(argv, action)) is not None:
                 for i, name in enumerate(KINDS[kind]):
+                    if argv == ["serve"] and kind == DRAFTER and name == "a target":
+                        continue  # it is served, as mlx_lm serves a draft model
                     if argv not in benches or benches.index(argv) == i % len(benches):
                         yield argv, action, kind, name
 
@@ -247,6 +249,8 @@ def call(argv: list[str], action: argparse.Action, folder: pathlib.Path, tmp_pat
             value = str(EMBEDDED / kind)
         elif argv[0] == "bench" and other.dest == "prompts":
             value = __file__
+        elif other.dest == "port":
+            value = "0"  # any free one
         elif other.required:
             value = OTHERS.get(other.dest, str(tmp_path / "new"))
         if value is not None:
