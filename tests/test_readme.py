@@ -44,7 +44,7 @@ def test_commands_are_understood(command, monkeypatch, capsys):
     def parsed(*args):
         raise Parsed
 
-    for module in ("cli.generate", "cli.chat", "cli.demo", "benchmarks.command", "training.command"):
+    for module in ("cli.generate", "cli.chat", "cli.demo", "cli.sessions", "benchmarks.command", "training.command"):
         monkeypatch.setattr(f"mlx_redrafter.{module}.run", parsed)
     for module in ("convert.command", "cli.serve", "cli.inspect", "cli.tune", "doctor.command"):
         monkeypatch.setattr(f"mlx_redrafter.{module}.run", parsed)

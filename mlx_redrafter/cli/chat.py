@@ -10,15 +10,18 @@ from mlx_redrafter.text.conversation import Conversation
 from mlx_redrafter.text.flags import (
     add_generation_arguments,
     add_model_arguments,
+    add_recording_argument,
     choose_target,
     draft_shape,
     generation_options,
+    generation_settings,
     load_from,
     model_name,
     template_options,
 )
 from mlx_redrafter.text.prompt_cache import check_cache_name
 from mlx_redrafter.text.responses import drafted
+from mlx_redrafter.text.sessions.recorder import Recorder
 
 HELP = "talk to a model"
 COMMANDS = """q: quit   r: forget the conversation   h: this help   Ctrl-C: stop the answer
@@ -29,6 +32,7 @@ FENCE = '"""'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_generation_arguments(parser, max_tokens=256)
+    add_recording_argument(parser)
     parser.add_argument(
         "--prompt-cache-file",
         metavar="FILE",
@@ -42,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     said = choose_target(args)
     if args.prompt_cache_file is not None:
         check_cache_name(args.prompt_cache_file)
+    recorder = Recorder() if args.record_sessions else None
     model, drafter, tokenizer = load_from(args)
     options = generation_options(args, tokenizer)
     conversation = Conversation(model, tokenizer, drafter, args.system_prompt, template, **options)
@@ -63,7 +68,11 @@ def run(args: argparse.Namespace) -> None:
             elif command == "h":
                 print(COMMANDS)
             elif command:
-                answer(conversation, text)
+                ended = answer(conversation, text)
+                if recorder is not None and ended is not None:
+                    recorder.note(
+                        model, tokenizer, args.model, *conversation.last_turn(), generation_settings(args), ended
+                    )
     finally:
         if file is not None and conversation.begun:
             conversation.save(file, model_name(args))
@@ -85,8 +94,12 @@ def read_message() -> str | None:
         return None
 
 
-def answer(conversation: Conversation, text: str) -> None:
-    """Prints one answer as it comes and a line of figures; Ctrl-C ends it, a mistake is one line."""
+def answer(conversation: Conversation, text: str) -> bool | None:
+    """Prints one answer as it comes and a line of figures; Ctrl-C ends it, a mistake is one line.
+
+    Returns:
+        whether the model ended the answer itself; None where there is none.
+    """
     response = None
     stream = conversation.ask(text)
     try:
@@ -98,13 +111,14 @@ def answer(conversation: Conversation, text: str) -> None:
         stopped = ", stopped"
     except UserError as error:
         print(f"({error})")
-        return
+        return None
     if response is None:
         print(f"\n({stopped.strip(', ') or 'no answer'})")
-        return
+        return None
     figures = f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s"
     if response.method != "plain":
         figures += f", mean acceptance length {response.mean_acceptance_length:.2f}, {drafted(response)}"
     elif response.reason:
         figures += f", without drafts: {response.reason}"
     print(f"\n[{figures}{stopped}]")
+    return response.finish_reason == "stop"

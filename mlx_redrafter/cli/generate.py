@@ -14,9 +14,11 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.text.flags import (
     add_generation_arguments,
     add_model_arguments,
+    add_recording_argument,
     choose_target,
     draft_shape,
     generation_options,
+    generation_settings,
     load_from,
     model_name,
     template_options,
@@ -26,6 +28,7 @@ from mlx_redrafter.text.loading import NO_DRAFTER, is_embedded
 from mlx_redrafter.text.prompt_cache import load_cache_file
 from mlx_redrafter.text.prompts import encode, encode_messages
 from mlx_redrafter.text.responses import GenerationResponse, summary
+from mlx_redrafter.text.sessions.recorder import Recorder
 
 HELP = "continue a prompt"
 
@@ -33,6 +36,7 @@ HELP = "continue a prompt"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_generation_arguments(parser, max_tokens=100)
+    add_recording_argument(parser)
     add = parser.add_argument
     add("--prompt", "-p", required=True, metavar="TEXT", help="continue or answer this text; - reads standard input")
     add("--prompt-cache-file", metavar="FILE", help="go on from the prompt cache in this file; the file stays as it is")
@@ -40,13 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object at the end, and nothing else")
 
 
-def prompt_tokens(args: argparse.Namespace, tokenizer: Any, after_cache: bool) -> list[int]:
-    """The prompt's token ids.
-
-    Args:
-        after_cache: a prompt cache stands before it; as in mlx-lm, what the template puts
-            before the message is then in the cache already.
-    """
+def what_is_asked(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]] | str:
+    """The messages to answer, or the text to continue where no chat template is used."""
     # A shell hands over "\\n" as two characters; mlx-lm reads them as a line break, too.
     text = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if not text:
@@ -54,10 +53,9 @@ def prompt_tokens(args: argparse.Namespace, tokenizer: Any, after_cache: bool) -
     if args.ignore_chat_template or is_embedded(args.model) or tokenizer.chat_template is None:
         if args.system_prompt is not None:
             raise UserError("--system-prompt needs a chat template, which is not used here")
-        return encode(tokenizer, text)
+        return text
     system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
-    messages = [*system, {"role": "user", "content": text}]
-    return encode_messages(tokenizer, messages, template_options(args), after_cache)
+    return [*system, {"role": "user", "content": text}]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,12 +63,22 @@ def run(args: argparse.Namespace) -> None:
     template_options(args)
     if args.prompt == "":
         raise UserError("--prompt is empty, expected text")
+    if args.record_sessions and args.prompt_cache_file is not None:
+        raise UserError("--record-sessions: what the prompt cache holds is not known; expected no --prompt-cache-file")
+    recorder = Recorder() if args.record_sessions else None
     said = choose_target(args)
     model, drafter, tokenizer = load_from(args)
     options = generation_options(args, tokenizer)
     if args.prompt_cache_file is not None:
         options["prompt_cache"], _ = load_cache_file(args.prompt_cache_file, model, model_name(args))
-    prompt = prompt_tokens(args, tokenizer, after_cache=args.prompt_cache_file is not None)
+    asked = what_is_asked(args, tokenizer)
+    # As in mlx-lm, what the template puts before the message is in the prompt cache already.
+    after_cache = args.prompt_cache_file is not None
+    prompt = (
+        encode(tokenizer, asked)
+        if isinstance(asked, str)
+        else encode_messages(tokenizer, asked, template_options(args), after_cache)
+    )
     mx.reset_peak_memory()
     pieces, tokens, response = [], [], None
     for response in stream_generate(model, tokenizer, prompt, drafter, **options):
@@ -79,6 +87,9 @@ def run(args: argparse.Namespace) -> None:
         if not args.json:
             print(response.text, end="", flush=True)
     assert response is not None
+    if recorder is not None:
+        ended = response.finish_reason == "stop"
+        recorder.note(model, tokenizer, args.model, asked, "".join(pieces), generation_settings(args), ended)
     if args.json:
         print(json.dumps({"model": args.model} | report("".join(pieces), tokens, response)))
     else:

@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "mlx_redrafter.cli.chat",
     "serve": "mlx_redrafter.cli.serve",
     "demo": "mlx_redrafter.cli.demo",
+    "sessions": "mlx_redrafter.cli.sessions",
     "bench": "mlx_redrafter.benchmarks.command",
     "train": "mlx_redrafter.training.command",
     "convert": "mlx_redrafter.convert.command",

@@ -15,6 +15,7 @@ from mlx_redrafter.text.flags import (
     add_cache_arguments,
     add_choice_arguments,
     add_model_arguments,
+    add_recording_argument,
     choose_target,
     draft_shape,
 )
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " this program is used as mlx_lm.server does")  # fmt: skip
     add_choice_arguments(parser, max_tokens=512)
     add_cache_arguments(parser)
+    add_recording_argument(parser)
     add(
         "--host",
         default="127.0.0.1",

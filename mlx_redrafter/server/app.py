@@ -25,6 +25,7 @@ from mlx_redrafter.server.http.handler import Handler
 from mlx_redrafter.server.limits import Limits
 from mlx_redrafter.server.provider import Provider
 from mlx_redrafter.system.ranks import number_of_ranks
+from mlx_redrafter.text.sessions.recorder import Recorder
 
 
 class Server(ThreadingHTTPServer):
@@ -69,7 +70,8 @@ def running(args: argparse.Namespace) -> Iterator[Server]:
     files = None if folder is None else CacheFiles(pathlib.Path(folder).expanduser(), args.prompt_cache_dir_bytes)
     form = "" if args.kv_bits is None else f"-{args.kv_bits}-{args.kv_group_size}-{args.quantized_kv_start}"
     caches = PromptCaches(args.prompt_cache_size, args.prompt_cache_bytes, files, form)
-    generator = GenerationThread(Provider(args), caches, limits)
+    recorder = Recorder() if args.record_sessions else None
+    generator = GenerationThread(Provider(args), caches, limits, recorder)
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
     try:
         generator.started.result()

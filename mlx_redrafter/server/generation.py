@@ -23,8 +23,9 @@ from mlx_redrafter.server.limits import Limits
 from mlx_redrafter.server.metrics import Metrics
 from mlx_redrafter.server.provider import Provider
 from mlx_redrafter.server.requests import Request
-from mlx_redrafter.server.text_stream import text_stream
+from mlx_redrafter.server.text_stream import recorded, text_stream
 from mlx_redrafter.system import threads
+from mlx_redrafter.text.sessions.recorder import Recorder
 
 POLL = 0.2  # seconds between two looks at whether the client is still there
 
@@ -34,6 +35,7 @@ class GenerationThread(ResponseGenerator):
 
     Args:
         limits: of queue and context.
+        recorder: keeps what is asked and answered, where that is wanted.
 
     Attributes:
         started: done when the models of the command line are loaded; raises what went wrong.
@@ -43,8 +45,10 @@ class GenerationThread(ResponseGenerator):
     model_provider: Provider
     prompt_cache: PromptCaches
 
-    def __init__(self, provider: Provider, prompt_cache: PromptCaches, limits: Limits):
-        self.limits, self.started = limits, concurrent.futures.Future[None]()
+    def __init__(
+        self, provider: Provider, prompt_cache: PromptCaches, limits: Limits, recorder: Recorder | None = None
+    ):
+        self.limits, self.recorder, self.started = limits, recorder, concurrent.futures.Future[None]()
         self.metrics = Metrics(self.waiting, prompt_cache)
         self._open = set[Request]()
         self._lock = threading.RLock()
@@ -175,7 +179,11 @@ class GenerationThread(ResponseGenerator):
     def _text_stream(self, request: Request, args: GenerationArguments, **theirs: Any) -> Generator[Any]:
         limit = self._context
         room = None if limit is None else limit - len(request.tokens)
-        return text_stream(self.model_provider, request, args, room, **theirs)
+        source = text_stream(self.model_provider, request, args, room, **theirs)
+        if self.recorder is None:
+            return source
+        processors = bool(theirs.get("logits_processors"))
+        return recorded(source, self.recorder, self.model_provider, request, args, processors)
 
     @property
     def _context(self) -> int | None:

@@ -21,6 +21,7 @@ from mlx_redrafter.server.answers import HungUp
 from mlx_redrafter.server.provider import Provider
 from mlx_redrafter.server.requests import Request
 from mlx_redrafter.text.generate import stream_generate
+from mlx_redrafter.text.sessions.recorder import NEUTRAL, Recorder, settings_of
 from mlx_redrafter.text.stop_strings import StopStrings
 
 
@@ -79,6 +80,42 @@ def text_stream(
             yield response
             if stopped or ended or request.cancelled.is_set():
                 return
+
+
+def recorded(
+    source: Generator[Any],
+    recorder: Recorder,
+    provider: Provider,
+    request: Request,
+    args: GenerationArguments,
+    processors: bool,
+) -> Generator[Any]:
+    """The same responses; then their text is recorded. `processors`: whether logits were changed before sampling."""
+    said: list[Any] = []
+    try:
+        with contextlib.closing(source):
+            for response in source:
+                said.append(response)
+                yield response
+    finally:  # mlx_lm leaves a stream that has said enough
+        if said:
+            model, tokenizer, flags = provider.model, provider.tokenizer, provider.cli_args
+            asked: Any = request.prompt
+            if request.request_type == "chat" and tokenizer.has_chat_template:
+                asked = request.messages
+            elif not isinstance(asked, str) or request.request_type == "chat":
+                asked = tokenizer.decode(request.tokens, skip_special_tokens=True)
+            changed = {
+                "processors": processors,
+                "stop": request.stopped_by,
+                "tools": bool(request.tools),
+                "adapter_path": provider.model_key[1],
+                "template": args.chat_template_kwargs or flags.chat_template_args or flags.chat_template,
+            }
+            sampling = {name: getattr(args.sampling, name) for name in NEUTRAL}
+            settings = settings_of(args.sampling.temperature, changed, **sampling)
+            text, ended = "".join(response.text for response in said), said[-1].finish_reason == "stop"
+            recorder.note(model, tokenizer, provider.name, asked, text, settings, ended)
 
 
 def ours(

@@ -154,9 +154,14 @@ class Conversation:
         self._cache, self.messages = cache, messages or self.messages
         self._fit_cache()
 
+    def last_turn(self) -> tuple[list[dict[str, Any]] | str, str]:
+        """What the model answered last, as messages or, without a chat template, as text; and its answer."""
+        *asked, answer = self.messages
+        return (_as_text(asked) if self.tokenizer.chat_template is None else asked), answer["content"]
+
     def _tokens_of(self, messages: list[dict[str, Any]]) -> list[int]:
         if self.tokenizer.chat_template is None:
-            return encode(self.tokenizer, "".join(f"{m['content']}\n" for m in plain_messages(messages)))
+            return encode(self.tokenizer, _as_text(messages))
         return encode_messages(self.tokenizer, messages, self.template_options, after_cache=bool(self._unknown))
 
     def _keep_common_prefix(self, prompt: list[int]) -> int:
@@ -186,6 +191,10 @@ class Conversation:
     def _forget(self) -> None:
         self._cache = make_prompt_cache(self.model)
         self._read, self._unknown = [], []
+
+
+def _as_text(messages: list[dict[str, Any]]) -> str:
+    return "".join(f"{message['content']}\n" for message in plain_messages(messages))
 
 
 _UNKNOWN = -1

@@ -19,6 +19,7 @@ from mlx_redrafter.embedded import assistant
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.flag_types import real, whole
 from mlx_redrafter.text.loading import ASSISTANT, DTYPES, EMBEDDED_PAIR, NO_DRAFTER, load, place_of
+from mlx_redrafter.text.sessions.recorder import settings_of
 
 # Flags that have the names of arguments: of `position_keyed`, and of `stream_generate`.
 SAMPLING = ("seed", "top_p", "min_p", "top_k", "min_tokens_to_keep", "xtc_probability", "xtc_threshold")
@@ -118,6 +119,12 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         " this many tokens (default: %(default)s)")  # fmt: skip
 
 
+def add_recording_argument(parser: argparse.ArgumentParser) -> None:
+    """Whether what is asked and answered is kept."""
+    parser.add_argument("--record-sessions", action="store_true", help="keep questions and answers on this machine, for"
+        " `mlx-redrafter train --data sessions`; `mlx-redrafter sessions` shows and deletes them")  # fmt: skip
+
+
 def number_or_auto(text: str) -> int | str:
     """A flag's whole number, or "auto"."""
     if text == AUTO:
@@ -159,6 +166,14 @@ def generation_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, An
         "shape": draft_shape(args),
         "prompt_progress_callback": _progress(),
     }
+
+
+def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_generation_arguments` as `Recorder.note` takes them."""
+    changed = {
+        name: getattr(args, name) for name in ("adapter_path", "chat_template_config", "extra_eos_token", "stop")
+    }
+    return settings_of(args.temp, changed, **{name: getattr(args, name) for name in SAMPLING})
 
 
 def template_options(args: argparse.Namespace) -> dict[str, Any]:

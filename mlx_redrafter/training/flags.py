@@ -23,7 +23,7 @@ from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.init_weights import OUTPUTS
 from mlx_redrafter.training.drafters.kinds import METHODS
 from mlx_redrafter.training.loss import KL, LABELS, Objective
-from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, DataPlan
+from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, SESSIONS, DataPlan
 from mlx_redrafter.training.trainer import TrainingPlan, parts_of
 from mlx_redrafter.training.update import AUTO, OFF, ON
 
@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = functools.partial(parser.add_argument_group("text").add_argument, action=_Given)
     add("--data", nargs="+", default=[SELF], metavar="SOURCE", help=f"{SELF}: the target writes its own text (default);"
-        f" {REGENERATED}: it answers --prompts; or files, directories and Hub data sets: json lines with messages,"
+        f" {REGENERATED}: it answers --prompts; {SESSIONS}: what --record-sessions kept, answered; or files,"
+        " directories and Hub data sets: json lines with messages,"
         " conversations, instruction and output, prompt and completion, or text; csv; text; source trees")  # fmt: skip
     add("--text", nargs="+", metavar="DIR", help="rows that earlier runs for this target wrote (training/text), in"
         " place of new ones")  # fmt: skip

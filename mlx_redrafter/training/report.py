@@ -25,7 +25,7 @@ from mlx_redrafter.training.drafters.kinds import METHODS
 from mlx_redrafter.training.drafters.vocabulary import coverage, vocab_map_of
 from mlx_redrafter.training.loss import HARD, KL, LK, TEXT, Objective
 from mlx_redrafter.training.resume import arguments_of, defaults
-from mlx_redrafter.training.text.data_plan import REGENERATED, SELF
+from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, SESSIONS
 from mlx_redrafter.training.text.shards import Rows
 from mlx_redrafter.training.trainer import TrainingPlan, TrainingResult
 from mlx_redrafter.tuning.running import RunningShare
@@ -116,7 +116,11 @@ def _in_words(objective: Objective) -> str:
 
 def _text(rows: Rows) -> str:
     data = [name for manifest in rows.manifests for name in manifest["settings"]["data"]]
-    own = {SELF: "written by the target itself", REGENERATED: "answers of the target"}
+    own = {
+        SELF: "written by the target itself",
+        REGENERATED: "answers of the target",
+        SESSIONS: "sessions with the target",
+    }
     return (
         f"{', '.join(own.get(name, name) for name in data)}; {len(rows) - rows.held_out:,} rows of {rows.length} tokens"
     )

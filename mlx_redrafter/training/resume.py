@@ -16,7 +16,7 @@ from mlx_redrafter.system.files import read_json
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.flags import add_arguments
-from mlx_redrafter.training.text.data_plan import REGENERATED, SELF
+from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, SESSIONS
 from mlx_redrafter.training.text.rendering import Renderer
 from mlx_redrafter.training.text.shards import Rows
 
@@ -85,7 +85,7 @@ def forget(out: pathlib.Path, notes: pathlib.Path, args: argparse.Namespace, err
     Text that the target wrote stays, and so do rows of files where it was the disk that failed.
     """
     written = any((notes / "text").glob("shard-*.npy"))
-    if written and (args.data[0] in (SELF, REGENERATED) or isinstance(error.__cause__, OSError)):
+    if written and (args.data[0] in (SELF, REGENERATED, SESSIONS) or isinstance(error.__cause__, OSError)):
         return
     shutil.rmtree(notes, ignore_errors=True)
     if out.exists() and not any(out.iterdir()):

@@ -7,12 +7,13 @@ Knows nothing of files that hold answers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.training.text.data_plan import SELF
+from mlx_redrafter.training.text.data_plan import SELF, SESSIONS
 from mlx_redrafter.training.text.formats import Question
 from mlx_redrafter.training.text.rendering import Renderer, digest
 from mlx_redrafter.training.text.shards import Marked, Progress, Recipe, Shard, shard_of
@@ -34,19 +35,20 @@ def answers_recipe(writer: Writer, questions: list[Question]) -> Recipe:
         UserError: prompts that need a chat template which is not there, or that are all too long.
     """
     renderer, plan = writer.renderer, writer.plan
+    source = f"--data {SESSIONS}" if plan.prompts is None else f"--prompts {plan.prompts}"
     first = [len(_asked(renderer, question, [])) for question in questions]
     fitting = [q for q, n in zip(questions, first, strict=True) if n + LEAST_ANSWER <= plan.length]
     if not fitting:
         raise UserError(
-            f"--prompts {plan.prompts}: the shortest prompt has {min(first)} tokens,"
+            f"{source}: the shortest prompt has {min(first)} tokens,"
             f" expected at most {plan.length - LEAST_ANSWER} (--row-length less {LEAST_ANSWER})"
         )
     order = np.random.default_rng(plan.seed).permutation(len(fitting))
-    turns = np.array([len(fitting[i].turns) for i in order])
+    turns = np.array([1 if fitting[i].answered else len(fitting[i].turns) for i in order])
     kept = int(np.searchsorted(np.cumsum(turns[::-1]), plan.held_out) + 1) if plan.held_out else 0
     if kept >= len(order):
         raise UserError(
-            f"--prompts {plan.prompts}: found {len(order)} prompts that fit into a row, expected more:"
+            f"{source}: found {len(order)} prompts that fit into a row, expected more:"
             f" {plan.held_out} rows are held out with prompts of their own"
         )
     training, held_out = order[: len(order) - kept], order[len(order) - kept :]
@@ -63,15 +65,18 @@ def answers_recipe(writer: Writer, questions: list[Question]) -> Recipe:
 
     def make(shard: int, progress: Progress) -> Shard:
         if shard == len(bounds) - 1:
-            some, at, most = held_out, plan.temperatures(range(len(held_out))), plan.held_out
+            some, at, most = [fitting[i] for i in held_out], plan.temperatures(range(len(held_out))), plan.held_out
         else:
-            here = slice(bounds[shard], bounds[shard + 1])
-            some, at, most = picks[here], temperatures[here], None
-        rows = answer(writer, [fitting[i] for i in some], at, (plan.seed, shard), progress)
+            here = range(bounds[shard], bounds[shard + 1])
+            some, at, most = [fitting[picks[n]] for n in here], temperatures[here.start : here.stop], None
+            # What is known already would come again; another pass gets another answer.
+            some = [q if n < len(training) else dataclasses.replace(q, answered=None) for n, q in zip(here, some)]
+        rows = answer(writer, some, at, (plan.seed, shard), progress)
         return shard_of(rows[:most], plan.length, {"prompts": len(some)})
 
-    content = digest([[question.system, question.turns] for question in questions])
-    files = [{"path": plan.prompts, "sha256": content, "prompts": len(questions)}]
+    known = [[dataclasses.asdict(q.answered)] if q.answered else [] for q in questions]
+    content = digest([[q.system, q.turns, *answered] for q, answered in zip(questions, known, strict=True)])
+    files = [{"path": plan.prompts or SESSIONS, "sha256": content, "prompts": len(questions)}]
     limit = None if free else plan.training_rows
     return writer.recipe(make, len(bounds) - 1, limit, files=files)
 
@@ -123,12 +128,13 @@ def answer(
 ) -> list[Marked]:
     """A row for every turn of every question that fits: the prompt, and the answer, which alone is to be learned.
 
-    There is a temperature for each question; the noise depends on the numbers of `seed`.
+    What is answered already is taken as it is, as far as it fits into a row. There is a temperature for each
+    question; the noise depends on the numbers of `seed`.
     """
-    rows: list[list[Marked]] = [[] for _ in questions]
+    rows = [_known(writer, question) for question in questions]
     said: list[list[str]] = [[] for _ in questions]
-    going = list(range(len(questions)))
-    for turn in range(max(len(question.turns) for question in questions)):
+    going = [i for i, found in enumerate(rows) if not found]
+    for turn in range(max((len(questions[i].turns) for i in going), default=0)):
         asked = {i: _asked(writer.renderer, questions[i], said[i]) for i in going if turn < len(questions[i].turns)}
         going = [i for i, ids in asked.items() if len(ids) + LEAST_ANSWER <= writer.plan.length]
         at = [temperatures[i] for i in going]
@@ -138,6 +144,15 @@ def answer(
             rows[i].append((row, np.arange(len(row)) >= len(asked[i])))
             said[i].append(writer.renderer.decode(tokens))
     return [row for found in rows for row in found]
+
+
+def _known(writer: Writer, question: Question) -> list[Marked]:
+    """Rows of a question that is answered already; none where nothing to learn fits."""
+    if (answered := question.answered) is None:
+        return []
+    renderer, length = writer.renderer, writer.plan.length
+    whole = [renderer.text(answered)] if answered.text else renderer.conversation(answered.messages, answered.where)
+    return [(ids[:length], marks[:length]) for ids, marks in whole if marks[1:length].any()]
 
 
 def _asked(renderer: Renderer, question: Question, said: list[str]) -> list[int]:

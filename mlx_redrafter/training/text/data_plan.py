@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_redrafter.errors import UserError
 
-SELF, REGENERATED = "self", "regenerated"
+SELF, REGENERATED, SESSIONS = "self", "regenerated", "sessions"
 ROWS = 2048  # rows of text the target writes where the user does not say
 
 
@@ -60,7 +60,7 @@ class DataPlan:
         if not self.temps or not all(0 <= temp < math.inf for temp in self.temps):
             raise UserError(f"--temps {' '.join(map(str, self.temps))}: expected numbers of 0 or more")
         if not self.data:
-            raise UserError(f"--data: expected {SELF}, {REGENERATED}, or files")
+            raise UserError(f"--data: expected {SELF}, {REGENERATED}, {SESSIONS}, or files")
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """What the content of every source depends on, and more, by the names of flags."""

@@ -55,6 +55,7 @@ class Question:
         system: the system's message, if any.
         plain: a single prompt that a model without a chat template can continue as text.
         category: the file's own word for the kind of task, if any.
+        answered: the same with the target's own answers, where they are known.
     """
 
     where: str
@@ -62,6 +63,7 @@ class Question:
     system: str | None = None
     plain: bool = False
     category: str | None = None
+    answered: Document | None = None
 
 
 def document(record: Any, where: str) -> Document:

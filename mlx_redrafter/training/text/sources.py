@@ -1,7 +1,7 @@
 """Chooses the source of text that the flags name, and writes its rows once into a folder.
 
 A drafter guesses the target's words, so text that the target writes is the best to learn from.
-The other sources are files, and the target's answers to a file of prompts.
+The other sources are files, and the target's answers to prompts: of a file, or of recorded sessions.
 Knows nothing of drafters.
 """
 
@@ -15,11 +15,12 @@ from mlx_redrafter.embedded.corpus import stdlib_files
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.text.answers import answers_recipe, invented_recipe
-from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, DataPlan
+from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, SESSIONS, DataPlan
 from mlx_redrafter.training.text.file_rows import files_recipe
 from mlx_redrafter.training.text.formats import read_questions
 from mlx_redrafter.training.text.prefixes import Texts, bare_recipe, prefixes_recipe
 from mlx_redrafter.training.text.rendering import Renderer
+from mlx_redrafter.training.text.sessions import sessions_recipe
 from mlx_redrafter.training.text.shards import Recipe, Rows, write_rows
 from mlx_redrafter.training.text.writing import Writer
 
@@ -38,7 +39,14 @@ def prepare(
             differs from those the folder was begun with.
     """
     check_length(plan, target)
-    return write_rows(folder, _recipe(target, Renderer(tokenizer), plan, embedded))
+    if plan.data == (SESSIONS,):
+        for flag, value in (("--prompts", plan.prompts), ("--prefixes", plan.prefixes)):
+            if value:
+                raise UserError(f"{flag} is for --data {SELF} or {REGENERATED}, found --data {SESSIONS}")
+        recipe = sessions_recipe(pathlib.Path(folder), target, tokenizer, plan)
+    else:
+        recipe = _recipe(target, Renderer(tokenizer), plan, embedded)
+    return write_rows(folder, recipe)
 
 
 def check_length(plan: DataPlan, target: Target) -> None:
@@ -51,7 +59,7 @@ def check_length(plan: DataPlan, target: Target) -> None:
 
 def _recipe(target: Target, renderer: Renderer, plan: DataPlan, embedded: bool) -> Recipe:
     if plan.data not in ((SELF,), (REGENERATED,)):
-        for name in (SELF, REGENERATED):
+        for name in (SELF, REGENERATED, SESSIONS):
             if name in plan.data:
                 raise UserError(f"--data {' '.join(plan.data)}: {name!r} stands alone, without files beside it")
         for flag, value in (("--prompts", plan.prompts), ("--prefixes", plan.prefixes)):
