@@ -17,6 +17,7 @@ import mlx_lm
 from mlx_redrafter.benchmarks.compare import Method
 
 from mlx_redrafter.decoding.sampling import Chooser, position_keyed
+from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.medusa import MedusaHeads
 from mlx_redrafter.drafting.pairing import check_pair
@@ -34,7 +35,7 @@ CHAIN_OF_3, TREE_OF_7 = "chain:3", "best-first:4x5:7"
 DRAFTER_AUTO = "auto-no-lookup"  # chooses among the drafter's shapes alone
 DEFAULTS = (PLAIN, AS_LOADED, OURS, CHAIN_OF_3, "beams:4x5:7", TREE_OF_7, DRAFTER_AUTO, AUTO)
 
-DRAFT_MODEL, MEDUSA, LOOKUP = "draft model", "Medusa", "lookup"
+DRAFT_MODEL, OUR_DRAFT_MODEL, MEDUSA, LOOKUP = "draft model", "draft model, our loop", "Medusa", "lookup"
 NO_LOOKUP, REDRAFTER_AUTO = "ReDrafter auto, no lookup", "ReDrafter auto"  # the second as generate does it
 REDRAFTER = ("ReDrafter chain", "ReDrafter beams", "ReDrafter best-first", NO_LOOKUP, REDRAFTER_AUTO)
 
@@ -42,6 +43,7 @@ REDRAFTER = ("ReDrafter chain", "ReDrafter beams", "ReDrafter best-first", NO_LO
 SETTINGS: dict[str, tuple[str, ...]] = {
     PLAIN: ("",),
     DRAFT_MODEL: ("1", "2", "3", "4", "5"),
+    OUR_DRAFT_MODEL: ("chain:1", "chain:2", CHAIN_OF_3, "chain:4", "best-first:3x4:5", TREE_OF_7, AUTO),
     MEDUSA: ("chain:2", CHAIN_OF_3, "best-first:4x4:5", TREE_OF_7, "best-first:10x5:12"),
     REDRAFTER[0]: ("chain:2", CHAIN_OF_3, "chain:4"),
     REDRAFTER[1]: ("beams:2x4:4", "beams:3x4:6", "beams:4x5:8"),
@@ -201,21 +203,21 @@ class Contest:
 
     Attributes:
         drafter: the recurrent one.
-        draft: mlx_lm's draft model, if there is one.
+        draft: a draft model, if there is one.
         medusa: Medusa heads, if there are any.
         facts: what was loaded, by name.
         missing: sentences that say what is left out, and why.
     """
 
     drafter: RecurrentDrafter
-    draft: nn.Module | None = None
+    draft: DraftModel | None = None
     medusa: MedusaHeads | None = None
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
     missing: list[str] = dataclasses.field(default_factory=list)
 
     def methods(self) -> list[str]:
         """The names of those that take part, plain decoding first."""
-        absent = {DRAFT_MODEL: self.draft is None, MEDUSA: self.medusa is None}
+        absent = {DRAFT_MODEL: self.draft is None, OUR_DRAFT_MODEL: self.draft is None, MEDUSA: self.medusa is None}
         return [name for name in SETTINGS if not absent.get(name)]
 
     def method(self, decoder: Decoder, name: str, setting: str) -> Method:
@@ -228,8 +230,8 @@ class Contest:
             return decoder.plain
         if name == DRAFT_MODEL:
             assert self.draft is not None
-            return decoder.with_draft_model(self.draft, int(setting))
-        drafter = {MEDUSA: self.medusa, LOOKUP: None}.get(name, decoder.drafter)
+            return decoder.with_draft_model(self.draft.model, int(setting))
+        drafter = {MEDUSA: self.medusa, OUR_DRAFT_MODEL: self.draft, LOOKUP: None}.get(name, decoder.drafter)
         lookup = {LOOKUP: ON, REDRAFTER_AUTO: AUTO}.get(name, OFF)
         return dataclasses.replace(decoder, drafter=drafter).drafted(shape_named(setting) or AUTO, lookup)
 
@@ -237,12 +239,14 @@ class Contest:
         """Bytes of weights that a method has beside the target's."""
         if name in (PLAIN, LOOKUP):
             return 0
-        module = {DRAFT_MODEL: self.draft, MEDUSA: self.medusa}.get(name, self.drafter)
+        module = {DRAFT_MODEL: self.draft, OUR_DRAFT_MODEL: self.draft, MEDUSA: self.medusa}.get(name, self.drafter)
         assert module is not None
         return weights(module)[1]
 
 
-def open_contest(target: Target, drafter: RecurrentDrafter, draft_model: str | None, medusa: str | None) -> Contest:
+def open_contest(
+    target: Target, tokenizer: Any, drafter: RecurrentDrafter, draft_model: str | None, medusa: str | None
+) -> Contest:
     """Loads what the flags name.
 
     Raises:
@@ -250,12 +254,10 @@ def open_contest(target: Target, drafter: RecurrentDrafter, draft_model: str | N
     """
     contest = Contest(drafter)
     if draft_model is None:
-        contest.missing.append("mlx_lm's draft model takes no part: --draft-model was not given.")
+        contest.missing.append("a draft model takes no part: --draft-model was not given.")
     else:
-        contest.draft, _ = load_target(find_target(draft_model, "--draft-model"))
-        found = Target.of(contest.draft).vocab_size
-        if found != target.vocab_size:
-            raise UserError(f"--draft-model {draft_model}: vocabulary of {found}, the target's is {target.vocab_size}")
+        contest.draft = DraftModel(*load_target(find_target(draft_model, "--draft-model")))
+        contest.draft.fit(target, tokenizer, f"--draft-model {draft_model}")
         contest.facts["draft model"] = f"{draft_model}, {_laid_out(contest.draft, target)}"
     if medusa is None:
         contest.missing.append("Medusa takes no part: --medusa was not given.")

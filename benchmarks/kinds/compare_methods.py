@@ -1,4 +1,4 @@
-"""Compares methods that draft on one target: mlx_lm's draft model, Medusa, ReDrafter, prompt lookup.
+"""Compares methods that draft on one target: a draft model in mlx_lm's loop and in ours, Medusa, ReDrafter, lookup.
 
 Every method that has settings first looks for its best on a few of the prompts; the best of
 each then take turns on all prompts. With --out, compare.html is a page that needs no network.
@@ -31,7 +31,7 @@ from mlx_redrafter.system.weights import weights
 from mlx_redrafter.target.model import Target
 
 HEADING = "Drafting methods side by side"
-HELP = "mlx_lm's draft model, Medusa, ReDrafter and lookup, each at its best, with a page to read"
+HELP = "a draft model in mlx_lm's loop and in ours, Medusa, ReDrafter and lookup, each at its best, with a page to read"
 
 NOTES = [
     "speed-up: plain mlx_lm's time per token over the method's, text by text; median, and quartiles in the JSON",
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     add = parser.add_argument
     add("--draft-model", metavar="DIR", help="mlx-lm model with the target's tokenizer, for mlx_lm's own drafting"
-        " (left out if not given)")  # fmt: skip
+        " and for ours (left out if not given)")  # fmt: skip
     add("--medusa", metavar="DIR", help="Medusa heads for the target (left out if not given)")
     add_round_arguments(parser, temps=[0.0, 0.7, 1.0])
     add("--search-prompts", type=whole(1), default=4, help="prompts on which each method looks for its best setting,"
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> Report:
     pair = load_pair(args)
     if not isinstance(pair.drafter, RecurrentDrafter):
         raise UserError(f"--draft {args.draft}: is of Medusa heads, which --medusa takes; expected a recurrent drafter")
-    contest = open_contest(Target.of(pair.model), pair.drafter, args.draft_model, args.medusa)
+    contest = open_contest(Target.of(pair.model), pair.tokenizer, pair.drafter, args.draft_model, args.medusa)
     pair.facts |= contest.facts
     texts = encode_texts(args, pair, prompts)
     categories = [prompt.category for prompt in prompts]

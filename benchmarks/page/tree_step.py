@@ -14,8 +14,7 @@ from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import draft_temperature, greedy
 from mlx_redrafter.decoding.trace import WatchedStep, watch
 from mlx_redrafter.decoding.tree_view import token_text
-from mlx_redrafter.drafting.kinds import Drafter
-from mlx_redrafter.drafting.proposers import proposer_for
+from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.shape import Drafted, DraftShape
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import TREE

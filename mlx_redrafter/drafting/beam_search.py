@@ -8,6 +8,7 @@ prefixes are compared.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import mlx.core as mx
 
@@ -58,13 +59,42 @@ def beam_search(
     Returns:
         The L - 1 steps; within a step the entries are in order of falling log-probability.
     """
-    batch = root.shape[0]
-    # Entries lie along the batch axis, (B * W, ...): two axes cost MLX fewer operations than three.
-    state = drafter.advance(embed(root), None)
+    batch, state = root.shape[0], drafter.advance(embed(root), None)
+
+    def follow(tokens: mx.array, origins: mx.array) -> mx.array:
+        nonlocal projected, state
+        entries = state.shape[0] // batch
+        if entries == 1 and batch > 1:
+            projected = mx.repeat(projected, width, axis=0)
+        rows = mx.arange(0, batch * entries, entries, dtype=mx.int32)[:, None] + origins
+        state = drafter.advance(embed(tokens.reshape(-1)), state[rows.reshape(-1)])
+        return drafter.logits(projected, state)
+
+    first = drafter.logits(projected, state)
+    return grow(first, follow, drafter.target_ids, batch, width, length, temperature)
+
+
+def grow(
+    scores: mx.array,
+    follow: Callable[[mx.array, mx.array], mx.array],
+    target_ids: Callable[[mx.array], mx.array],
+    batch: int,
+    width: int,
+    length: int,
+    temperature: float = 1.0,
+) -> Beam:
+    """Beam search over whatever scores the next tokens; the other arguments as for `beam_search`.
+
+    Args:
+        scores: (B, scored) unnormalised, behind the root. Entries lie along the batch axis from then on,
+            (B * W, ...): two axes cost MLX fewer operations than three.
+        follow: takes a step's tokens (B, W) and origins (B, W), and gives the scores behind them, (B * W, scored).
+        target_ids: the target's ids of what is scored.
+    """
     steps: list[tuple[mx.array, mx.array, mx.array]] = []
     for step in range(1, length):
-        entries = state.shape[0] // batch
-        scores = drafter.logits(projected, state).astype(mx.float32)
+        entries = scores.shape[0] // batch
+        scores = scores.astype(mx.float32)
         if temperature != 1 and width > 1:  # a single beam takes the best token at any temperature
             scores = scores * (1 / temperature)
         base = -mx.logsumexp(scores, axis=-1).reshape(batch, entries)
@@ -79,13 +109,9 @@ def beam_search(
             all_scores = scores.reshape(batch, entries, vocab) + base[..., None]
             best, log_probs = top(all_scores.reshape(batch, entries * vocab), width)
             best, origins = best % vocab, best // vocab
-        steps.append((drafter.target_ids(best), origins, log_probs))
-        if step == length - 1:
-            break
-        if step == 1 and batch > 1:
-            projected = mx.repeat(projected, width, axis=0)
-        rows = mx.arange(0, batch * entries, entries, dtype=mx.int32)[:, None] + origins
-        state = drafter.advance(embed(steps[-1][0].reshape(-1)), state[rows.reshape(-1)])
+        steps.append((target_ids(best), origins, log_probs))
+        if step < length - 1:
+            scores = follow(steps[-1][0], origins)
     return Beam(*(mx.stack(list(parts), axis=1) for parts in zip(*steps, strict=True)))
 
 

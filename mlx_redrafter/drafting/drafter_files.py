@@ -113,6 +113,12 @@ class DrafterBase(nn.Module):
     deepest: int
     context_layers: tuple[int, ...] = ()
 
+    @property
+    def widest(self) -> int:
+        """Beams that it can draft."""
+        widest: int = self.config.scored
+        return widest
+
     def quantize(self, group_size: int = 64, bits: int = 4) -> None:
         """Quantises all matrices in place with mlx's affine scheme and notes it in the config.
 

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from mlx_redrafter.drafting import medusa, redrafter
-from mlx_redrafter.drafting.drafter_files import read_fields
+from mlx_redrafter.drafting.cached.draft_model import DraftModel
+from mlx_redrafter.drafting.cached.proposer import CachedProposer
+from mlx_redrafter.drafting.drafter_files import Embedder, read_fields
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
+from mlx_redrafter.drafting.proposers import MedusaProposer, Proposer, RecurrentProposer
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_safetensors
 
-Drafter: TypeAlias = RecurrentDrafter | MedusaHeads
+Drafter: TypeAlias = RecurrentDrafter | MedusaHeads | DraftModel
 
 
-def open_drafter(path: str | pathlib.Path) -> Drafter:
+def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0, text: Sequence[int] = ()) -> Proposer:
+    """What proposes with a drafter.
+
+    Args:
+        embed: the target's embedding.
+        temperature: of the drafter's probabilities, by which nodes are chosen.
+        text: all tokens before the first step, where they are known; for drafters that read tokens alone.
+    """
+    if isinstance(drafter, DraftModel):
+        return CachedProposer(drafter, temperature, text)
+    if isinstance(drafter, MedusaHeads):
+        return MedusaProposer(drafter)
+    return RecurrentProposer(drafter, embed, temperature)
+
+
+def open_drafter(path: str | pathlib.Path) -> RecurrentDrafter | MedusaHeads:
     """Reads what `DrafterBase.save` wrote, of the kind that its config.json says.
 
     Raises:

@@ -197,6 +197,8 @@ class LookupProposer(Proposer):
                 self.text.tighten(read.tokens.shape[1] - len(tokens))
         self._root = None
         self.index.extend(tokens)
+        if self.inner is not None:
+            self.inner.learn(tokens)
 
     def arrays(self) -> list[mx.array]:
         mine = [] if self.inner is None else self.inner.arrays()

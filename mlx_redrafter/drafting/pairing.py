@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.errors import UserError
@@ -21,7 +22,9 @@ def check_pair(target: Target, drafter: Drafter, name: str = "drafter") -> None:
 
 
 def check_sizes(target: Target, drafter: Drafter, name: str) -> None:
-    """Raises UserError where the drafter was made for a target of another shape."""
+    """Raises UserError where the drafter was made for a target of another shape; models fit by their tokenizers."""
+    if isinstance(drafter, DraftModel):
+        return
     for field in ("hidden_size", "vocab_size"):
         found, expected = getattr(drafter.config, field), getattr(target, field)
         if found != expected:

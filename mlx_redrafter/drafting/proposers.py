@@ -186,10 +186,3 @@ class MedusaProposer(Proposer):
         places = mx.array([(len(choice) - 1) * width + choice[-1] for choice in choices])
         tokens = mx.take(best.reshape(batch, depth * width), places, axis=1)
         return CandidateTree.static(mx.concatenate([first, tokens], axis=1), parents_of(choices))
-
-
-def proposer_for(drafter: RecurrentDrafter | MedusaHeads, embed: Embedder, temperature: float = 1.0) -> Proposer:
-    """What proposes with a drafter; `embed` and `temperature` as for `RecurrentProposer`."""
-    if isinstance(drafter, MedusaHeads):
-        return MedusaProposer(drafter)
-    return RecurrentProposer(drafter, embed, temperature)

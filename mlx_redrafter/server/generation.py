@@ -75,7 +75,7 @@ class GenerationThread(ResponseGenerator):
 
     def _open_cache(self) -> None:
         provider = self.model_provider
-        self.prompt_cache.open(provider.model_key, provider.model if provider.draft_model is None else None)
+        self.prompt_cache.open(provider.model_key, provider.model)
 
     def _next_request(self, timeout: float | None = None) -> Any:
         self._current = super()._next_request(timeout)

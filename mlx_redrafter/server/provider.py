@@ -15,15 +15,15 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.server import ModelProvider, load_processor
 
-from mlx_redrafter.drafting.kinds import Drafter, open_drafter
+from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.server.answers import NoSuchModel
 from mlx_redrafter.system.hub import snapshot_of
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import NONE
-from mlx_redrafter.text.checks import check_adapter, is_drafter, read_config
-from mlx_redrafter.text.loading import NO_DRAFTER, find_drafter, find_target, fit_drafter, load, own_drafter
+from mlx_redrafter.text.checks import check_adapter, read_config
+from mlx_redrafter.text.loading import NO_DRAFTER, find_drafter, find_target, fit_drafter, load, open_draft, own_drafter
 from mlx_redrafter.tuning.session import session_for, verifier_for
 
 DEFAULT = "default_model"  # mlx_lm.server's word for what the command line names
@@ -31,9 +31,7 @@ MOST_DRAFTERS = 4  # that stay in memory beside a target
 
 
 class Provider(ModelProvider):
-    """mlx_lm's, but that our drafters come from our loader, and are changed without loading the target again.
-
-    Other draft models go mlx_lm's way.
+    """mlx_lm's, but that drafters come from our loader, and are changed without loading the target again.
 
     Args:
         args: the flags of `serve`.
@@ -49,7 +47,7 @@ class Provider(ModelProvider):
     model: Any
     tokenizer: Any
     processor: Any
-    model_key: Any  # of what depends on the target, as cached prompts do; of another draft model they do, too
+    model_key: Any  # of what depends on the target, as cached prompts do
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
@@ -98,12 +96,7 @@ class Provider(ModelProvider):
 
     def _take(self, model: str, adapter: str | None, draft: str | None, own: bool) -> None:
         if draft is not None and draft not in self._drafters:
-            place = find_drafter(draft)
-            if not is_drafter(read_config(place)):
-                names = (str(self._target_folder(model, own)), adapter, str(place))
-                if self.model_key != names:
-                    self._load(*names)
-                return
+            read_config(find_drafter(draft))  # before the current target goes
         if self.model_key != (model, adapter, None):
             self._load_target(model, adapter, own)
         self.drafter = None if draft is None else self._open_drafter(draft)
@@ -138,7 +131,7 @@ class Provider(ModelProvider):
     def _open_drafter(self, name: str) -> Drafter:
         """The drafter of a name, fitted to the target; the last few stay in memory."""
         if name not in self._drafters:
-            drafter = open_drafter(find_drafter(name))
+            drafter = open_draft(find_drafter(name))
             fit_drafter(drafter, self.model, self.tokenizer, name)
             self._drafters[name] = drafter
             if len(self._drafters) > MOST_DRAFTERS:

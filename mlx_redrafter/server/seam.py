@@ -18,7 +18,7 @@ from mlx_redrafter.errors import UserError, one_line
 VERSIONS = "0.32"
 # What is subclassed or called, and the names that our overrides use or take the place of.
 CLASSES = {
-    "ModelProvider": ("_load", "load", "load_default", "reset"),
+    "ModelProvider": ("load", "load_default", "reset"),
     "ResponseGenerator": (
         "_generate", "_next_request", "_run_generate", "_serve_single", "_tokenize", "_make_state_machine", "generate",
         "generation_available", "stop_and_join",

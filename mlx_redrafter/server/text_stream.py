@@ -33,7 +33,6 @@ def text_stream(
     *,
     prompt: list[int],
     max_tokens: int,
-    draft_model: Any,
     input_embeddings: Any,
     prompt_progress_callback: Callable[[int, int], None],
     **theirs: Any,
@@ -43,7 +42,7 @@ def text_stream(
     Args:
         room: tokens that the context has for the text; None for no limit.
         prompt: what of the prompt the cache does not hold.
-        draft_model, input_embeddings: with either, the text is mlx_lm's.
+        input_embeddings: with them, the text is mlx_lm's.
         theirs: the other arguments of mlx_lm's `stream_generate`.
 
     Raises:
@@ -61,10 +60,10 @@ def text_stream(
         "max_tokens": max_tokens if room is None else min(max_tokens, room),
         "prompt_progress_callback": progress,
     }
-    if draft_model is None and input_embeddings is None:
+    if input_embeddings is None:
         source = ours(provider, request, args, **theirs)
     else:
-        source = seam.theirs(draft_model=draft_model, input_embeddings=input_embeddings, **theirs)
+        source = seam.theirs(input_embeddings=input_embeddings, **theirs)
     stops = StopStrings(args.stop_words)
     with contextlib.closing(source):
         for response in source:
@@ -128,7 +127,7 @@ def ours(
     **options: Any,
 ) -> Generator[Any]:
     """The same from our loop."""
-    for name in ("stream", "sampler", "num_draft_tokens"):  # what takes their place is in the request
+    for name in ("stream", "sampler", "draft_model", "num_draft_tokens"):  # what takes their place is in the request
         options.pop(name)
     plain = request.num_draft_tokens == 0
     cached = request.tokens[: len(request.tokens) - len(prompt)]

@@ -55,6 +55,18 @@ class CandidateTree:
         return cls(tokens, *shape, max_depth=depth, in_order=parents == (0, *range(len(parents) - 1)))
 
     @classmethod
+    def level(cls, tokens: mx.array, ancestors: mx.array, depth: int) -> CandidateTree:
+        """Rows of one depth, to be read behind those of the levels above them; never accepted as they are.
+
+        Args:
+            tokens: (B, M) int32.
+            ancestors: (B, M, P + M) bool, with a column for each of the P rows above.
+            depth: of all rows; 0 is the position behind the committed ones.
+        """
+        depths = mx.full(tokens.shape, depth, mx.int32)
+        return cls(tokens, depths, depths, ancestors, depths >= 0, depth)
+
+    @classmethod
     def from_parents(
         cls, tokens: mx.array, parents: mx.array, max_depth: int, valid: mx.array | None = None
     ) -> CandidateTree:

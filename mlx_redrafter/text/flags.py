@@ -46,8 +46,9 @@ def add_pair_arguments(
     add = parser.add_argument
     add_target_arguments(add, default)
     if drafter:
-        add("--draft", metavar="PATH", help=f"load the drafter from this directory or Hub id; or {ASSISTANT} or"
-            f" {EMBEDDED_PAIR} for theirs, or {NO_DRAFTER} (default: theirs for them, else {NO_DRAFTER})")  # fmt: skip
+        add("--draft", metavar="PATH", help="load the drafter, or a small model with the target's tokenizer, from this"
+            f" directory or Hub id; or {ASSISTANT} or {EMBEDDED_PAIR} for theirs, or {NO_DRAFTER} (default: theirs for"
+            f" them, else {NO_DRAFTER})")  # fmt: skip
     else:
         parser.set_defaults(draft=NO_DRAFTER)
     add("--adapter-path", metavar="PATH", help="add the LoRA adapters of this directory to the target, as in mlx-lm")

@@ -13,12 +13,15 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
+from mlx_redrafter.drafting.cached.draft_model import DraftModel
+from mlx_redrafter.drafting.drafter_files import read_fields
 from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.embedded import assistant
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.gguf import as_directory, is_gguf
 from mlx_redrafter.system.device import on_cpu, stalling
+from mlx_redrafter.system.files import read_json
 from mlx_redrafter.system.hub import fetch, snapshot_of
 from mlx_redrafter.system.openblas_layout import pack
 from mlx_redrafter.target.model import Target
@@ -28,6 +31,7 @@ from mlx_redrafter.text.checks import (
     check_fingerprint,
     check_model_directory,
     check_sentencepiece,
+    is_drafter,
     logger,
     rope_fields,
     unread_chat_template,
@@ -55,7 +59,8 @@ def load(
         path_or_repo: directory or Hub id of an mlx-lm model, or a GGUF file, which is converted once into the
             cache directory; "assistant" for SmolLM2-135M-Instruct, where it is installed; None or
             "embedded" for the embedded pair. A directory of such a name is "./assistant".
-        draft: directory or Hub id of a drafter; "none" for no drafter. If left out, the assistant
+        draft: directory or Hub id of a drafter, or of a small mlx-lm model with the same tokenizer, or a
+            GGUF file of one; "none" for no drafter. If left out, the assistant
             and the embedded target come with their own, which these names stand for, too, and any
             other target with none.
         gguf: which GGUF file, by its name or a part of it, where path_or_repo has several.
@@ -80,7 +85,7 @@ def load(
     place = own_drafter(path_or_repo) if draft is None else None
     if draft is not None and draft != NO_DRAFTER:
         place = find_drafter(draft)
-    drafter = None if place is None else open_drafter(place)
+    drafter = None if place is None else open_draft(place)
     model, tokenizer = load_target(folder, adapter_path, dtype, tokenizer_config, trust_remote_code)
     if pack_weights:
         pack(model)
@@ -132,8 +137,18 @@ def find_drafter(name: str, flag: str = "--draft") -> pathlib.Path:
             raise UserError(f"{flag} {name}: this installation of mlx-redrafter has no drafter for the assistant")
         return folder
     if is_gguf(name):
-        raise UserError(f"{flag} {name}: is a GGUF file, a model, not a drafter; use it with --model {name}")
+        if flag != "--draft":
+            raise UserError(f"{flag} {name}: is a GGUF file, a model, not a drafter; use it with --model {name}")
+        return pathlib.Path(as_directory(name, flag))
     return fetch(name, flag)
+
+
+def open_draft(place: pathlib.Path) -> Drafter:
+    """A drafter's, or a small model's, from its directory. Raises UserError."""
+    if is_drafter(read_fields(place)):
+        return open_drafter(place)
+    model, tokenizer = load_target(place, lazy=True)
+    return DraftModel(model, tokenizer, read_json(place / "config.json").get("quantization"))
 
 
 def fit_drafter(drafter: Drafter, model: nn.Module, tokenizer: Any, name: str, pack_weights: bool = True) -> None:
@@ -146,6 +161,8 @@ def fit_drafter(drafter: Drafter, model: nn.Module, tokenizer: Any, name: str, p
         UserError: it was made for a target of another shape.
     """
     target = Target.of(model)
+    if isinstance(drafter, DraftModel):
+        drafter.fit(target, tokenizer, name)
     if not target.missing:
         check_pair(target, drafter, name)
         check_fingerprint(target, tokenizer, drafter, name)

@@ -15,8 +15,7 @@ import mlx.core as mx
 
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
-from mlx_redrafter.drafting.kinds import Drafter
-from mlx_redrafter.drafting.proposers import proposer_for
+from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Plan
 from mlx_redrafter.target.cache.attention import BLOCK
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves
@@ -86,7 +85,7 @@ def measure(
 
 def _shapes(verifier: Verifier, drafter: Drafter) -> dict[tuple[int, int], DraftShape]:
     """The shapes whose steps are measured, by beam width and length."""
-    widths = [w for w in WIDTHS if w == 1 or (verifier.capability != CHAIN and w <= drafter.config.scored)]
+    widths = [w for w in WIDTHS if w == 1 or (verifier.capability != CHAIN and w <= drafter.widest)]
     return {(w, n): DraftShape(w, n, min(w * (n - 1), NODES)) for w in widths for n in LENGTHS}
 
 

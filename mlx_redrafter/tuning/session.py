@@ -12,11 +12,11 @@ import mlx.nn as nn
 
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import Chooser, draft_temperature
-from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.lookup_index import TextIndex
 from mlx_redrafter.drafting.pairing import check_pair
-from mlx_redrafter.drafting.proposers import Proposer, proposer_for
+from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, Plan
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
@@ -141,7 +141,9 @@ def drafting_for(
     Returns:
         the session too, if one was needed, for what it learns to be saved.
     """
-    inner = None if drafter is None else proposer_for(drafter, verifier.target.embed, draft_temperature(choose))
+    inner = None
+    if drafter is not None:
+        inner = proposer_for(drafter, verifier.target.embed, draft_temperature(choose), text)
     if lookup == OFF and shape is not None and inner is not None:
         return inner, Planner(Drafted(shape)), None
     index, session = TextIndex([] if lookup == OFF else text), session_for(verifier, drafter)
@@ -195,5 +197,5 @@ def _kept(key: dict[str, Any], digest: str, acceptance: AcceptanceModel) -> Cost
 
 
 def _fits(shape: DraftShape, verifier: Verifier, drafter: Drafter) -> bool:
-    width = 1 if verifier.capability == CHAIN else drafter.config.scored
+    width = 1 if verifier.capability == CHAIN else drafter.widest
     return shape.beam_width <= width and shape.beam_length <= 1 + drafter.deepest

@@ -7,7 +7,8 @@ from mlx_lm.sample_utils import make_sampler
 from support import make_drafter
 
 from mlx_redrafter.decoding.sampling import draft_temperature, from_sampler, greedy, position_keyed
-from mlx_redrafter.drafting.proposers import RecurrentProposer, proposer_for
+from mlx_redrafter.drafting.kinds import proposer_for
+from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.errors import UserError
 
 

@@ -8,7 +8,8 @@ Four kinds of mistakes, with the members that were looked for:
 * files that may not be read: weights, config, tokenizer, adapter_config, adapters, a drafter's weights and config;
 * files that stand for others: Git LFS pointers and web pages as weights, config, tokenizer or adapters;
 
-and what is whole but something else: a drafter or an adapter as --model; a model, an adapter or a GGUF file as --draft;
+and what is whole but something else: a drafter or an adapter as --model; a model with another tokenizer as --draft, and
+any model where only a drafter will do; an adapter or an empty GGUF file as either;
 a model, a drafter or PEFT's layout as --adapter-path. The table is made from the commands' own parsers, so a new
 command joins it by itself.
 """
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import pytest
+from support import DATA
 
 from mlx_redrafter.cli.main import COMMANDS, main
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
@@ -32,6 +34,7 @@ from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.text.loading import EMBEDDED
 
 TARGET, DRAFTER, ADAPTER = "target", "drafter", "adapter"
+STRANGER = "a model with another tokenizer"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 9\n"
 PAGE = "\n<!DOCTYPE html>\n<html><head><title>Hugging Face</title></head></html>"
 # What a flag that takes a directory expects, by the flag; by the command where one flag means two things.
@@ -172,8 +175,9 @@ KINDS: dict[str, dict[str, tuple[Maker, str]]] = {
             for name in ("config.json", "model.safetensors")
         },
         "a target": (lambda f: link(TARGET, f), "model"),
+        STRANGER: (lambda f: shutil.copytree(DATA / "tiny", f), "model"),
         "an adapter": (adapter, "is an adapter"),
-        "a GGUF file": (lambda f: (f.mkdir(), (f / "m.gguf").touch()), "a model, not a drafter"),
+        "a GGUF file": (lambda f: (f.mkdir(), (f / "m.gguf").touch()), "GGUF"),
         "nothing": (lambda f: f.mkdir(), "config.json: no such file"),
     },
     ADAPTER: {
@@ -228,8 +232,8 @@ def table() -> Iterator[tuple[list[str], argparse.Action, str, str]]:
         for action in actions:
             if (kind := reads(argv, action)) is not None:
                 for i, name in enumerate(KINDS[kind]):
-                    if argv == ["serve"] and kind == DRAFTER and name == "a target":
-                        continue  # it is served, as mlx_lm serves a draft model
+                    if (action.dest == "draft" and name == "a target") or (action.dest != "draft" and name == STRANGER):
+                        continue  # a model with the target's tokenizer drafts; where none does, all are alike
                     if argv not in benches or benches.index(argv) == i % len(benches):
                         yield argv, action, kind, name
 

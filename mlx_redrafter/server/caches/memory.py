@@ -35,15 +35,11 @@ class PromptCaches(LRUPromptCache):
         self._identities: dict[Any, str] = {}  # of models, by mlx_lm's keys of them
         self._unwritten: list[tuple[str, list[int], list[Any]]] = []
 
-    def open(self, key: Any, model: nn.Module | None) -> None:
-        """Is told of a model that was loaded; takes what the files have for it, once.
-
-        Args:
-            model: None where its caches are not for files.
-        """
+    def open(self, key: Any, model: nn.Module) -> None:
+        """Is told of a model that was loaded; takes what the files have for it, once."""
         if not self._bounded:
             self.max_bytes, self._bounded = max(0, int(SHARE * (memory_bytes() - mx.get_active_memory()))), True
-        if self._files is None or model is None or key in self._identities:
+        if self._files is None or key in self._identities:
             return
         self._identities[key] = identity(model) + self._form
         for tokens, cache in self._files.read(model, self._identities[key], self.max_bytes):

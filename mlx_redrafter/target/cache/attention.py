@@ -64,7 +64,7 @@ class TreeRows:
         self.flush()
         self.frame = frame
         start = self.base if self.window is None else max(self.base, frame.low - self.window + 1)
-        self._span = start, -(-(frame.bound + frame.rows - start) // READ_BLOCK) * READ_BLOCK
+        self._span = start, -(-(frame.bound + frame.before + frame.rows - start) // READ_BLOCK) * READ_BLOCK
         if self.keys is not None:
             self.reserve(start - self.base + self._span[1], drop=start - self.base)
 
@@ -84,7 +84,7 @@ class TreeRows:
         if frame.split_rows:
             keys, values = frame.joined(keys), frame.joined(values)
         self.rows = self.encode(keys), self.encode(values)
-        self._write(self.rows, frame.length)
+        self._write(self.rows, frame.length + frame.before if frame.before else frame.length)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Any, Any]:

@@ -19,7 +19,8 @@ class TreeFrame:
     Attributes:
         length: committed rows, (B,) int32, on the device.
         depths: (B, M) int32 distance of each row from the root.
-        ancestors: (B, M, M) bool; [b, i, j] is True where row i may look at row j.
+        ancestors: (B, M, P + M) bool; [b, i, j] is True where row i may look at row j. The tree's first P rows
+            were read before, in pieces, and lie behind the committed ones.
         chain: rows stand in consecutive positions, and the model is told only the first.
         bound: no length is above it.
         low: no length is below it, nor will it be after rows were taken back.
@@ -27,7 +28,7 @@ class TreeFrame:
             positions per entry only.
         replaying: recurrent layers are being brought to where the accepted rows end.
         offset: what the model hands to its rope: (B, M) positions, (B,) the first ones, or (B * M,).
-        rows: M.
+        rows, before: M and P.
         every_row: (B, M), all True: the mask that recurrent layers are given.
     """
 
@@ -41,10 +42,12 @@ class TreeFrame:
     replaying: bool = False
 
     def __post_init__(self) -> None:
-        self.offset = self.length if self.chain else self.length[:, None] + self.depths
+        self.rows = self.depths.shape[1]
+        self.before = self.ancestors.shape[2] - self.rows
+        first = self.length + self.before if self.before else self.length
+        self.offset = first if self.chain else self.length[:, None] + self.depths
         if self.split_rows:
             self.offset = self.offset.reshape(-1)
-        self.rows = self.depths.shape[1]
         self.every_row = mx.ones(self.depths.shape, mx.bool_)
         self._masks: dict[tuple[int, int, int | None], mx.array] = {}
 
@@ -83,9 +86,9 @@ def tree_mask(
     """What each row of a tree may look at: committed rows, its ancestors, itself, as far as a window reaches.
 
     Args:
-        ancestors: (B, M, M) bool, the diagonal True.
+        ancestors: (B, M, P + M) bool, every row's own column True.
         length: (B,) committed rows; the tree's rows follow them.
-        visible: columns of the mask; start + visible is at least length + M.
+        visible: columns of the mask; start + visible is at least length + P + M.
         start: position of the first column.
         depths: (B, M) distance from the root; needed where there is a window.
         window: a row at position p sees positions above p - window; None for all.
@@ -102,7 +105,8 @@ def tree_mask(
         assert depths is not None
         first = length[:, None] + depths - (window - 1)
         mask = committed & (columns >= first[:, None, :, None])
-        ancestors = ancestors & (depths[:, :, None] - depths[:, None, :] < window)
+        if ancestors.shape[2] == rows:  # pieces are drafts of a few levels, which no window is shorter than
+            ancestors = ancestors & (depths[:, :, None] - depths[:, None, :] < window)
     return write_rows(mask, ancestors[:, None], length - start, axis=3)
 
 

@@ -1,0 +1,190 @@
+"""What a drafter with a cache of its own has read of one text, and what waits to be read.
+
+Rows wait until something is drafted: steps that decode plainly cost nothing. What a step accepts is read
+once more, whatever proposed it, so drafts of other proposers, whole trees and plain steps are all the same.
+Knows nothing of beams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from mlx_redrafter.target.cache.kv_cache import KVCache, leaves
+from mlx_redrafter.target.cache.recurrent import RecurrentCache
+from mlx_redrafter.target.tree import CandidateTree
+
+CHUNK = 512  # rows of a prompt read at a time
+PIECE = 32  # rows, and waiting parts, that are read or put together at a time later
+
+
+class Reader(Protocol):
+    """A drafter as its memory sees it; see `DraftModel` for the methods."""
+
+    def make_cache(self) -> KVCache: ...
+
+    def prefill(
+        self, tokens: mx.array, contexts: mx.array | None, cache: KVCache
+    ) -> tuple[mx.array | None, mx.array]: ...
+
+    def read(
+        self, tree: CandidateTree, contexts: mx.array | None, cache: KVCache
+    ) -> tuple[mx.array | None, mx.array]: ...
+
+
+@dataclasses.dataclass(eq=False)
+class Rows:
+    """Rows of the text in order.
+
+    Attributes:
+        tokens: (B, m) int32.
+        contexts: (B, m, context_size) for drafters that read them.
+        count: (B,) int32 how many of the rows count, at least 1; None for all.
+        read: they are in the cache.
+    """
+
+    tokens: mx.array
+    contexts: mx.array | None
+    count: mx.array | None
+    read: bool = False
+
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(self.tokens[:, part], None if self.contexts is None else self.contexts[:, part], None)
+
+
+class Memory:
+    """Of one text."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.cache: KVCache | None = None
+        self._begun = False  # the prompt is in the cache, and rows are read behind it
+        self._waiting: list[Rows] = []
+        self._unknown: deque[Rows] = deque()  # of whose count the host has not been told
+
+    def begin(self, tokens: mx.array, contexts: mx.array | None) -> None:
+        """Takes the first rows, at least one; behind those that the cache holds, if it is there."""
+        self._waiting = _joined([*self._waiting, Rows(tokens, contexts, None)])
+        self._unknown.clear()
+
+    def extend(self, tokens: mx.array, contexts: mx.array | None, count: mx.array | None) -> None:
+        """Takes rows that a step committed; `count` as in `Rows`."""
+        rows = Rows(tokens, contexts, count)
+        self._waiting.append(rows)
+        self._unknown.append(rows)
+
+    def learn(self, count: int) -> None:
+        """Is told how many rows of the oldest step not known so far count (batch size 1)."""
+        rows = self._unknown.popleft()
+        if rows.read:
+            assert self.cache is not None
+            self.cache.tighten(self.cache.bound - (rows.tokens.shape[1] - count))
+            return
+        exact = rows[:count]
+        rows.tokens, rows.contexts, rows.count = exact.tokens, exact.contexts, None
+        if len(self._waiting) > PIECE:  # of many plain steps; the prompt stays apart
+            known = [rows for rows in self._waiting[1:] if rows not in self._unknown]
+            self._waiting[1:] = [*_joined(known), *self._unknown]
+
+    def last(self) -> tuple[mx.array | None, mx.array]:
+        """Reads what waits, and gives what the last row says: contexts for rows behind it, (B, width), and scores."""
+        found: tuple[mx.array | None, mx.array] | None = None
+        if self.cache is None:
+            self.cache = self.reader.make_cache()
+        if not self._begun:
+            first = self._waiting.pop(0)
+            found = self._prefill(first)
+        waiting, self._waiting = self._waiting, []
+        while waiting:
+            # Rows of which all count can be read in one go with those behind them.
+            some = next((i for i, rows in enumerate(waiting) if rows.count is not None), len(waiting) - 1) + 1
+            [rows] = _joined(waiting[:some])
+            for each in waiting[:some]:
+                each.read = True
+            waiting = waiting[some:]
+            while (size := rows.tokens.shape[1]) > 2 * PIECE:
+                self._read(rows[:PIECE])
+                rows = dataclasses.replace(rows[PIECE:], count=None if rows.count is None else rows.count - PIECE)
+            found = self._read(rows)
+            del size
+        assert found is not None  # every step brings a row at least
+        return found
+
+    def _prefill(self, rows: Rows) -> tuple[mx.array | None, mx.array]:
+        assert self.cache is not None
+        held, size = self.cache.bound, rows.tokens.shape[1]
+        for start in range(0, size, CHUNK):
+            part = rows[start : start + CHUNK]
+            hidden, scores = self.reader.prefill(part.tokens, part.contexts, self.cache)
+            if start + CHUNK < size:  # so that no graph of the whole prompt comes together
+                mx.async_eval(self.cache.arrays())
+        self.cache.begin_trees(rows.tokens.shape[0], length=held + size)
+        self._begun = True
+        return None if hidden is None else hidden[:, -1], scores[:, -1]
+
+    def _read(self, rows: Rows) -> tuple[mx.array | None, mx.array]:
+        assert self.cache is not None
+        batch, size = rows.tokens.shape
+        hidden, scores = self.reader.read(CandidateTree.chain(rows.tokens), rows.contexts, self.cache)
+        count = mx.full((batch,), size, mx.int32) if rows.count is None else rows.count
+        self.cache.commit(None, count - 1, size - 1)
+        if rows.count is None:
+            return None if hidden is None else hidden[:, -1], scores[:, -1]
+        at = (count - 1)[:, None, None]
+        found = None if hidden is None else mx.take_along_axis(hidden, at, axis=1)[:, 0]
+        return found, mx.take_along_axis(scores, at, axis=1)[:, 0]
+
+    @contextlib.contextmanager
+    def drafting(self) -> Iterator[KVCache]:
+        """While it lasts, rows may be read behind the text; all of them are forgotten then."""
+        assert self.cache is not None
+        states = [(c, list(c.cache)) for c in leaves(self.cache.layers) if isinstance(c, RecurrentCache)]
+        try:
+            yield self.cache
+        finally:
+            for layer, before in states:
+                layer.cache = before
+
+    def cut(self, rows: int) -> bool:
+        """Goes back to a beginning of the text of so many rows (batch size 1).
+
+        Returns:
+            False where not all of them are here.
+        """
+        known = _joined([rows for rows in self._waiting if rows not in self._unknown])
+        self._waiting, self._unknown = [], deque()
+        if self.cache is None or not self._begun:
+            return False
+        length: Any = self.cache.length
+        held = min(length.item(), rows)
+        self.cache.end_trees(held)
+        self.cache.bound, self._begun = held, False
+        if held < rows:
+            if not known or known[0].tokens.shape[1] < rows - held:
+                return False
+            self._waiting = [known[0][: rows - held]]
+        mx.eval(self.arrays())
+        return True
+
+    def arrays(self) -> list[mx.array]:
+        """What goes on to the next step."""
+        mine = [] if self.cache is None else self.cache.arrays()
+        parts = [part for rows in self._waiting for part in (rows.tokens, rows.contexts, rows.count)]
+        return mine + [part for part in parts if part is not None]
+
+
+def _joined(parts: list[Rows]) -> list[Rows]:
+    """One part of several, of which only the last may not count as a whole; none of none."""
+    if len(parts) < 2:
+        return parts
+    last = parts[-1].count
+    before = sum(part.tokens.shape[1] for part in parts[:-1])
+    tokens = mx.concatenate([part.tokens for part in parts], axis=1)
+    contexts = [part.contexts for part in parts if part.contexts is not None]
+    together = mx.concatenate(contexts, axis=1) if contexts else None
+    return [Rows(tokens, together, None if last is None else last + before)]

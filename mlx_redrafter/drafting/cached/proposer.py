@@ -1,0 +1,95 @@
+"""Proposes with a drafter that has a cache of its own: a beam over its scores, level by level.
+
+Knows nothing of how the drafter computes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.drafting.beam_search import candidate_tree, grow
+from mlx_redrafter.drafting.cached.draft_model import DraftModel
+from mlx_redrafter.drafting.cached.memory import Memory
+from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.drafting.shape import Drafted, Plan
+from mlx_redrafter.target.acceptance import Accepted
+from mlx_redrafter.target.tree import CandidateTree
+
+# What was read of the texts that prompt caches hold, and how long they are.
+_LEFT: weakref.WeakKeyDictionary[Any, tuple[Memory, int]] = weakref.WeakKeyDictionary()
+
+
+class CachedProposer(Proposer):
+    """Beam search over a drafter with a cache of its own.
+
+    Args:
+        drafter: the drafter.
+        temperature: of its probabilities, by which nodes are chosen.
+        text: all tokens before the first step, where they are known, of a text that another one began.
+    """
+
+    def __init__(self, drafter: DraftModel, temperature: float = 1.0, text: Sequence[int] = ()):
+        self.drafter, self.temperature, self.text = drafter, temperature, text
+        self.memory = Memory(drafter)
+        self._root_is_known = True
+
+    def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
+        if self.memory.cache is None:  # nothing was left to go on from
+            self.memory = Memory(self.drafter)
+            if (earlier := list(self.text[: len(self.text) - text.shape[1]])) and text.shape[0] == 1:
+                text = mx.concatenate([mx.array([earlier], text.dtype), text], axis=1)
+        self.memory.begin(mx.concatenate([text, root[:, None].astype(text.dtype)], axis=1), None)
+        self._root_is_known = False
+
+    def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
+        assert isinstance(plan, Drafted)
+        shape, width, length, drafter = plan.shape, plan.shape.beam_width, plan.shape.beam_length, self.drafter
+        if chain_only or min(width, drafter.widest) == 1:
+            width, length = 1, min(length, shape.num_draft_tokens + 1)
+        hidden, scores = self.memory.last()
+        batch, level = root.shape[0], 0
+        alone = mx.broadcast_to(mx.eye(width, dtype=mx.bool_), (batch, width, width))
+        ancestors = alone[:, :, :0]
+        with self.memory.drafting() as cache:
+
+            def follow(tokens: mx.array, origins: mx.array) -> mx.array:
+                nonlocal hidden, ancestors, level
+                above = mx.take_along_axis(ancestors, origins[..., None], axis=1) if level else ancestors
+                ancestors = mx.concatenate([above, alone], axis=2)
+                features = None
+                if hidden is not None:
+                    entries = hidden.reshape(batch, -1, hidden.shape[-1])
+                    features = mx.take_along_axis(entries, origins[..., None], axis=1)
+                hidden, scores = drafter.read(CandidateTree.level(tokens, ancestors, level), features, cache)
+                level += 1
+                return scores.reshape(batch * width, -1)
+
+            beam = grow(scores, follow, drafter.target_ids, batch, width, length, self.temperature)
+        if width == 1:
+            return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), beam.tokens[:, :, 0]], axis=1))
+        return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)
+
+    def advance(self, accepted: Accepted, contexts: mx.array) -> None:
+        plain = accepted.path.shape[1] == 1
+        self.memory.extend(accepted.tokens, None, None if plain else accepted.count + 1)
+
+    def learn(self, tokens: list[int]) -> None:
+        if self._root_is_known:
+            self.memory.learn(len(tokens))
+        self._root_is_known = True
+
+    def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
+        if self.memory.cut(tokens):
+            _LEFT[cache] = self.memory, tokens
+
+    def resume(self, cache: Any, tokens: int) -> None:
+        memory, known = _LEFT.pop(cache, (None, 0))
+        if memory is not None and memory.reader is self.drafter and known == tokens:
+            self.memory = memory
+
+    def arrays(self) -> list[mx.array]:
+        return self.memory.arrays()
