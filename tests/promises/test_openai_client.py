@@ -113,16 +113,18 @@ def test_models(client):
     assert first.id == "parrot" and client.models.retrieve("parrot") == first
 
 
-# What Open WebUI and Continue send with a chat, beside what is understood here.
+# What Open WebUI (backend/open_webui/utils/payload.py) and Continue (core/llm/llms/OpenAI.ts) send with a chat.
 OPEN_WEBUI = {
     "stream": True, "stream_options": {"include_usage": True}, "max_tokens": None, "temperature": 0.8, "top_k": 40,
-    "frequency_penalty": 0.1, "user": {"name": "x", "id": "1", "email": "x@y"}, "chat_id": "c",
+    "top_p": 0.9, "frequency_penalty": 0.1, "seed": 7, "stop": ["\n\n\n"],
+    "user": {"name": "x", "id": "1", "email": "x@y"}, "chat_id": "c",
     "logit_bias": {"5": -10}, "metadata": {"chat_id": "1"}, "session_id": "s", "id": "i",
     "background_tasks": {"title_generation": True}, "features": {"web_search": False}, "tool_ids": [], "files": [],
     "variables": {"{{USER_NAME}}": "x"},
 }  # fmt: skip
 CONTINUE = {
     "stream": True, "max_tokens": 50, "temperature": 0.5, "stop": ["<|endoftext|>", "\n\n\n"], "presence_penalty": 0,
+    "top_p": 0.9, "frequency_penalty": 0,
     "parallel_tool_calls": False, "prediction": {"type": "content", "content": "x"}, "tool_choice": "auto",
     "tools": TOOLS,
 }  # fmt: skip
@@ -134,3 +136,10 @@ def test_what_real_interfaces_send(told, extra):
     fields = {"model": "parrot", "messages": [{"role": "user", "content": "<greet>"}], **extra}
     pieces = told.pieces("/v1/chat/completions", **fields)
     assert "".join(p["choices"][0]["delta"].get("content", "") for p in pieces if p["choices"]).startswith("Hello")
+
+
+def test_a_title_for_a_chat(told):
+    """If this fails, the small tasks that an interface asks for beside the chat are refused."""
+    asked = {"model": "parrot", "messages": [{"role": "user", "content": "<greet>"}], "stream": False}
+    answer = told.post("/v1/chat/completions", **asked, max_completion_tokens=2, metadata={"task": "title_generation"})
+    assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 2
