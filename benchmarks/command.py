@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from mlx_redrafter.benchmarks.kinds import ablation, breakdown, compare_methods, context, speed, sweep, verify_cost
+from mlx_redrafter.benchmarks.kinds import (
+    ablation,
+    breakdown,
+    compare_methods,
+    context,
+    served,
+    speed,
+    sweep,
+    verify_cost,
+)
 
 HELP = (
     "measure on this device: speed, other methods, tree shapes, cost of rows, parts of a step, long contexts,"
-    " choices in training"
+    " choices in training, the server"
 )
 
 # Name: module with HELP, add_arguments(parser) and run(args), which returns a Report.
@@ -20,6 +29,7 @@ KINDS = {
     "breakdown": breakdown,
     "context": context,
     "ablation": ablation,
+    "serve": served,
 }
 
 
