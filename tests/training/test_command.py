@@ -57,6 +57,8 @@ HEADS = {
 }
 
 
+WHOLE_ROWS = ("--context-layers", "1", "2", "3", "--prefix-window", "16", "--output-norm", "--learn-prompts",
+    "--loss-vocab", "64")  # fmt: skip
 FAST = ("4 bit, trained for it, reduced vocabulary, two layers",)  # a tied one is in `test_a_quantised_target`
 
 
@@ -205,10 +207,10 @@ def training(model, out, flags):
     return [sys.executable, "-m", "mlx_redrafter.cli.main", "train", "--model", str(model), "--out", str(out), *flags]
 
 
-def kill_until_done(stories, text, out, kills, seed):
+def kill_until_done(stories, text, out, kills, seed, head=()):
     """Runs the command, killing it at random moments; returns how often it was killed in the middle."""
     rng, killed = random.Random(seed), 0
-    flags = [*SMALL, "--iters", "40", "--save-every", "7", "--eval-every", "20", "--text", str(text)]
+    flags = [*SMALL, "--iters", "40", "--save-every", "7", "--eval-every", "20", "--text", str(text), *head]
     command = training(stories, out, flags)
     for _ in range(200):
         resume = ["--resume"] if (out / "training" / "arguments.json").exists() else []
@@ -232,10 +234,10 @@ def kill_until_done(stories, text, out, kills, seed):
     raise AssertionError("the run never ended")
 
 
-def check_killed(stories, text, tmp_path, kills):
+def check_killed(stories, text, tmp_path, kills, head=()):
     quiet, stopped = tmp_path / "quiet", tmp_path / "stopped"
-    assert kill_until_done(stories, text, quiet, 0, 0) == 0
-    assert kill_until_done(stories, text, stopped, kills, seed=1) >= min(kills, 1)
+    assert kill_until_done(stories, text, quiet, 0, 0, head) == 0
+    assert kill_until_done(stories, text, stopped, kills, 1, head) >= min(kills, 1)
     assert weights(quiet) == weights(stopped)
     facts = [json.loads((folder / "training" / "result.json").read_text()) for folder in (quiet, stopped)]
     assert facts[0]["mean_acceptance_length"] == facts[1]["mean_acceptance_length"]
@@ -244,9 +246,10 @@ def check_killed(stories, text, tmp_path, kills):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, 20])
-def test_killed_runs_end_like_quiet_ones(stories, text, tmp_path, kills):
+@pytest.mark.parametrize("head", [(), WHOLE_ROWS], ids=["as Apple's", "all layers and the prefix"])
+def test_killed_runs_end_like_quiet_ones(stories, text, tmp_path, kills, head):
     """If this fails, a power cut costs the night's training, or changes what is learned."""
-    check_killed(stories, text, tmp_path, kills)
+    check_killed(stories, text, tmp_path, kills, head)
 
 
 def launch(stories, text, out, *flags):
