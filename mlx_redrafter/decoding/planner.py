@@ -50,3 +50,21 @@ class Planner:
 
     def learn(self, step: StepRead) -> None:
         """Is told of every step as soon as it has been read."""
+
+
+class BatchPlanner:
+    """Drafts the same in every step of a batch.
+
+    Args:
+        always: that plan.
+    """
+
+    def __init__(self, always: Plan):
+        self.always = always
+
+    def plan(self, texts: int, length: int) -> Plan:
+        """What the next step drafts for each of so many texts, of which the longest has so many tokens."""
+        return self.always
+
+    def learn(self, steps: list[StepRead]) -> None:
+        """Is told how a step went for each of its texts that goes on or ends with it."""

@@ -76,6 +76,10 @@ class PositionKeyed:
                 raise UserError(f"--{field.replace('_', '-')} is {value}, expected {expected}")
 
     def __call__(self, logits: mx.array, positions: mx.array) -> mx.array:
+        return self.draw([self.seed] * logits.shape[0], logits, positions)
+
+    def draw(self, seeds: Sequence[int], logits: mx.array, positions: mx.array) -> mx.array:
+        """The same with a seed for each entry of the batch."""
         batch, rows, vocab = logits.shape
         logprobs = logits.astype(mx.float32).reshape(-1, vocab)
         logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
@@ -86,11 +90,11 @@ class PositionKeyed:
         if self.xtc_probability > 0:
             # Probability 1 always applies; whether it does is drawn here, per position.
             dropped = apply_xtc(logprobs, 1.0, self.xtc_threshold, list(self.xtc_special_tokens))
-            drawn = _noise(mx.random.uniform, self.seed ^ _XTC, positions, 1) <= self.xtc_probability
+            drawn = _noise(mx.random.uniform, [seed ^ _XTC for seed in seeds], positions, 1) <= self.xtc_probability
             logprobs = mx.where(drawn, dropped, logprobs)
         if 0 < self.top_k < vocab:
             logprobs = apply_top_k(logprobs, self.top_k)
-        noise = _noise(mx.random.gumbel, self.seed, positions, vocab)
+        noise = _noise(mx.random.gumbel, seeds, positions, vocab)
         return mx.argmax(logprobs / self.temp + noise, axis=-1).reshape(batch, rows).astype(mx.int32)
 
 
@@ -100,14 +104,43 @@ def position_keyed(temp: float, *others: Any, **named: Any) -> Chooser:
     return greedy if temp == 0 else chooser
 
 
+def choose_each(choosers: Sequence[Chooser], logits: mx.array, positions: mx.array) -> mx.array:
+    """What each text's own chooser makes of its rows; those that differ in their seeds alone choose together.
+
+    Args:
+        choosers: B of them.
+        logits, positions: as for a chooser.
+    """
+    groups: list[tuple[Chooser, list[int]]] = []
+    for text, chooser in enumerate(choosers):
+        kind = dataclasses.replace(chooser, seed=0) if isinstance(chooser, PositionKeyed) else chooser
+        for known, texts in groups:
+            if known == kind:
+                texts.append(text)
+                break
+        else:
+            groups.append((kind, [text]))
+    found, order = [], list[int]()
+    for kind, texts in groups:
+        rows = logits, positions
+        if len(groups) > 1:
+            rows = logits[mx.array(texts)], positions[mx.array(texts)]
+        seeds = [c.seed for text in texts if isinstance(c := choosers[text], PositionKeyed)]
+        found.append(kind.draw(seeds, *rows) if isinstance(kind, PositionKeyed) else kind(*rows))
+        order += texts
+    if len(groups) == 1:
+        return found[0]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return mx.concatenate(found)[mx.array(places)]
+
+
 _XTC = 0x9E3779B9  # keeps XTC's draws apart from the tokens'
 
 
-def _noise(draw: Callable[..., mx.array], seed: int, positions: mx.array, count: int) -> mx.array:
-    """(rows, count) random values, the same for the same (seed, position)."""
-    positions = positions.reshape(-1)
-    words = mx.full(positions.shape, seed & 0xFFFFFFFF, mx.uint32)
-    keys = mx.stack([words, positions.astype(mx.uint32)], axis=-1)
+def _noise(draw: Callable[..., mx.array], seeds: Sequence[int], positions: mx.array, count: int) -> mx.array:
+    """(B * M, count) random values, the same for the same (seed, position); positions (B, M)."""
+    words = mx.array([[seed & 0xFFFFFFFF] for seed in seeds], mx.uint32)
+    keys = mx.stack([mx.broadcast_to(words, positions.shape), positions.astype(mx.uint32)], axis=-1).reshape(-1, 2)
     return mx.vmap(lambda key: draw(shape=(count,), key=key))(keys)
 
 

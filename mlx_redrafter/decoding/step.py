@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Generator
 from typing import Any
 
 import mlx.core as mx
@@ -65,7 +66,24 @@ def prefill(
     context_layers: tuple[int, ...] = (),
     last: int = 1,
 ) -> tuple[mx.array | None, mx.array]:
-    """Reads a prompt in chunks, as mlx-lm does.
+    """Reads a prompt as a whole; arguments and results are those of `read_prompt`."""
+    chunks = read_prompt(target, prompt, cache, options, context_layers, last)
+    while True:
+        try:
+            next(chunks)
+        except StopIteration as done:
+            return done.value
+
+
+def read_prompt(
+    target: Target,
+    prompt: mx.array,
+    cache: list[Any],
+    options: DecodingOptions,
+    context_layers: tuple[int, ...] = (),
+    last: int = 1,
+) -> Generator[None, None, tuple[mx.array | None, mx.array]]:
+    """Reads a prompt in chunks, as mlx-lm does, and yields between any two of them.
 
     Args:
         target: the model.
@@ -93,6 +111,8 @@ def prefill(
             options.quantize(cache, held + read)
         mx.eval([c.state for c in cache], before)
         mx.clear_cache()
+        if total - read > 1:
+            yield
     hidden, logits = target.forward(prompt[:, read:], cache, context_layers=context_layers)
     if options.kv_bits is not None:
         options.quantize(cache, held + total)
@@ -139,10 +159,7 @@ class SpeculativeStep:
             tree = proposer.propose(self.context, self.root, plan, chain_only=self.verifier.capability == CHAIN)
         submit_part(tree.tokens, tree.ancestors)
         hidden, logits = self.verifier(tree, cache, () if proposer is None else proposer.context_layers)
-        if self.options.processors:
-            assert self.history is not None
-            logits = process_tree(self.options.processors, self.history, tree, logits)
-        choices = self.options.choose(logits, cache.length[:, None] + tree.depths + 1)
+        logits, choices = self.choose(tree, logits, cache.length[:, None] + tree.depths + 1)
         accepted = accept(tree, choices)
         cache.commit(None if tree.in_order else accepted.path[:, 1:], accepted.count, tree.max_depth)
         if proposer is not None:
@@ -155,6 +172,13 @@ class SpeculativeStep:
             logits = mx.take_along_axis(logits, accepted.path[..., None], axis=1)
         path, parents = (None, None) if tree.in_order else (accepted.path, tree.parents)
         return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents)
+
+    def choose(self, tree: CandidateTree, logits: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Logits (B, 1 + N, vocab) after processors, and the target's choices (B, 1 + N) for these positions."""
+        if self.options.processors:
+            assert self.history is not None
+            logits = process_tree(self.options.processors, self.history, tree, logits)
+        return logits, self.options.choose(logits, positions)
 
     def submit(self, plan: Plan) -> Submitted:
         """Builds a step and sends it to the device."""

@@ -100,6 +100,10 @@ class Memory:
     def arrays(self) -> list[mx.array]:
         return [self.keys, self.values, self.offset, self.held]
 
+    def replace(self, arrays: list[mx.array]) -> None:
+        """Takes other arrays, in the order of `arrays`."""
+        self.keys, self.values, self.offset, self.held = arrays
+
     def drop(self, count: int) -> None:
         """Forgets the last rows."""
         self.offset, self.held = self.offset - count, mx.maximum(self.held - count, 0)
@@ -167,6 +171,19 @@ class PrefixReader:
         if count:
             self._memory.drop(count)
         self._last = None
+
+    def join(self, other: PrefixReader) -> None:
+        """Takes the texts of another reader behind those of this one; both read what waits."""
+        self._last = mx.concatenate([self.last(), other.last()])
+        assert self._memory is not None and other._memory is not None
+        parts = zip(self._memory.arrays(), other._memory.arrays())
+        self._memory.replace([mx.concatenate([mine, theirs]) for mine, theirs in parts])
+
+    def keep(self, texts: mx.array) -> None:
+        """Keeps these texts, in this order."""
+        self._last = self.last()[texts]
+        assert self._memory is not None
+        self._memory.replace([array[texts] for array in self._memory.arrays()])
 
     def arrays(self) -> list[mx.array]:
         """What goes on to the next step."""

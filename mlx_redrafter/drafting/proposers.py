@@ -85,6 +85,12 @@ class Proposer(abc.ABC):
     def learn(self, tokens: list[int]) -> None:  # noqa: B027
         """Called once the host has read a step (batch size 1): first the root after the prompt, then each step."""
 
+    def join(self, other: Proposer) -> None:  # noqa: B027
+        """Takes the texts of another proposer of the same drafter behind those of this one."""
+
+    def keep(self, texts: list[int]) -> None:  # noqa: B027
+        """Keeps these texts of the batch, in this order."""
+
     def arrays(self) -> list[mx.array]:
         """State on the device that goes from step to step."""
         return []
@@ -153,6 +159,14 @@ class RecurrentProposer(Proposer):
         reader, known, context = _LEFT.pop(cache, (None, 0, None))
         if self.prefix is not None and reader is not None and reader.layer is self.prefix.layer and known == tokens:
             self.prefix, self._resumed = reader, context
+
+    def join(self, other: Proposer) -> None:
+        if self.prefix is not None and isinstance(other, RecurrentProposer) and other.prefix is not None:
+            self.prefix.join(other.prefix)
+
+    def keep(self, texts: list[int]) -> None:
+        if self.prefix is not None:
+            self.prefix.keep(mx.array(texts))
 
     def arrays(self) -> list[mx.array]:
         return [] if self.prefix is None else self.prefix.arrays()

@@ -119,10 +119,9 @@ def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, axis: int = 2)
     """
     if buffer.shape[0] == 1:
         return mx.slice_update(buffer, rows, start, axes=(axis,))
-    for b in range(buffer.shape[0]):
-        at = mx.stack([mx.array(b, start.dtype), start[b]])
-        buffer = mx.slice_update(buffer, rows[b : b + 1], at, axes=(0, axis))
-    return buffer
+    places = start[:, None] + mx.arange(rows.shape[axis], dtype=start.dtype)
+    others = [a for a in range(1, rows.ndim) if a != axis]
+    return mx.put_along_axis(buffer, mx.broadcast_to(mx.expand_dims(places, others), rows.shape), rows, axis=axis)
 
 
 def rows_along(rows: mx.array, path: mx.array) -> mx.array:

@@ -34,6 +34,8 @@ class KVCache:
         layers: what the model gets as its `cache` argument.
         length: committed rows, (B,) int32 on the device, once `begin_trees` was called.
         bound: an upper bound of the committed length that the host knows.
+        low: no length is below it, nor will it be after rows were taken back.
+        steps: the last ones, by the length before them, as the recurrent layers saw them.
     """
 
     def __init__(self, prompt_cache: list[Any], replay: str = AT_ONCE):
@@ -41,10 +43,10 @@ class KVCache:
         self.length: mx.array | None = None
         self.bound = 0
         self._plain = False  # layers are as mlx-lm's own caches, and their length is exact
-        self._low = 0  # no length is below it, nor will it be after rows were taken back
+        self.low = 0
         self._most = 0  # rows that one step commits at most
         # A loop is at most two steps ahead of the tokens that it has given out.
-        self._steps: collections.deque[tuple[mx.array, list[RecurrentStep]]] = collections.deque(maxlen=3)
+        self.steps: collections.deque[tuple[mx.array, list[RecurrentStep]]] = collections.deque(maxlen=3)
 
     def give_back(self, prompt_cache: list[Any]) -> None:
         """Leaves the rows in the list of mlx-lm caches that was adopted; it may get quantised ones."""
@@ -63,7 +65,7 @@ class KVCache:
         Args:
             length: of the prompt; needed where no layer counts (they all have states).
         """
-        self.bound = self._low = cached(self.layers) or length or 0
+        self.bound = self.low = cached(self.layers) or length or 0
         self.length = mx.array([self.bound] * batch_size, mx.int32)
         self._plain = False
         for cache in leaves(self.layers):
@@ -116,7 +118,7 @@ class KVCache:
         if self._plain:
             self.begin_trees()
         assert self.length is not None
-        frame = TreeFrame(self.length, tree.depths, tree.ancestors, chain, self.bound, self._low, split_rows)
+        frame = TreeFrame(self.length, tree.depths, tree.ancestors, chain, self.bound, self.low, split_rows)
         for cache in leaves(self.layers):
             cache.prepare(frame)
         try:
@@ -143,32 +145,32 @@ class KVCache:
                 steps.append(cache.step)
             elif path is not None:
                 cache.move(path, self.length)
-        self._steps.append((self.length, steps))
+        self.steps.append((self.length, steps))
         self._most = max(self._most, 1 + most)
         self.length = self.length + 1 + count
         self.bound += 1 + most
 
-    def tighten(self, bound: int) -> None:
-        """Tells the host's bound once a step's count has been read."""
+    def tighten(self, bound: int, least: int | None = None) -> None:
+        """Tells the host's bound once a step's count has been read, and that of the shortest text where they differ."""
         self.bound = bound
         # Of the rows below the bound, one step may not have happened yet, and those of one
         # more may be taken back where a loop is left between two of its tokens.
-        self._low = max(self._low, bound - 2 * self._most)
+        self.low = max(self.low, (bound if least is None else least) - 2 * self._most)
 
     def end_trees(self, length: int) -> None:
         """Back to plain mlx-lm caches of `length` rows, as after a prompt of that length."""
-        self._take_back(length)
+        self.take_back(length)
         for cache in leaves(self.layers):
             cache.end(length)
-        self._steps.clear()
+        self.steps.clear()
         self.length, self._plain = None, False
 
-    def _take_back(self, length: int) -> None:
-        """Brings recurrent layers to where they were after `length` tokens."""
-        for before, steps in reversed(self._steps):
+    def take_back(self, length: int, text: int = 0) -> None:
+        """Brings recurrent layers to where one text was after `length` tokens."""
+        for before, steps in reversed(self.steps):
             if not steps:
                 return
-            at: Any = before.item()
+            at: Any = before[text].item()
             rows = length - at
             for step in steps:
                 if rows > 0:

@@ -1,0 +1,183 @@
+"""Decodes texts together: they join and leave between any two steps, each with its own settings.
+
+Knows nothing of words, nor of what a step costs. Every text is written as though it were
+alone: what a row reads depends on its own text, and a seed's noise on seed and position.
+Prompts are read alone and in chunks between the steps, so that running texts go on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_redrafter.decoding.batch_step import Arrived, BatchStep, arriving, in_mlx_lms_form
+from mlx_redrafter.decoding.batch_text import BatchText, TextStep
+from mlx_redrafter.decoding.planner import BatchPlanner, StepRead
+from mlx_redrafter.decoding.sampling import Chooser
+from mlx_redrafter.decoding.step import Produced, Submitted
+from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.target.verification import Verifier
+
+
+class Batch:
+    """Texts that are decoded together.
+
+    Args:
+        verifier: with a capability other than "none".
+        proposer_for: makes who drafts for a text from how its tokens are chosen; None drafts nothing.
+        planner: says what each step drafts.
+        most_texts: that run at once; others wait for their turn.
+        chunk: prompt tokens that are read between two steps; at least one prompt goes on.
+
+    Attributes:
+        running: texts that the next step decodes.
+        waiting: texts whose prompts have not been read to the end.
+    """
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        proposer_for: Callable[[Chooser], Proposer] | None,
+        planner: BatchPlanner,
+        most_texts: int = 32,
+        chunk: int = 2048,
+    ):
+        self.verifier, self.proposer_for, self.planner = verifier, proposer_for, planner
+        self.most_texts, self.chunk = most_texts, chunk
+        self.waiting: deque[BatchText] = deque()
+        self._arrival: Generator[None, None, Arrived] | None = None  # of the first one that waits
+        self._step: BatchStep | None = None
+        self._ahead: tuple[list[BatchText], Submitted] | None = None  # on its way, with the texts it is for
+
+    @property
+    def running(self) -> list[BatchText]:
+        return [] if self._step is None else self._step.texts
+
+    def __len__(self) -> int:
+        return len(self.running) + len(self.waiting)
+
+    def add(self, text: BatchText) -> None:
+        """A text joins as soon as there is room and its prompt has been read."""
+        self.waiting.append(text)
+
+    def remove(self, text: BatchText) -> None:
+        """A text leaves, whatever it was at; nothing happens if it has left."""
+        if text in self.waiting:
+            if text is self.waiting[0]:
+                self._arrival = None
+            self.waiting.remove(text)
+        elif text in self.running:
+            self._leave([text])
+
+    def cache_of(self, text: BatchText) -> list[Any] | None:
+        """mlx-lm caches of what has been read of a running text: all but the last of its tokens."""
+        if self._step is None or text not in self.running:
+            return None
+        return self._step.cache_of(text)
+
+    def step(self) -> list[TextStep]:
+        """Reads on in prompts, decodes one step, and says what each text got of it."""
+        found = self._read_prompts()
+        if not self.running:
+            return found
+        assert self._step is not None
+        texts, current = self._ahead or self._submit()
+        self._ahead = None
+        # Step t brings at least one token to each; t + 1 is only of use to those with whom that is not the last.
+        may_go_on = any(text.goes_on_after(1) for text in texts) or len(texts) < len(self.running)
+        if self._step.can_build_ahead and may_go_on:
+            self._ahead = self._submit()
+        counts, tokens = _read(current.count), _read(current.tokens)
+        paths = None if current.path is None else _read(current.path)
+        parents = None if current.parents is None else _read(current.parents)
+        reads = []
+        for row, text in enumerate(texts):
+            if text.error is not None:
+                found.append(TextStep(text, None))
+            if text.ended:  # failed, or removed while the step was on its way
+                continue
+            count = counts[row]
+            new = tokens[row][: count + 1]
+            text.length += count + 1
+            reads.append(StepRead(current.plan, new, text.length, most=current.most))
+            if paths is not None and parents is not None:
+                reads[-1].path, reads[-1].parents = paths[row][: len(new)], parents[row]
+            new = text.take(new)
+            drafted = [i < count for i in range(len(new))]
+            produced = Produced(new, current.logits[row], drafted, plan=current.plan)
+            found.append(TextStep(text, produced))
+        self._tighten()
+        self.planner.learn(reads)
+        ended = [text for text in self.running if text.ended]
+        for text in ended:
+            if text.wants_cache and text.error is None:
+                text.cache = self._step.cache_of(text)
+        self._leave(ended)
+        return found
+
+    def _submit(self) -> tuple[list[BatchText], Submitted]:
+        step = self._step
+        assert step is not None
+        plan = self.planner.plan(len(step.texts), max(text.length for text in step.texts))
+        return list(step.texts), step.submit(plan)
+
+    def _tighten(self) -> None:
+        assert self._step is not None
+        more = 0 if self._ahead is None else 1 + self._ahead[1].most
+        lengths = [text.length for text in self._step.texts]
+        self._step.cache.tighten(max(lengths) + more, min(lengths) + more)
+
+    def _leave(self, texts: list[BatchText]) -> None:
+        for text in texts:
+            text.finish_reason = text.finish_reason or "removed"
+        if not texts or self._step is None:
+            return
+        rows = [row for row, text in enumerate(self._step.texts) if not text.ended]
+        if rows:
+            self._step.keep(rows)
+        else:
+            self._step = self._ahead = None
+        mx.clear_cache()
+
+    def _read_prompts(self) -> list[TextStep]:
+        """Reads on in the prompts of texts that there is room for; those read to the end join."""
+        found: list[TextStep] = []
+        left = self.chunk
+        while left > 0 and self.waiting and len(self.running) < self.most_texts:
+            text = self.waiting[0]
+            if self._arrival is None:
+                proposer = None if self.proposer_for is None else self.proposer_for(text.options.choose)
+                self._arrival = arriving(self.verifier, proposer, text)
+            left -= min(len(text.prompt), text.options.prefill_step_size)
+            arrived: Arrived | None = None
+            try:
+                next(self._arrival)
+                continue
+            except StopIteration as done:
+                arrived = done.value
+            except Exception as error:  # whatever a caller's function raises
+                text.fail(error)
+            self._arrival = None
+            self.waiting.popleft()
+            if arrived is None:
+                found.append(TextStep(text, None))
+                continue
+            text.take(_read(arrived.root))
+            found.append(TextStep(text, Produced(list(text.tokens), arrived.logits, [False], from_prompt=True)))
+            if text.ended:
+                if text.wants_cache:
+                    arrived.cache.end_trees(text.known)
+                    text.cache = in_mlx_lms_form(self.verifier, arrived.cache)
+            elif self._step is None:
+                self._step = BatchStep(self.verifier, text, arrived)
+            else:
+                self._step.join(text, arrived)
+        return found
+
+
+def _read(numbers: mx.array) -> Any:
+    """The host's copy of a few whole numbers, as lists, once the device has them."""
+    return numbers.tolist()
