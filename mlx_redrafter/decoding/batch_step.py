@@ -121,9 +121,7 @@ class BatchStep(SpeculativeStep):
         if not text.options.processors:
             return logits
         history = mx.array(text.prompt + text.tokens[:-1], mx.int32)
-        mine = dataclasses.replace(
-            tree, tokens=tree.tokens[place : place + 1], parents=tree.parents[place : place + 1]
-        )
+        mine = dataclasses.replace(tree, tokens=tree.tokens[place : place + 1], parents=tree.parents[place : place + 1])
         try:
             return process_tree(text.options.processors, history, mine, logits)
         except Exception as error:  # whatever a caller's function raises

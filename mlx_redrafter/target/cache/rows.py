@@ -77,7 +77,9 @@ def _join_rows(mine: TreeRows, theirs: TreeRows) -> None:
     mine.flush()
     theirs.flush()
     mine.rows = None
-    capacity = [(layer.keys if isinstance(layer.keys, mx.array) else layer.keys[0]).shape[2] for layer in (mine, theirs)]
+    capacity = [
+        (layer.keys if isinstance(layer.keys, mx.array) else layer.keys[0]).shape[2] for layer in (mine, theirs)
+    ]
     base = min(mine.base, theirs.base)
     end = max(mine.base + capacity[0], theirs.base + capacity[1])
 
@@ -90,6 +92,10 @@ def _join_rows(mine: TreeRows, theirs: TreeRows) -> None:
 
     mine.keys, mine.values = map_arrays(joined, (mine.keys, mine.values), (theirs.keys, theirs.values))
     mine.base = base
+
+
+def _capacity(keys: Any) -> int:
+    return keys.shape[2] if isinstance(keys, mx.array) else _capacity(keys[0])
 
 
 def _copied(layer: Any) -> Any:

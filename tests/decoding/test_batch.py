@@ -1,0 +1,153 @@
+import mlx.core as mx
+import pytest
+from support import RANDOM, REPEATING, make_drafter, make_model, plainly
+
+from mlx_redrafter.decoding.batch import Batch
+from mlx_redrafter.decoding.batch_text import BatchText
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import BatchPlanner
+from mlx_redrafter.decoding.sampling import greedy, position_keyed
+from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
+from mlx_redrafter.drafting.proposers import proposer_for
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
+from mlx_redrafter.target.probe import verifier_of
+
+PROMPTS = [RANDOM, REPEATING, RANDOM[:3], REPEATING[:9]]
+TREE = Drafted(DraftShape(3, 4, 6))
+
+
+class Noted(BatchPlanner):
+    """A plan, and what the planner was told."""
+
+    def __init__(self, plan):
+        super().__init__(plan)
+        self.asked, self.learnt = [], []
+
+    def plan(self, texts, length):
+        self.asked.append((texts, length))
+        return self.always
+
+    def learn(self, steps):
+        self.learnt.append(steps)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def batch_of(model, drafter, plan=TREE, **options):
+    verifier = verifier_of(model)
+    who = None if drafter is None else lambda _: proposer_for(drafter, verifier.target.embed)
+    return Batch(verifier, who, plan if isinstance(plan, BatchPlanner) else BatchPlanner(plan), **options)
+
+
+def finish(batch, texts):
+    for text in texts:
+        batch.add(text)
+    parts = []
+    while len(batch):
+        parts.append(batch.step())
+    return parts
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        pytest.param(make_drafter(prefix_window=5), id="prefix"),
+        pytest.param(MedusaHeads(MedusaConfig(97, 32, 3, 1)), id="medusa"),
+        pytest.param(None, id="plain"),
+    ],
+)
+def test_every_kind_of_drafter(model, drafter):
+    """If this fails, what a drafter keeps from step to step gets lost, or mixed up, where texts join and leave."""
+    for plan in (PLAIN,) if drafter is None else (TREE, Drafted(DraftShape())):
+        texts = [BatchText(prompt, DecodingOptions(max_tokens=4 + 5 * n)) for n, prompt in enumerate(PROMPTS)]
+        finish(batch_of(model, drafter, plan, most_texts=3), texts)
+        for text in texts:
+            assert text.tokens == plainly(model, text.prompt, text.options.max_tokens)
+
+
+def test_what_prefix_attention_drafts_is_what_it_drafts_alone(model):
+    """If this fails, prefix attention reads another text's rows: drafts get worse, texts do not."""
+    drafter = make_drafter(prefix_window=5)
+
+    def accepted(prompts):
+        planner = Noted(TREE)
+        texts = [BatchText(prompt, DecodingOptions(max_tokens=9 + 8 * (n == 0))) for n, prompt in enumerate(prompts)]
+        finish(batch_of(model, drafter, planner), texts)
+        return [(read[0].path, read[0].parents) for read in planner.learnt]
+
+    assert accepted([PROMPTS[0], PROMPTS[2], PROMPTS[1]]) == accepted([PROMPTS[0]])
+
+
+def test_each_has_its_own_processors_and_seed(model):
+    """If this fails, a text's tokens go by another text's settings, or its processors see other tokens."""
+    seen = []
+
+    def ban(tokens, logits):
+        seen.append(tokens.tolist())
+        return mx.where(mx.arange(97) % 2 == tokens.shape[0] % 2, logits, -1e9)
+
+    settings = [(greedy, ()), (position_keyed(0.9, 4), (ban,)), (position_keyed(0.9, 5), ())]
+    texts = [
+        BatchText(prompt, DecodingOptions(choose, 12, processors))
+        for prompt, (choose, processors) in zip(PROMPTS, settings, strict=False)
+    ]
+    finish(batch_of(model, make_drafter()), texts)
+    second = texts[1]
+    assert all((token + len(second.prompt) + n) % 2 == 0 for n, token in enumerate(second.tokens))
+    whole = second.prompt + second.tokens
+    assert all(tokens[: len(second.prompt)] == second.prompt for tokens in seen)
+    assert all(whole[:n] in seen for n in range(len(second.prompt), len(whole)))
+    for text in (texts[0], texts[2]):
+        assert text.tokens == plainly(model, text.prompt, 12, text.options.choose)
+
+
+def test_a_failing_processor_ends_its_text_alone(model):
+    """If this fails, one request's error ends those of others, or goes unnoticed."""
+
+    def fails(tokens, logits):
+        if tokens.shape[0] > len(PROMPTS[1]) + 3:
+            raise ValueError("no such token")
+        return logits
+
+    def at_once(read, total):
+        raise KeyError("progress")
+
+    good, bad = BatchText(PROMPTS[0], DecodingOptions(max_tokens=12)), []
+    bad.append(BatchText(PROMPTS[1], DecodingOptions(max_tokens=12, processors=(fails,))))
+    bad.append(BatchText(PROMPTS[2], DecodingOptions(max_tokens=12, progress=at_once)))
+    parts = finish(batch_of(model, make_drafter()), [bad[1], good, bad[0]])
+    assert [type(text.error) for text in bad] == [ValueError, KeyError]
+    assert all(text.finish_reason == "error" for text in bad)
+    assert [part.text for step in parts for part in step if part.produced is None] == [bad[1], bad[0]]
+    assert good.tokens == plainly(model, good.prompt, 12)
+
+
+def test_long_prompts_are_read_between_steps(model):
+    """If this fails, running texts stand still while a long prompt is read."""
+    batch = batch_of(model, make_drafter(), chunk=8)
+    first = BatchText(PROMPTS[2], DecodingOptions(max_tokens=60, prefill_step_size=8))
+    second = BatchText(PROMPTS[0], DecodingOptions(max_tokens=2, prefill_step_size=8))
+    batch.add(first)
+    batch.step()
+    batch.add(second)
+    made = []
+    while not second.tokens:
+        before = len(first.tokens)
+        batch.step()
+        made.append(len(first.tokens) - before)
+    assert len(made) >= 5 and all(made)
+    batch.remove(first)
+    assert first.finish_reason == "removed" and batch.running in ([], [second])
+
+
+def test_an_end_inside_a_step(model):
+    """If this fails, a text gets tokens after its end."""
+    expected = plainly(model, PROMPTS[0], 20)
+    ends = expected.index(expected[7])
+    text = BatchText(PROMPTS[0], DecodingOptions(max_tokens=20), ends=lambda token: token == expected[7])
+    parts = finish(batch_of(model, make_drafter()), [text])
+    assert text.tokens == expected[: ends + 1] and text.finish_reason == "stop"
+    assert [t for step in parts for part in step for t in part.produced.tokens] == text.tokens
