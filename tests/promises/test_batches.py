@@ -107,10 +107,10 @@ def schedules(draw, plans):
         st.integers(0, len(PROMPTS) - 1),
         st.integers(0, len(CHOOSERS) - 1),
         st.integers(1, LONGEST),  # its limit
-        st.integers(0, 6),  # steps between the one before and it
+        st.sampled_from((0, 0, 0, 1, 4)),  # steps between the one before and it
         st.none() | st.integers(1, LONGEST),  # tokens after which it is removed
     )
-    count = draw(st.integers(1, size + 4))
+    count = draw(st.integers(size, size + 4))
     return (
         size,
         draw(st.sampled_from((1, 7, 64))),
