@@ -1,217 +1,181 @@
-"""Measures what each choice in training a drafter is worth: short runs that differ in one thing.
+"""Measures what each choice in training is worth: recipes on the same text, each for the same minutes.
 
-All variants make the same number of updates, on the same text where the text is not the
-choice. A run that was stopped goes on where it was: finished variants stay in --work.
+The target reads the text once for all of them. Acceptance is measured on its own greedy texts of given prompts. A run
+that was stopped goes on where it was: what is finished stays in --work.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from mlx_redrafter.benchmarks.ablation.acceptance import acceptance_on
+from mlx_redrafter.benchmarks.ablation.lab import Lab, flags_of
+from mlx_redrafter.benchmarks.ablation.recipes import RECIPES, Recipe, chosen
+from mlx_redrafter.benchmarks.ablation.texts import Text, own_texts
 from mlx_redrafter.benchmarks.charts import COLOURS, plain_axes
-from mlx_redrafter.benchmarks.compare import Method, equality_of, side_by_side, summarize
-from mlx_redrafter.benchmarks.competitors import PLAIN
 from mlx_redrafter.benchmarks.flags import add_out_argument, add_text_arguments, check_texts
-from mlx_redrafter.benchmarks.pair import Loaded, encode_texts, load_scaled
-from mlx_redrafter.benchmarks.report import Report, check_out
+from mlx_redrafter.benchmarks.pair import encode_prompts
+from mlx_redrafter.benchmarks.report import Report, check_out, command_line
 
 from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
-from mlx_redrafter.drafting.shape import DraftShape
-from mlx_redrafter.embedded.corpus import stdlib_files
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.files import replace_file
-from mlx_redrafter.system.flag_types import whole
+from mlx_redrafter.system.device import device_facts, on_cpu
+from mlx_redrafter.system.files import read_json, write_json
+from mlx_redrafter.system.flag_types import real, whole
+from mlx_redrafter.system.openblas_layout import pack
 from mlx_redrafter.system.table import Table
+from mlx_redrafter.system.weights import describe
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_target_arguments
-from mlx_redrafter.text.loading import NO_DRAFTER, is_embedded
-from mlx_redrafter.training import command as train_command
-from mlx_redrafter.training.acceptance_length import acceptance_length
-from mlx_redrafter.training.text.data_plan import SELF, DataPlan
-from mlx_redrafter.training.text.sources import prepare
+from mlx_redrafter.text.loading import find_target, fit_drafter, load_target
+from mlx_redrafter.training.drafters.kinds import METHODS
+from mlx_redrafter.training.resume import earlier_rows
+from mlx_redrafter.tuning.measure import measure
+from mlx_redrafter.tuning.step_costs import Costs
 
-HELP = "train drafters that differ in one choice each, and compare them"
-TREE, CHAIN = DraftShape(4, 5, 12), DraftShape(1, 4, 3)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A choice.
-
-    Args:
-        name: for the table.
-        flags: of `mlx-redrafter train`, beside those of the base.
-        text: which text it learns from.
-        of, bits: the weights of another variant, quantised after training.
-    """
-
-    name: str
-    flags: tuple[str, ...] = ()
-    text: str = SELF
-    of: str | None = None
-    bits: int | None = None
-
-
-BASE = "base"
-FILES = "files"
-VARIANTS = (
-    Variant(BASE),
-    Variant("text from files, target's distribution", text=FILES),
-    Variant("text from files, its own next token", ("--loss", "text"), FILES),
-    Variant("hard labels", ("--loss", "hard")),
-    Variant("whole distribution", ("--teacher-top-k", "0")),
-    Variant("equal step weights", ("--step-weights", "1", "1", "1", "1")),
-    Variant("all positions at every step", ("--step-shares", "1", "1", "1", "1")),
-    Variant("no residual block", ("--num-draft-layers", "0")),
-    Variant("4 residual blocks", ("--num-draft-layers", "4")),
-    Variant("no recurrence", ("--no-rnn",)),
-    Variant("exit_dim half", ("--exit-dim", "HALF")),
-    Variant("exit_dim double", ("--exit-dim", "DOUBLE")),
-    Variant("vocabulary 2048", ("--draft-vocab-size", "2048")),
-    Variant("vocabulary 1024", ("--draft-vocab-size", "1024")),
-    Variant("output layer begun at random", ("--output-layer", "random")),
-    Variant("output layer tied", ("--output-layer", "tied")),
-    Variant("8 bit", of=BASE, bits=8),
-    Variant("4 bit", of=BASE, bits=4),
-    Variant("4 bit, trained for it", ("--q-bits", "4", "--q-aware")),
-)
+HELP = "train drafters by recipes that differ in one choice each, for the same minutes, and compare them"
+SHAPES = (DraftShape(1, 4, 3), DraftShape(4, 5, 7), DraftShape(4, 5, 12))
+CONTEXT = 256  # tokens before a step, in the table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_target_arguments(add)
-    add("--work", required=True, metavar="DIR", help="keeps the text and the finished drafters")
-    add("--files", nargs="+", metavar="PATH", help="text for the variants that learn from files (default, for the"
-        " embedded target: the standard library's files that were not held out)")  # fmt: skip
-    add("--rows", type=whole(32), default=600, help="rows of text (default: %(default)s)")
-    add("--iters", type=whole(1), default=250, help="updates of each variant (default: %(default)s)")
-    add("--only", nargs="+", metavar="NAME", help=f"only these variants, beside {BASE!r}")
-    add_text_arguments(parser)
+    add("--work", required=True, metavar="DIR", help="keep readings, texts and finished drafters here")
+    add("--text", nargs="+", required=True, metavar="DIR", help="rows that trainings for this target wrote"
+        " (training/text)")  # fmt: skip
+    add("--rows", type=whole(1), help="learn from so many of them, spread evenly (default: all)")
+    add("--minutes", type=real(0, 10_000), default=10.0, help="train each recipe for so long, readings not counted"
+        " (default: %(default)s)")  # fmt: skip
+    add("--recipes", nargs="+", metavar="NAME", help=f"of {', '.join(recipe.name for recipe in RECIPES)}, or NAME=FLAGS"
+        " of `mlx-redrafter train` (default: all of these)")  # fmt: skip
+    add("--train-flags", default="", metavar="FLAGS", help="flags of `mlx-redrafter train` for all recipes, before"
+        " their own; those that a kind of drafter does not have are left out for it")  # fmt: skip
+    add("--cache-gb", type=real(0, 2**20), default=8.0, help="disk for what the target made of the text (default:"
+        " %(default)s)")  # fmt: skip
+    add_text_arguments(parser, prompts=80)
     add_out_argument(parser)
-    parser.set_defaults(draft=NO_DRAFTER, adapter_path=None, dtype=None, trust_remote_code=False)
 
 
 def run(args: argparse.Namespace) -> Report:
-    prompts = check_texts(args)
+    recipes, prompts = chosen(args.recipes), check_texts(args, any_target=True)
     check_out(args.out)
-    known = [variant.name for variant in VARIANTS]
-    for name in args.only or ():
-        if name not in known:
-            raise UserError(f"--only {name}: no such variant, expected some of {', '.join(known)}")
-    chosen = [v for v in VARIANTS if args.only is None or v.name in (BASE, *args.only)]
-    loaded = load_scaled(args, 1.0)
-    target = verifier_of(loaded.model).target
-    work = pathlib.Path(args.work)
-    for text in dict.fromkeys(variant.text for variant in chosen):
-        _write_text(args, work, text, target, loaded)
-    for variant in chosen:
-        if variant.of is None:
-            _train(args, work, variant, target)
-    texts = encode_texts(args, loaded, prompts)
-    return _report(args, loaded, target, {v.name: _finished(work, v, target) for v in chosen}, texts)
+    folder = find_target(args.model, "--model", args.gguf)
+    model, tokenizer = load_target(folder, None, "float32" if on_cpu() else None)
+    verifier = verifier_of(model)
+    if verifier.capability == NONE:
+        raise UserError(f"--model {args.model}: cannot verify drafts: {verifier.reason}")
+    target, work = verifier.target, pathlib.Path(args.work)
+    flags = {recipe.name: flags_of(args, recipe, target, work) for recipe in recipes}
+    encoded = encode_prompts(args, model, tokenizer, prompts)
+    rows = earlier_rows(args.text, target, tokenizer, max(METHODS[f.method].steps(f) for f in flags.values()))
+    model.freeze()
+    common = flags_of(args, Recipe("all", ()), target, work)
+    lab = Lab(args, target, tokenizer, rows, common, list(flags.values()), work)
+    for recipe in recipes:
+        lab.train(recipe, flags[recipe.name])
+    lab.teacher.close()
+    ends, kept = set(tokenizer.eos_token_ids), work / "texts.safetensors"
+    texts = own_texts(target, encoded, args.max_tokens, ends, lab.layers, kept)
+    found = [_measured(recipe, work / recipe.name, target, texts, lab.layers) for recipe in recipes]
+    facts = device_facts() | {"target": f"{args.model}, {describe(model)}"}
+    shortest, longest = min(map(len, encoded)), max(map(len, encoded))
+    facts["texts"] = f"{len(encoded)} prompts of {shortest} to {longest} tokens, up to {args.max_tokens} more each"
+    facts["learned from"] = f"{len(lab.picks):,} rows of {rows.length} tokens, {args.minutes:g} minutes each"
+    pack(model)
+    measured = []
+    for row in found:
+        drafter = open_drafter(work / row["recipe"])
+        fit_drafter(drafter, model, tokenizer, row["recipe"])
+        print(f"{row['recipe']}: measuring what its steps cost")
+        measured.append(measure(verifier, drafter))
+    for row, costs in zip(found, measured, strict=True):
+        row |= _speed(row, _with_targets_best(costs, measured))
+    return _report(args, facts, found)
 
 
-def _write_text(args: argparse.Namespace, work: pathlib.Path, text: str, target: Target, loaded: Loaded) -> None:
-    """The rows that variants share."""
-    data: tuple[str, ...] = (SELF,)
-    if text == FILES:
-        data = tuple(args.files or ())
-        if not data and not is_embedded(args.model):
-            raise UserError("--files is missing: text for the variants that learn from files")
-        if not data:
-            library = work / "library.jsonl"
-            files = [text for _, text, held_out, is_test in stdlib_files() if not held_out and not is_test and text]
-            with replace_file(library) as file:
-                file.write_text("".join(json.dumps({"text": each}) + "\n" for each in files))
-            data = (str(library),)
-    # Acceptance is measured here, on the same prompts for all; a training measures its own on what it holds out.
-    plan = DataPlan(data, rows=args.rows, held_out=1, batch_size=256)
-    prepare(work / f"text-{text}", target, loaded.tokenizer, plan, embedded=is_embedded(args.model))
+def _measured(
+    recipe: Recipe, out: pathlib.Path, target: Target, texts: list[Text], layers: tuple[int, ...]
+) -> dict[str, Any]:
+    """What came of a recipe, acceptance included, which result.json keeps."""
+    facts = read_json(out / "result.json")
+    drafter: Drafter = open_drafter(out)
+    check_pair(target, drafter, recipe.name)
+    of = [sum(len(text.tokens) for text in texts), len(texts), *map(str, SHAPES)]
+    if facts.get("acceptance_of") != of:
+        facts["acceptance"] = []
+        for shape in SHAPES:
+            facts["acceptance"].append(acceptance_on(target, drafter, texts, layers, shape))
+            print(f"{recipe.name}: {shape}: {facts['acceptance'][-1]:.3f} tokens per step")
+        facts |= {"acceptance_of": of, "bytes_per_draft_step": drafter.bytes_per_draft_step()}
+        facts["bytes"] = (out / "model.safetensors").stat().st_size
+        write_json(out / "result.json", facts)
+    return {"recipe": recipe.name, "words": recipe.words or " ".join(recipe.flags), **facts}
 
 
-def _train(args: argparse.Namespace, work: pathlib.Path, variant: Variant, target: Target) -> None:
-    """Trains a variant, unless it is there already."""
-    out = _folder(work, variant.name)
-    if (out / "training" / "result.json").exists():
-        return
-    sizes = {"HALF": str(target.hidden_size // 2), "DOUBLE": str(target.hidden_size * 2)}
-    flags = [sizes.get(flag, flag) for flag in variant.flags]
-    model = ["--model", args.model, *(() if args.gguf is None else ("--gguf", args.gguf))]
-    rows = ["--text", str(work / f"text-{variant.text}")]
-    fixed = ["--iters", str(args.iters), "--eval-every", "0", "--dtype", "float32"]
-    parser = argparse.ArgumentParser()
-    train_command.add_arguments(parser)
-    resume = ["--resume"] if (out / "training" / "arguments.json").exists() else []
-    print(f"\n{variant.name}")
-    train_command.run(parser.parse_args([*model, "--out", str(out), *rows, *fixed, *flags, *resume]))
+def _with_targets_best(costs: Costs, others: list[Costs]) -> Costs:
+    """The costs with the target's least ones of all measurements: it is the same target."""
+
+    def best(tables: list[dict[int, float]]) -> dict[int, float]:
+        return {key: min(table[key] for table in tables) for key in tables[0]}
+
+    verify = {context: best([one.verify[context] for one in others]) for context in costs.verify}
+    return dataclasses.replace(costs, verify=verify, plain=best([one.plain for one in others]))
 
 
-def _finished(work: pathlib.Path, variant: Variant, target: Target) -> Drafter:
-    drafter = open_drafter(_folder(work, variant.of or variant.name))
-    check_pair(target, drafter, variant.name)
-    if variant.bits is not None:
-        drafter.quantize(bits=variant.bits)
-    return drafter
+def _speed(row: dict[str, Any], costs: Costs) -> dict[str, Any]:
+    """Of a recipe's drafter: time of a draft step, and tokens per second with its best shape."""
+    speeds = [length / costs.step_seconds(Drafted(shape), CONTEXT) for length, shape in zip(row["acceptance"], SHAPES)]
+    best = int(np.argmax(speeds))
+    return {
+        "draft_step_ms": 1000 * costs.draft_seconds(1, 4) / 3,
+        "tokens_per_second": speeds[best],
+        "best": str(SHAPES[best]),
+        "speed_up": speeds[best] * costs.step_seconds(PLAIN, CONTEXT),
+    }
 
 
-def _folder(work: pathlib.Path, name: str) -> pathlib.Path:
-    return work / "".join(c if c.isalnum() else "-" for c in name)
-
-
-def _report(
-    args: argparse.Namespace,
-    loaded: Loaded,
-    target: Target,
-    drafters: dict[str, Drafter],
-    texts: list[list[int]],
-) -> Report:
-    methods: dict[str, Method] = {PLAIN: loaded.decoder(None, args.max_tokens).plain}
-    methods |= {name: loaded.decoder(drafter, args.max_tokens).drafted(CHAIN) for name, drafter in drafters.items()}
-    found = summarize(side_by_side(methods, texts, reference_every=8))
-    rows: list[dict[str, Any]] = [
-        {
-            "variant": name,
-            "acceptance_tree": acceptance_length(target, drafter, texts, TREE, args.max_tokens),
-            "acceptance_chain": found[name].acceptance,
-            "bytes_per_draft_step": drafter.bytes_per_draft_step(),
-            "tokens_per_second": found[name].tokens_per_second,
-            "speed_up": found[name].speed_up.median,
-            "equal": found[name].equal,
-            "runs": found[name].runs,
-        }
-        for name, drafter in drafters.items()
-    ]
+def _report(args: argparse.Namespace, facts: dict[str, str], rows: list[dict[str, Any]]) -> Report:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "variant": lambda row: row["variant"],
-        "acceptance, tree of 12": lambda row: f"{row['acceptance_tree']:.2f}",
-        "chain of 3": lambda row: f"{row['acceptance_chain']:.2f}",
-        "MB per draft step": lambda row: f"{row['bytes_per_draft_step'] / 1e6:.2f}",
-        "tokens/s, chain": lambda row: f"{row['tokens_per_second']:.1f}",
+        "recipe": lambda row: row["recipe"],
+        "what it is": lambda row: row["words"],
+        **{f"{shape}": lambda row, i=i: f"{row['acceptance'][i]:.2f}" for i, shape in enumerate(SHAPES)},  # type: ignore
+        "ms per draft step": lambda row: f"{row['draft_step_ms']:.2f}",
+        "MB per draft step": lambda row: f"{row['bytes_per_draft_step'] / 1e6:.1f}",
+        "MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+        "positions/s": lambda row: f"{row['positions_per_second']:.0f}",
+        "updates": lambda row: f"{row['updates']:,}",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.1f} ({row['best']})",
         "speed-up": lambda row: f"{row['speed_up']:.2f}x",
     }
-    table = Table.of(f"{args.iters} updates each", columns, rows)
+    table = Table.of("", columns, rows)
     notes = [
-        f"{BASE}: rnn, exit_dim = hidden_size, 2 residual blocks, all tokens, output layer begun from the target's,"
-        " text written by the target, its 16 most probable tokens; the others differ in what their name says.",
-        "acceptance: mean acceptance length, greedy; tree: W = 4, L = 5, best-first.",
-        f"texts equal to mlx_lm's, token for token: {equality_of(found)}",
+        "Chains and trees: mean acceptance length, greedy. The target's own texts are known, so that drafts are"
+        " compared with them; a step accepts what it would accept in decoding.",
+        "ms per draft step: a third of what a chain of 3 takes beyond its rows. MB: as float32.",
+        "positions/s: tokens of text that training goes through, what the target made of them being known.",
+        f"tokens/s, speed-up: acceptance by the time of a step behind {CONTEXT} tokens, for the best of the three"
+        " shapes; the target decoding plainly is 1.",
     ]
+    if args.train_flags:
+        notes.append(f"All recipes: `{args.train_flags}`.")
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for i, row in enumerate(rows):
-            x, y = row["bytes_per_draft_step"] / 1e6, row["acceptance_tree"]
+            x, y = row["draft_step_ms"], row["acceptance"][-1]
             axes.plot(x, y, "o", color=COLOURS[0 if i else 3])
-            axes.annotate(row["variant"], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
-        plain_axes(axes, "read per draft step (MB)", "mean acceptance length (tokens/step), tree of 12")
+            axes.annotate(row["recipe"], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
+        plain_axes(axes, "time of a draft step (ms)", f"mean acceptance length (tokens/step), {SHAPES[-1]}")
 
-    data = {"plain_tokens_per_second": found[PLAIN].tokens_per_second, "variants": rows}
-    title = "What each choice in training is worth"
-    return Report("ablation", title, loaded.facts, loaded.command, [table], notes, data, draw, (9.0, 6.0))
+    command, title = command_line(args, args.parser), "What each choice in training is worth"
+    return Report("ablation", title, facts, command, [table], notes, {"recipes": rows}, draw, (9.0, 6.0))

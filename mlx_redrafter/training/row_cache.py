@@ -39,6 +39,10 @@ class RowCache:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
         self._slots = {int(row): slot for slot, row in enumerate(order)}
 
+    def holds(self, row: int) -> bool:
+        """Whether there is a record of a row."""
+        return row in self._slots
+
     def get(self, row: int) -> bytes | None:
         """The record of a row, or None."""
         slot = self._slots.get(row)

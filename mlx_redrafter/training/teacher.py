@@ -66,12 +66,20 @@ class Teacher:
         """Rows to train on."""
         return len(self.rows) - self.rows.held_out
 
-    def read(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (B, T) int32 of the picked rows, and what the target made of them: (B,) records."""
+    def holds(self, row: int) -> bool:
+        """Whether what the target made of a row is kept."""
+        return self._cache.holds(row)
+
+    def read(self, picks: np.ndarray, anew: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (B, T) int32 of the picked rows, and what the target made of them: (B,) records.
+
+        Args:
+            anew: the target reads them whatever is kept.
+        """
         tokens, counts = self.rows[picks]
         reading = np.zeros(len(tokens), self.record)
         for i, row in enumerate(picks):
-            kept = self._cache.get(int(row))
+            kept = None if anew else self._cache.get(int(row))
             if kept is None:
                 self._ask(tokens[i], counts[i], reading[i])
                 self._cache.put(int(row), reading[i].tobytes())

@@ -1,0 +1,70 @@
+"""Names recipes of training: flags of `mlx-redrafter train` that differ in one thing from the recipe before.
+
+Knows nothing of how a recipe is followed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+
+from mlx_redrafter.errors import UserError
+
+LAYERS = "LAYERS"  # in flags: a quarter, a half, three quarters and all of the target's layers
+OLD = ("--step-shares", "1", "0.48", "0.29", "0.19")
+TAPS = (*OLD, "--context-layers", LAYERS)
+PREFIX = (*TAPS, "--prefix-window", "256")
+NORM = (*PREFIX, "--output-norm")
+PROMPTS = (*NORM, "--learn-prompts", "--loss-vocab", "4096")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A way to train.
+
+    Args:
+        name: for the table and the command line.
+        flags: of `mlx-redrafter train`.
+        words: what is different, for people.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    words: str = ""
+
+
+RECIPES = (
+    Recipe("old", OLD, "the last hidden state, KL"),
+    Recipe("layers", TAPS, "old + context of four layers"),
+    Recipe("prefix", PREFIX, "layers + prefix attention over 256 tokens"),
+    Recipe("norm", NORM, "prefix + output norm"),
+    Recipe("prompts", PROMPTS, "norm + prompts learned, loss over 4,096 tokens"),
+    Recipe("lk", (*NORM, "--loss", "lk"), "norm with the acceptance loss in place of KL"),
+    Recipe("tied", (*PROMPTS, "--output-layer", "tied"), "prompts with the target's own output layer"),
+    Recipe("no-rnn", (*NORM, "--no-rnn"), "norm without recurrence"),
+    Recipe("medusa", ("--method", "medusa"), "Medusa heads"),
+)
+
+
+def chosen(names: list[str] | None) -> list[Recipe]:
+    """The recipes of these names, all of them if none are given; NAME=FLAGS is a recipe of one's own.
+
+    Raises:
+        UserError: a name that there is not, or one that comes twice.
+    """
+    known = {recipe.name: recipe for recipe in RECIPES}
+    found: dict[str, Recipe] = {}
+    for text in known if names is None else names:
+        name, own, flags = text.partition("=")
+        if not own and name not in known:
+            raise UserError(f"--recipes {name}: expected some of {', '.join(known)}, or NAME=FLAGS")
+        if not name.replace("-", "").isalnum() or name in found:
+            raise UserError(f"--recipes {text}: expected names of letters, digits and -, each once")
+        found[name] = Recipe(name, tuple(shlex.split(flags)), flags) if own else known[name]
+    return list(found.values())
+
+
+def with_layers(flags: tuple[str, ...], layers: int) -> list[str]:
+    """The flags for a target of so many layers."""
+    quarters = sorted({max(1, round(layers * share / 4)) for share in (1, 2, 3, 4)})
+    return [word for flag in flags for word in (map(str, quarters) if flag == LAYERS else [flag])]
