@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 
 from mlx_lm.convert import QUANT_RECIPES
@@ -13,9 +14,10 @@ from mlx_redrafter.convert.target import convert_target
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.system.hub import require_login, upload
 from mlx_redrafter.text.loading import DTYPES, EMBEDDED_PAIR
-from mlx_redrafter.training.drafters.medusa_tree_fit import fit_medusa_tree
+from mlx_redrafter.training.drafters.text_fit import counts_of, fit_medusa_tree
 from mlx_redrafter.training.text.data_plan import SELF
 
 HELP = "convert weights of a target or of a drafter from the Hugging Face layout to MLX, or back"
@@ -44,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--quant-predicate", choices=QUANT_RECIPES, help="a mixed recipe, in place of --q-bits")
     drafter.add_argument("--target", help="directory, GGUF file or Hub id of the target it is for, to be told later if"
         " it is used with another")  # fmt: skip
+    add = drafter.add_argument
+    add("--draft-vocab-size", type=whole(1), help="keep only so many tokens of those that a ReDrafter drafter drafts,"
+        " the most frequent ones in --text")  # fmt: skip
+    add("--text", nargs="+", metavar="DIR", help="rows that trainings for its target wrote (training/text)")
     add = back.add_argument
     add("--mlx-path", required=True, help="local directory or Hub id to read")
     add("--hf-path", required=True, help="directory to write; must not exist yet")
@@ -115,7 +121,10 @@ def _convert(args: argparse.Namespace) -> pathlib.Path:
         path = convert_target(args.hf_path, args.mlx_path, **kinds, **common)
         print(f"{path}: an mlx-lm model; use it with --model {path}")
         return path
-    path = convert_drafter(args.hf_path, args.mlx_path, target=args.target, **common)
+    if (args.draft_vocab_size is None) != (args.text is None):
+        raise UserError("--draft-vocab-size and --text: expected both or neither")
+    smaller = {"draft_vocab_size": args.draft_vocab_size, "count": functools.partial(counts_of, args.text)}
+    path = convert_drafter(args.hf_path, args.mlx_path, target=args.target, **smaller, **common)
     config = open_drafter(path).config
     fits = f"hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
     print(f"{path}: a drafter for targets of {fits}; use it with --draft {path}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pathlib
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_redrafter.convert import medusa, redrafter
 from mlx_redrafter.convert.source import TORCH_PATTERNS
+from mlx_redrafter.convert.vocabulary import with_most_frequent
 
 from mlx_redrafter.drafting.drafter_files import check_quantization, read_fields
 from mlx_redrafter.drafting.kinds import Drafter
@@ -46,6 +49,8 @@ def convert_drafter(
     dequantize: bool = False,
     target: str | None = None,
     trust_remote_code: bool = False,
+    draft_vocab_size: int | None = None,
+    count: Callable[[int], np.ndarray] | None = None,
 ) -> pathlib.Path:
     """Converts a checkpoint to config.json + model.safetensors that `load` reads.
 
@@ -59,6 +64,8 @@ def convert_drafter(
         target: of the target that it is for, as for `load`; its fingerprint is noted in the
             config. None keeps what the checkpoint's config says, if anything.
         trust_remote_code: for the target.
+        draft_vocab_size: tokens that can be drafted, where they are to be fewer: the most frequent ones.
+        count: tells how often each of so many tokens is found in text.
 
     Returns:
         the directory written.
@@ -80,6 +87,9 @@ def convert_drafter(
             drafter = read_drafter(source, pathlib.Path(scratch))
             if target is not None:
                 drafter.config.target_fingerprint = _fingerprint(target, drafter, trust_remote_code)
+            if draft_vocab_size is not None and count is not None:
+                counts = count(drafter.config.vocab_size)
+                drafter = with_most_frequent(drafter, counts, draft_vocab_size, hf_path)
             if quantize or dequantize:
                 drafter.dequantize()
             if dtype is not None:

@@ -202,7 +202,7 @@ TOO_MANY: list[str] = []
 TOO_LONG: list[str] = []
 NAMELESS: set[str] = set()
 KNOWN_APART: set[str] = {
-    "mlx_redrafter.convert.command -> mlx_redrafter.training.drafters.medusa_tree_fit",
+    "mlx_redrafter.convert.command -> mlx_redrafter.training.drafters.text_fit",
     "mlx_redrafter.convert.command -> mlx_redrafter.training.text.data_plan",
 }
 KNOWN_BELOW_LOADING: set[str] = {"mlx_redrafter.decoding.sampling"}

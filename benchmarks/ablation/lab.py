@@ -19,10 +19,13 @@ import numpy as np
 from mlx_redrafter.benchmarks.ablation.readings import View, read_all
 from mlx_redrafter.benchmarks.ablation.recipes import LAYERS, Recipe, with_layers
 
+from mlx_redrafter.drafting.kinds import open_drafter
+from mlx_redrafter.drafting.pairing import check_sizes
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.system.files import read_json, write_json
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.loading import find_drafter
 from mlx_redrafter.training import command as train_command
 from mlx_redrafter.training.drafters.kinds import METHODS
 from mlx_redrafter.training.drafters.vocabulary import frequent_tokens, vocab_map_of
@@ -91,6 +94,10 @@ class Lab:
         self.layers = () if wanted == {last} else tuple(sorted(wanted))
         size = common.draft_vocab_size
         self.map = None if size is None else frequent_tokens(rows, size, target.vocab_size)
+        if args.readings_of is not None:
+            drafter = open_drafter(find_drafter(args.readings_of, "--readings-of"))
+            check_sizes(target, drafter, f"--readings-of {args.readings_of}")
+            self.map = vocab_map_of(drafter)
         budget = min(int(args.cache_gb * 2**30), shutil.disk_usage(work if work.exists() else ".").free)
         ((top_k, temp),) = labels
         objective = Objective(top_k=top_k, temperature=temp)

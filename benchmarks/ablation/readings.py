@@ -112,5 +112,5 @@ def read_all(teacher: Teacher, picks: np.ndarray, budget: int) -> None:
 def _alike(before: np.void, now: np.void) -> bool:
     """Whether two readings of a row differ by rounding only."""
     labels = [np.sort(reading["ids"], axis=-1) for reading in (before, now)]
-    hidden = [(reading["hidden"].astype(np.uint32) << 16).view(np.float32) for reading in (before, now)]
-    return bool(np.mean(labels[0] == labels[1]) > 0.9 and np.allclose(*hidden, rtol=0.05, atol=0.05))
+    kept, fresh = ((reading["hidden"].astype(np.uint32) << 16).view(np.float32) for reading in (before, now))
+    return bool(np.mean(labels[0] == labels[1]) > 0.9 and np.allclose(kept, fresh, rtol=0.05, atol=0.05))

@@ -60,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " of `mlx-redrafter train` (default: all of these)")  # fmt: skip
     add("--train-flags", default="", metavar="FLAGS", help="flags of `mlx-redrafter train` for all recipes, before"
         " their own; those that a kind of drafter does not have are left out for it")  # fmt: skip
+    add("--readings-of", metavar="DRAFTER", help="WORK/readings are those of this drafter's training: their labels are"
+        " among its tokens (default: all tokens, or those of --draft-vocab-size in --train-flags)")  # fmt: skip
     add("--cache-gb", type=real(0, 2**20), default=8.0, help="disk for what the target made of the text (default:"
         " %(default)s)")  # fmt: skip
     add_text_arguments(parser, prompts=80)

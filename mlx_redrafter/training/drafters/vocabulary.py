@@ -16,12 +16,17 @@ _BLOCK = 1024  # rows at a time
 
 def frequent_tokens(rows: Rows, size: int, vocab_size: int) -> np.ndarray:
     """The ids of the `size` tokens that are learned most often, (size,) int32 rising; held-out rows do not count."""
+    # Of equally frequent ones those of lower id, which most tokenisers made first.
+    return np.sort(np.argsort(-token_counts(rows, vocab_size), kind="stable")[:size]).astype(np.int32)
+
+
+def token_counts(rows: Rows, vocab_size: int) -> np.ndarray:
+    """How often each token is learned, (vocab_size,). Raises ValueError for tokens beyond the vocabulary."""
     seen = np.zeros(vocab_size, np.int64)
     for first in range(0, len(rows) - rows.held_out, _BLOCK):
         tokens, counts = rows[first : min(first + _BLOCK, len(rows) - rows.held_out)]
         seen += np.bincount(tokens[counts], minlength=vocab_size)
-    # Of equally frequent ones those of lower id, which most tokenisers made first.
-    return np.sort(np.argsort(-seen, kind="stable")[:size]).astype(np.int32)
+    return seen
 
 
 def vocab_map_of(drafter: Any) -> np.ndarray | None:

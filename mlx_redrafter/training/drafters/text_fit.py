@@ -1,4 +1,4 @@
-"""Fits the static tree of converted Medusa heads to text that their target writes, or to files.
+"""Fits finished drafters to text: the static tree of Medusa heads, or which tokens a recurrent head keeps.
 
 Knows nothing of training.
 """
@@ -9,6 +9,7 @@ import pathlib
 import tempfile
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa import MedusaHeads
@@ -19,9 +20,24 @@ from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.system.files import read_json, write_json
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.loading import find_target, is_embedded, load_target
+from mlx_redrafter.training.drafters.vocabulary import token_counts
 from mlx_redrafter.training.resume import earlier_rows
 from mlx_redrafter.training.text.data_plan import SELF, DataPlan
+from mlx_redrafter.training.text.shards import Rows
 from mlx_redrafter.training.text.sources import prepare
+
+
+def counts_of(folders: list[str], vocab_size: int) -> np.ndarray:
+    """How often each token is learned in rows that trainings wrote, (vocab_size,).
+
+    Raises:
+        UserError: rows that are not whole, or have other tokens.
+    """
+    rows = Rows(*folders)
+    try:
+        return token_counts(rows, vocab_size)
+    except ValueError as error:
+        raise UserError(f"--text {' '.join(folders)}: has tokens beyond the drafter's {vocab_size}") from error
 
 
 def fit_medusa_tree(
