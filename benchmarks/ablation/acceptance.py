@@ -13,8 +13,7 @@ import numpy as np
 from mlx_redrafter.benchmarks.ablation.texts import Text
 
 from mlx_redrafter.decoding.sampling import draft_temperature, greedy
-from mlx_redrafter.drafting.kinds import Drafter
-from mlx_redrafter.drafting.proposers import proposer_for
+from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import Drafted, DraftShape
 from mlx_redrafter.target.acceptance import accept

@@ -144,8 +144,10 @@ class Lab:
 
     def _updates(self, flags: argparse.Namespace, out: pathlib.Path) -> int:
         """How many updates the minutes have room for."""
-        seconds = []
+        seconds: list[float] = []
         for iters in (TRIAL[0], sum(TRIAL)):
+            if seconds and seconds[0] > self.seconds / 10:  # a long trial costs more than it tells
+                return max(1, int(self.seconds * TRIAL[0] / seconds[0]))
             flags.iters, trial = iters, out / "trial"
             drafter, start = self._new(flags), time.perf_counter()
             self._run(flags, drafter, trial, training_plan(flags, on_cpu()))
