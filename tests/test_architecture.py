@@ -30,6 +30,7 @@ LAYERS = [
     {"decoding"},
     {"drafting"},
     {"target"},
+    {"constraints"},
     {"embedded"},
     {"gguf"},
     {"system"},

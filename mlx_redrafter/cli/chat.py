@@ -12,6 +12,7 @@ from mlx_redrafter.text.flags import (
     add_model_arguments,
     add_recording_argument,
     choose_target,
+    constraint_of,
     draft_shape,
     generation_options,
     generation_settings,
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     draft_shape(args)
+    constraint_of(args)
     template = template_options(args)
     said = choose_target(args)
     if args.prompt_cache_file is not None:

@@ -16,6 +16,7 @@ from mlx_redrafter.text.flags import (
     add_model_arguments,
     add_recording_argument,
     choose_target,
+    constraint_of,
     draft_shape,
     generation_options,
     generation_settings,
@@ -60,6 +61,7 @@ def what_is_asked(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, An
 
 def run(args: argparse.Namespace) -> None:
     draft_shape(args)
+    constraint_of(args)
     template_options(args)
     if args.prompt == "":
         raise UserError("--prompt is empty, expected text")

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.step import Produced
+from mlx_redrafter.errors import UserError
 
 STOP, LENGTH = "stop", "length"
 
@@ -29,6 +30,9 @@ class BatchText:
         ends: told of every token in order, says whether the text ends with it.
         prompt_cache: mlx-lm caches to go on from; they are used up.
         wants_cache: leave what was read of it in `cache` when it ends.
+
+    Raises:
+        UserError: a constraint: pruning is for one tree, and a batch shares a shape.
 
     Attributes:
         tokens: so far.
@@ -50,6 +54,10 @@ class BatchText:
     finish_reason: str | None = None
     error: Exception | None = None
     cache: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.options.matcher is not None:
+            raise UserError("structured output is for one text at a time, expected none in a batch")
 
     @property
     def ended(self) -> bool:

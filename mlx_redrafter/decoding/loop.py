@@ -11,12 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_redrafter.decoding.constrained import jump, mask_next
 from mlx_redrafter.decoding.logits_processors import process
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner, StepRead
 from mlx_redrafter.decoding.step import Produced, SpeculativeStep, Submitted, prefill
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import Plain
+from mlx_redrafter.drafting.shape import Forced, Plain
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import Verifier
@@ -42,7 +43,9 @@ def speculative(
     Yields:
         What each step brought. The last one may exceed `max_tokens`.
     """
-    max_tokens, processors = options.max_tokens, options.processors
+    max_tokens, processors, matcher = options.max_tokens, options.processors, options.matcher
+    # Either reads tokens on the host, so no step can be built ahead of the one before.
+    waits = bool(processors) or matcher is not None
     length = cached(cache.layers) + prompt.shape[1]
     reads = ((), 1) if proposer is None else (proposer.context_layers, proposer.prefix_window)
     hidden, logits = prefill(verifier.target, prompt, cache.layers, options, *reads)
@@ -51,6 +54,8 @@ def speculative(
     history = prompt[0]
     if processors:
         logits = process(processors, history, logits)
+    if matcher is not None:
+        logits = mask_next(matcher, logits)
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
     step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, history if processors else None)
     mine: list[mx.array] = []
@@ -64,23 +69,26 @@ def speculative(
     def submit(waiting: bool) -> Submitted | None:
         """The next step; None where it is better built when the one before has been read."""
         plan = planner.plan()
+        if matcher is not None:
+            plan = jump(matcher, plan)
         if isinstance(plan, Plain) and not cache.plain_rows(length if waiting else None):
             return None
         return step.submit(plan)
 
-    # Logits processors read tokens on the host, so no step can be built ahead of them.
-    if max_tokens != 1 and not processors:
+    if max_tokens != 1 and not waits:
         ahead = submit(waiting=True)
     tokens = _wait_for(root)
     if proposer is not None:
         proposer.learn(tokens)
+    if matcher is not None:
+        matcher.take(tokens)
     planner.begin()
     yield Produced(tokens, logits, [False], from_prompt=True)
     while made != max_tokens:
         current, ahead = ahead or submit(waiting=True), None
         assert current is not None
         # Step t brings at least one token; t + 1 is only of use if that is not the last.
-        if not processors and (max_tokens < 0 or made + 1 < max_tokens):
+        if not waits and (max_tokens < 0 or made + 1 < max_tokens):
             ahead = submit(waiting=False)
         [count] = _wait_for(current.count)
         before = tokens[-1:]  # the root that this step has read
@@ -93,7 +101,12 @@ def speculative(
         read = StepRead(current.plan, tokens, length, most=current.most)
         if current.path is not None and current.parents is not None:
             read.path, read.parents = _wait_for(current.path)[0][: len(tokens)], _wait_for(current.parents)[0]
-        planner.learn(read)
+        if isinstance(current.plan, Forced):
+            planner.begin()  # nothing was planned; the next step's time counts from here
+        else:
+            planner.learn(read)
+        if matcher is not None:
+            matcher.take(tokens)
         if step.history is not None:
             step.history = mx.concatenate([step.history, mx.array(before + tokens[:-1], prompt.dtype)])
             mx.async_eval(step.history)
@@ -125,6 +138,8 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
 
     if options.processors:
         logits = process(options.processors, history, logits)
+    if (matcher := options.matcher) is not None:
+        logits = mask_next(matcher, logits)
     token = choose()
     while made != options.max_tokens:
         current, current_logits = token, logits
@@ -137,6 +152,10 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
         if options.processors:
             history = mx.concatenate([history, current[0]])
             logits = process(options.processors, history, logits)
+        if matcher is not None:
+            mx.async_eval(logits)  # the device goes on while the host reads the token
+            matcher.take(_wait_for(current)[0])
+            logits = mask_next(matcher, logits)
         token = choose()
         yield Produced(_wait_for(current)[0], current_logits, [False], from_prompt=made == 1)
         if made % 256 == 0:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
 from mlx_redrafter.decoding.sampling import Chooser, greedy
 from mlx_redrafter.errors import UserError
@@ -22,6 +23,7 @@ class DecodingOptions:
         choose: how the target chooses.
         max_tokens: stop after this many; -1 for no limit.
         processors: mlx-lm's logits processors; they see the prompt and all tokens after it.
+        matcher: what a text has to be, at its beginning; follows one text. None for anything.
         prefill_step_size: prompt tokens read at a time.
         progress: called with the prompt tokens read so far and in all.
         kv_bits, kv_group_size, quantized_kv_start: keep the KV cache in so many bits once
@@ -34,6 +36,7 @@ class DecodingOptions:
     choose: Chooser = greedy
     max_tokens: int = 256
     processors: Sequence[LogitsProcessor] = ()
+    matcher: Matcher | None = None
     prefill_step_size: int = 2048
     progress: Progress | None = None
     kv_bits: int | None = None

@@ -8,10 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_redrafter.decoding.constrained import mask_tree, prune
 from mlx_redrafter.decoding.logits_processors import process_tree
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import PLAIN, Plain, Plan
+from mlx_redrafter.drafting.shape import PLAIN, Forced, Plain, Plan
 from mlx_redrafter.system.partial_submit import submit_part
 from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
@@ -128,7 +129,7 @@ class SpeculativeStep:
     It begins behind a prompt, with what `prefill` gave and the token that the target chose.
     Calling it builds the graph for the next step from the state the last one left and
     returns its results unevaluated. Nothing is read by the host, unless there are logits
-    processors (see `processors`).
+    processors (see `logits_processors`) or a constraint (see `constrained`).
 
     Attributes:
         proposer: whose candidates are verified; None where all steps are plain.
@@ -153,10 +154,13 @@ class SpeculativeStep:
     def __call__(self, plan: Plan) -> Submitted:
         cache, proposer = self.cache, self.proposer
         assert cache.length is not None
-        if isinstance(plan, Plain) or proposer is None:
+        matcher, chain_only = self.options.matcher, self.verifier.capability == CHAIN
+        if isinstance(plan, Plain | Forced) or proposer is None:
             tree = CandidateTree.chain(self.root[:, None].astype(mx.int32))
         else:
-            tree = proposer.propose(self.context, self.root, plan, chain_only=self.verifier.capability == CHAIN)
+            tree = proposer.propose(self.context, self.root, plan, chain_only=chain_only)
+        if matcher is not None and not isinstance(plan, Plain):
+            tree = prune(matcher, tree, plan, chain_only)
         submit_part(tree.tokens, tree.ancestors)
         hidden, logits = self.verifier(tree, cache, () if proposer is None else proposer.context_layers)
         logits, choices = self.choose(tree, logits, cache.length[:, None] + tree.depths + 1)
@@ -174,10 +178,12 @@ class SpeculativeStep:
         return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents)
 
     def choose(self, tree: CandidateTree, logits: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """Logits (B, 1 + N, vocab) after processors, and the target's choices (B, 1 + N) for these positions."""
+        """Logits (B, 1 + N, vocab) after processors and masks, and the target's choices (B, 1 + N) for these positions."""
         if self.options.processors:
             assert self.history is not None
             logits = process_tree(self.options.processors, self.history, tree, logits)
+        if self.options.matcher is not None:
+            logits = mask_tree(self.options.matcher, tree, logits)
         return logits, self.options.choose(logits, positions)
 
     def submit(self, plan: Plan) -> Submitted:

@@ -106,5 +106,15 @@ class LookedUp:
         return f"lookup of {self.num_draft_tokens}"
 
 
-Plan: TypeAlias = Plain | Drafted | LookedUp  # what one step drafts
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """A chain of what a grammar forces; nobody drafts."""
+
+    num_draft_tokens: int
+
+    def __str__(self) -> str:
+        return f"grammar's {self.num_draft_tokens}"
+
+
+Plan: TypeAlias = Plain | Drafted | LookedUp | Forced  # what one step drafts
 PLAIN = Plain()

@@ -34,6 +34,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
+def read_text(path: pathlib.Path) -> str:
+    """A file's text. Raises UserError where it is missing, not readable or not UTF-8."""
+    check_readable(path)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as text ({one_line(error)})") from error
+
+
 def write_json(path: pathlib.Path, value: Any, indent: int | None = 2) -> None:
     """Writes a JSON file, whole or not at all. Raises UserError where it cannot be written."""
     with replace_file(path) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +12,21 @@ from typing import Any
 import mlx.nn as nn
 from tqdm import tqdm
 
+from mlx_redrafter.constraints.constraint import Constraint, json_schema, lark, regex
 from mlx_redrafter.decoding.options import Progress
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, BEST_FIRST, LOOKUPS, POLICIES, DraftShape
 from mlx_redrafter.embedded import assistant
 from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.files import read_text
 from mlx_redrafter.system.flag_types import real, whole
 from mlx_redrafter.text.loading import ASSISTANT, DTYPES, EMBEDDED_PAIR, NO_DRAFTER, load, place_of
 from mlx_redrafter.text.sessions.recorder import settings_of
 
 # Flags that have the names of arguments: of `position_keyed`, and of `stream_generate`.
 SAMPLING = ("seed", "top_p", "min_p", "top_k", "min_tokens_to_keep", "xtc_probability", "xtc_threshold")
+CONSTRAINTS = ("json_schema", "regex", "grammar")
 AS_THEY_ARE = ("max_tokens", "stop", "lookup", "prefill_step_size", "kv_bits", "kv_group_size", "quantized_kv_start")
 
 
@@ -88,6 +92,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser, max_tokens: int) -
     add("--system-prompt", metavar="TEXT", help="begin the conversation with this system message")
     add("--chat-template-config", metavar="JSON", help="give the chat template the arguments of this JSON object")
     add("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="end the text at these tokens, too")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--json-schema", metavar="FILE", help="write JSON that the schema in this file allows (docs/structured.md)")
+    one("--regex", metavar="EXPR", help="write what this regular expression matches as a whole")
+    one("--grammar", metavar="FILE", help="write what the grammar in this file derives, in llguidance's form of Lark")
     add("--stop", nargs="+", default=(), metavar="TEXT", help="end the text before any of these texts")
     add_cache_arguments(parser)
 
@@ -165,6 +173,7 @@ def generation_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, An
     return {name: getattr(args, name) for name in AS_THEY_ARE} | {
         "chooser": position_keyed(args.temp, xtc_special_tokens=ends, **sampling),
         "shape": draft_shape(args),
+        "constraint": constraint_of(args),
         "prompt_progress_callback": _progress(),
     }
 
@@ -172,9 +181,21 @@ def generation_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, An
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `add_generation_arguments` as `Recorder.note` takes them."""
     changed = {
-        name: getattr(args, name) for name in ("adapter_path", "chat_template_config", "extra_eos_token", "stop")
+        name: getattr(args, name)
+        for name in (*CONSTRAINTS, "adapter_path", "chat_template_config", "extra_eos_token", "stop")
     }
     return settings_of(args.temp, changed, **{name: getattr(args, name) for name in SAMPLING})
+
+
+def constraint_of(args: argparse.Namespace) -> Constraint | None:
+    """What the text has to be; None for anything. Raises UserError, before anything is loaded."""
+    if args.regex is not None:
+        return regex(args.regex, f"--regex {args.regex[:40]}")
+    if args.json_schema is not None:
+        return json_schema(read_text(pathlib.Path(args.json_schema)), f"--json-schema {args.json_schema}")
+    if args.grammar is not None:
+        return lark(read_text(pathlib.Path(args.grammar)), f"--grammar {args.grammar}")
+    return None
 
 
 def template_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_redrafter.constraints.constraint import Constraint
+from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
 from mlx_redrafter.decoding.loop import autoregressive, speculative
 from mlx_redrafter.decoding.options import DecodingOptions, Progress
@@ -20,7 +22,7 @@ from mlx_redrafter.decoding.sampling import Chooser, from_sampler, greedy
 from mlx_redrafter.decoding.step import Produced
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape
+from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, PLAIN, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.ranks import number_of_ranks
 from mlx_redrafter.target.cache.kv_cache import cached, refused
@@ -44,6 +46,7 @@ def stream_generate(
     sampler: Callable[[mx.array], mx.array] | None = None,
     chooser: Chooser | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
+    constraint: Constraint | None = None,
     stop: Sequence[str] = (),
     shape: DraftShape | str = AUTO,
     lookup: str | None = None,
@@ -69,6 +72,8 @@ def stream_generate(
             that is keyed by position a seed gives the same text with and without a drafter.
         logits_processors: mlx-lm's; each sees exactly the tokens on the path to its row.
             The next step then waits for this one, which costs some of the speed.
+        constraint: what the text has to be, from `mlx_redrafter.constraints.constraint`. Drafts that it forbids
+            are not verified, and tokens that it forces are drafted, with a drafter or without.
         stop: texts that end the generation. They are not given out, nor is what follows.
         shape: beam width, beam length, node budget and tree policy; or "auto", which goes by
             what steps cost here (measured at first use, in about two seconds, and kept) and
@@ -117,6 +122,9 @@ def stream_generate(
     with _CACHES.alone(cache, "prompt_cache is in use by a generation that has not ended: close() that one first"):
         with TURNS:
             target = Target.of(model)
+            if constraint is not None:
+                matcher = Matcher(constraint, tokenizer, target.vocab_size or len(tokenizer))
+                options = dataclasses.replace(options, matcher=matcher)
             _check_prompt(target, ids, cached(prompt_cache or []))
             source, method, reason = _steps(target, drafter, ids, options, shape, lookup, prompt_cache, cached_tokens)
         yield from responses(in_turns(source), tokenizer, len(ids), max_tokens, stop, method, reason)
@@ -179,7 +187,8 @@ def _steps(
     """The steps of a text, one token at a time; by which method, and why not by that which was asked for."""
     model, prompt = target.model, mx.array([ids], mx.int32)
     verifier, reason, fixed = None, "", shape if isinstance(shape, DraftShape) else None
-    if drafter is not None or lookup != OFF:
+    drafting = drafter is not None or lookup != OFF
+    if drafting or (options.matcher is not None and options.matcher.jump_ahead):
         verifier = verifier_for(model, drafter)
         if verifier.capability == NONE:
             reason, verifier = verifier.reason, None
@@ -191,6 +200,9 @@ def _steps(
     if verifier is None:
         cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
         return _wired(model, autoregressive(target, prompt, cache, options)), "plain", reason
+    if not drafting:
+        source = _drafting(verifier, None, prompt, prompt_cache, options, Planner(PLAIN))
+        return _wired(model, source), "grammar", verifier.reason
     proposer, planner, session = drafting_for(verifier, drafter, fixed, lookup, [*cached_tokens, *ids], options.choose)
     source = _drafting(verifier, proposer, prompt, prompt_cache, options, planner)
     return _wired(model, source, session), "lookup" if drafter is None else drafter.method, verifier.reason
@@ -209,7 +221,7 @@ def _wired(model: nn.Module, source: Generator[Produced], session: Session | Non
 
 def _drafting(
     verifier: Verifier,
-    proposer: Proposer,
+    proposer: Proposer | None,
     ids: mx.array,
     prompt_cache: list[Any] | None,
     options: DecodingOptions,
@@ -218,7 +230,7 @@ def _drafting(
     """Speculative decoding whose rows end up in the caller's cache, exactly those of what was yielded."""
     cache = verifier.make_cache(prompt_cache)
     held, max_tokens = cached(prompt_cache or []), options.max_tokens
-    if prompt_cache:
+    if prompt_cache and proposer is not None:
         proposer.resume(prompt_cache[0], held)
     yielded: list[int] = []
     source = speculative(verifier, proposer, ids, cache, options, planner)
@@ -242,11 +254,11 @@ def _drafting(
             cache.end_trees(rows)
             context = None
             if yielded:
-                last_token, layers = mx.array([[yielded[-1]]]), proposer.context_layers
+                last_token, layers = mx.array([[yielded[-1]]]), () if proposer is None else proposer.context_layers
                 context, _ = verifier.target.forward(last_token, cache.layers, context_layers=layers)
             cache.give_back(prompt_cache)
             mx.eval([c.state for c in prompt_cache])
-            if context is not None and prompt_cache:
+            if context is not None and prompt_cache and proposer is not None:
                 proposer.leave(prompt_cache[0], rows + 1, committed - rows, context)
 
 

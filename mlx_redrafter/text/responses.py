@@ -33,10 +33,11 @@ class GenerationResponse:
         draft_tokens, accepted_tokens: what the steps drafted, and what of it is in the text.
         mean_acceptance_length: tokens per step, the target's own one included; 1.0 without drafts.
         acceptance_by_position: share of steps that got at least d draft tokens accepted, d = 1, 2, ...
-        method: "redrafter", "medusa", "lookup" (alone), or "plain".
+        method: "redrafter", "medusa", "lookup" or "grammar" (alone), or "plain".
         reason: why a given drafter was not used, or with limits, for people; empty otherwise.
         shape: how much most steps of a drafter drafted; None where there were none.
-        plain_share, lookup_share: shares of steps that drafted nothing, and only what lookup found.
+        plain_share, lookup_share, forced_share: shares of steps that drafted nothing, only what lookup found, and
+            only what a constraint forces.
     """
 
     text: str
@@ -59,6 +60,7 @@ class GenerationResponse:
     shape: DraftShape | None = None
     plain_share: float = 0.0
     lookup_share: float = 0.0
+    forced_share: float = 0.0
 
 
 def summary(response: GenerationResponse) -> str:
@@ -86,10 +88,11 @@ def drafted(response: GenerationResponse) -> str:
     """What was drafted, in a few words."""
     if response.plain_share == 1 or not response.steps:
         return "nothing, it does not pay here" if response.steps else "nothing"
-    by_drafter = 1 - response.plain_share - response.lookup_share
+    by_drafter = 1 - response.plain_share - response.lookup_share - response.forced_share
     shares = {
         f"by the drafter (mostly {response.shape})": 0.0 if response.shape is None else by_drafter,
         "by lookup": response.lookup_share,
+        "by the grammar": response.forced_share,
         "nothing": response.plain_share,
     }
     parts = [f"{words} in {share:.0%} of the steps" for words, share in shares.items() if share]

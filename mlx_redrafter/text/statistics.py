@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from mlx_redrafter.decoding.step import Produced
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, LookedUp, Plan
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, Forced, LookedUp, Plan
 
 
 @dataclasses.dataclass
@@ -55,4 +55,5 @@ class Statistics:
             "shape": next((shape for shape, _ in shapes.most_common(1)), None),
             "plain_share": self.plans[PLAIN] / steps,
             "lookup_share": sum(n for plan, n in self.plans.items() if isinstance(plan, LookedUp)) / steps,
+            "forced_share": sum(n for plan, n in self.plans.items() if isinstance(plan, Forced)) / steps,
         }

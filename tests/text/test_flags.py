@@ -1,11 +1,20 @@
 """Flags of generating commands stand for what their help says."""
 
 import argparse
+import json
 
 import pytest
+from support.commands import code_of
 
 from mlx_redrafter import DraftShape, UserError
-from mlx_redrafter.text.flags import add_generation_arguments, add_model_arguments, draft_shape, template_options
+from mlx_redrafter.constraints.constraint import lark, regex
+from mlx_redrafter.text.flags import (
+    add_generation_arguments,
+    add_model_arguments,
+    constraint_of,
+    draft_shape,
+    template_options,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,3 +49,28 @@ def test_options_of_the_template(given, words):
     assert template_options(parser.parse_args(["--chat-template-config", '{"thinking": false}'])) == {"thinking": False}
     with pytest.raises(UserError, match=f"--chat-template-config: {words}"):
         template_options(parser.parse_args(["--chat-template-config", given]))
+
+
+def test_what_a_text_has_to_be(tmp_path, capsys):
+    """If this fails, a flag of structured output is lost, or its mistake costs the loading of a model."""
+    parser = argparse.ArgumentParser()
+    add_generation_arguments(parser, 10)
+    (tmp_path / "schema.json").write_text('{"type": "array", "uniqueItems": true}')
+    (tmp_path / "grammar.lark").write_text('start: "a" | "b"')
+    assert constraint_of(parser.parse_args([])) is None
+    assert constraint_of(parser.parse_args(["--regex", "a+"])) == regex("a+")
+    assert constraint_of(parser.parse_args(["--grammar", str(tmp_path / "grammar.lark")])) == lark('start: "a" | "b"')
+    for command in ("generate", "chat"):
+        prompt = ["--prompt", "x"] if command == "generate" else []
+        assert code_of(command, *prompt, "--model", "/none", "--json-schema", str(tmp_path / "schema.json")) == 2
+        said = capsys.readouterr().err
+        assert "--json-schema" in said and 'Unimplemented keys: ["uniqueItems"]' in said and said.count("\n") == 1
+    assert code_of("generate", "--prompt", "x", "--model", "/none", "--regex", "[") == 2
+    assert code_of("generate", "--prompt", "x", "--model", "/none", "--grammar", str(tmp_path / "none")) == 2
+    assert code_of("generate", "--prompt", "x", "--regex", "a", "--grammar", "b") == 2
+
+
+def test_a_structured_answer(capsys):
+    """If this fails, a command's text is not what its flag asks for."""
+    assert code_of("generate", "--prompt", "import os\n", "--regex", "(yes|no){2}", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"] in {a + b for a in ("yes", "no") for b in ("yes", "no")}

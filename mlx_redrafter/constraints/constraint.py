@@ -1,0 +1,101 @@
+"""Checks what a text is asked to be, and says what is wrong with it. Knows nothing of tokens.
+
+A grammar is llguidance's: a JSON schema or a grammar in Lark's form, as JSON. What cannot be
+kept is refused by name, so that every finished text is what was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from mlx_redrafter.constraints.endless import endless
+from mlx_redrafter.errors import UserError, one_line
+
+MOST_BYTES = 256 * 1024  # of a schema or a grammar; they are checked in milliseconds
+# JSON as most models write it in one line. Space wherever JSON allows it would leave nothing to jump over,
+# and a model with nothing to say fills it for ever. A schema's "x-guidance" says otherwise.
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """What a text has to be; made by the functions below.
+
+    Args:
+        grammar: llguidance's form of it.
+        jump_ahead: what the grammar forces is drafted, with a drafter or without; the text is the same.
+    """
+
+    grammar: str
+    jump_ahead: bool = True
+
+
+def json_object(name: str = "the JSON object") -> Constraint:
+    """Any JSON object. Raises UserError where llguidance is not installed."""
+    return json_schema({"type": "object"}, name)
+
+
+def json_schema(schema: str | dict[str, Any] | bool, name: str = "the JSON schema") -> Constraint:
+    """JSON that a schema allows.
+
+    Args:
+        schema: of draft 2020-12 or an earlier one, or its JSON text.
+        name: in messages.
+
+    Raises:
+        UserError: no JSON, no schema, one that nothing or nothing finite fulfils, a feature that cannot be
+            kept, which is named, or llguidance is not installed.
+    """
+    guidance = _guidance()
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        _check_size(text, name)
+        parsed = json.loads(text)
+        if parsed is True:
+            parsed = {}
+        if not isinstance(parsed, dict):
+            raise UserError(f"{name} is {json.dumps(parsed)[:40]}, expected a JSON object that is a schema")
+        grammar = guidance.grammar_from_json_schema(json.dumps(parsed), defaults=SPACING)
+        _check(grammar, name)
+        if where := endless(parsed):
+            raise UserError(f"{name}: {where} requires itself without end")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not JSON ({one_line(error)})") from None
+    return Constraint(grammar)
+
+
+def regex(expression: str, name: str = "the regular expression") -> Constraint:
+    """A text that an expression of Rust's `regex` matches as a whole. Raises UserError."""
+    grammar = _guidance().grammar_from_regex(expression)
+    _check_size(expression, name)
+    _check(grammar, name)
+    return Constraint(grammar)
+
+
+def lark(source: str, name: str = "the grammar") -> Constraint:
+    """A text that a grammar in llguidance's form of Lark derives from `start`. Raises UserError."""
+    grammar = _guidance().grammar_from_lark(source)
+    _check_size(source, name)
+    _check(grammar, name)
+    return Constraint(grammar)
+
+
+def _guidance() -> Any:
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise UserError("structured output needs llguidance: pip install 'mlx-redrafter[structured]'") from None
+    return LLMatcher
+
+
+def _check_size(text: str, name: str) -> None:
+    if (size := len(text.encode())) > MOST_BYTES:
+        raise UserError(f"{name} has {size} bytes, expected at most {MOST_BYTES}")
+
+
+def _check(grammar: str, name: str) -> None:
+    wrong, messages = _guidance().validate_grammar_with_warnings(grammar)
+    if wrong:
+        raise UserError(f"{name}: {one_line(ValueError(messages[0]))}")

@@ -1,0 +1,137 @@
+"""Follows one text and the drafts of its next tokens: which of them a constraint allows. Knows nothing of models.
+
+All of this runs on the host, some microseconds a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter.constraints.constraint import Constraint
+from mlx_redrafter.constraints.vocabulary import vocabulary
+from mlx_redrafter.errors import UserError, one_line
+
+
+class Matcher:
+    """What a constraint allows in one text (batch size 1).
+
+    Args:
+        constraint: of the whole text.
+        tokenizer: the target's.
+        size: of the target's vocabulary.
+
+    Attributes:
+        jump_ahead: whether what the grammar forces is drafted.
+
+    Raises:
+        UserError: a tokenizer that grammars cannot be made for, a grammar that is too large.
+    """
+
+    def __init__(self, constraint: Constraint, tokenizer: TokenizerWrapper, size: int):
+        from llguidance import LLMatcher
+
+        self.jump_ahead = constraint.jump_ahead
+        self._ends, self._read, self._ended = set(tokenizer.eos_token_ids), 0, False
+        self._matcher = LLMatcher(vocabulary(tokenizer, size), constraint.grammar, log_level=0)
+        self._check()
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Takes tokens of the text; what follows its end does not count.
+
+        Raises:
+            UserError: the vocabulary has no token that goes on, or the grammar takes too long to follow.
+        """
+        for token in tokens:
+            if self._ended:
+                return
+            self._ended = token in self._ends and self._matcher.is_accepting()
+            if not self._ended and not self._matcher.try_consume_tokens([token]):
+                self._check()
+                raise UserError(
+                    f"structured output: no token of the model's vocabulary goes on behind token {self._read}"
+                )
+            self._read += 1
+
+    def forced(self, most: int) -> list[int]:
+        """The tokens that have to come next, at most so many of them; a grammar that forces bytes has this one guess.
+
+        The target may spell the same bytes with other tokens, so that these are no more than good drafts.
+        """
+        if not self.jump_ahead or self._ended:
+            return []
+        found = self._matcher.compute_ff_tokens()
+        end = next((i for i, token in enumerate(found) if token in self._ends), len(found))
+        return found[: min(end, most)]
+
+    def grow(
+        self, tokens: Sequence[int], parents: Sequence[int], rows: int, chain: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """A tree without what the constraint forbids, and with what it forces in the place of that.
+
+        Args:
+            tokens, parents: of each row, the root first, which was taken already, a parent before its children.
+            rows: that the result may have.
+            chain: it has to stay a chain.
+
+        Returns:
+            tokens and parents of as many rows, a parent before its children, and siblings in the same order.
+        """
+        kept, above, forced = [tokens[0]], [0], list[tuple[int, int, list[int]]]()
+        seats = {0: 0}
+
+        def note(row: int, depth: int) -> None:
+            if row:
+                kept.append(tokens[row])
+                above.append(seats[parents[row]])
+                seats[row] = len(kept) - 1
+            forced.append((depth, seats[row], self.forced(rows)))
+
+        self._walk(tokens, parents, note)
+        for _, seat, more in [max(forced, key=lambda one: one[0])] if chain else sorted(forced, key=lambda one: one[0]):
+            for token in more:
+                there = [i for i in range(1, len(kept)) if above[i] == seat and kept[i] == token]
+                if not there:
+                    if len(kept) >= rows:
+                        break
+                    kept.append(token)
+                    above.append(seat)
+                seat = there[0] if there else len(kept) - 1
+        return kept, above
+
+    def allowed(self, tokens: Sequence[int], parents: Sequence[int]) -> np.ndarray:
+        """What may follow each row of a tree that is allowed itself.
+
+        Returns:
+            (rows, words) uint32, 32 tokens of the vocabulary in each, the lowest bit the first.
+        """
+        masks: dict[int, bytes] = {}
+
+        def note(row: int, depth: int) -> None:
+            masks[row] = self._matcher.compute_bitmask()
+
+        self._walk(tokens, parents, note)
+        self._check()
+        return np.stack([np.frombuffer(masks[row], np.uint32) for row in range(len(tokens))])
+
+    def _walk(self, tokens: Sequence[int], parents: Sequence[int], visit: Callable[[int, int], None]) -> None:
+        """Goes through the rows that are allowed, at each as though the text had come that far."""
+        below: dict[int, list[int]] = {}
+        for row in range(1, len(tokens)):
+            below.setdefault(parents[row], []).append(row)
+
+        def at(row: int, depth: int) -> None:
+            visit(row, depth)
+            for child in below.get(row, ()):
+                # A draft of the end would be a row whose own successor is of no use.
+                if tokens[child] not in self._ends and self._matcher.try_consume_tokens([tokens[child]]):
+                    at(child, depth + 1)
+                    self._matcher.rollback(1)
+
+        at(0, 0)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise UserError(f"structured output: {one_line(ValueError(self._matcher.get_error()))}")

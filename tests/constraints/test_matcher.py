@@ -1,0 +1,75 @@
+"""Which rows of a tree stay, which are added, and what may follow each."""
+
+import numpy as np
+import pytest
+
+from mlx_redrafter.constraints.constraint import json_schema, regex
+from mlx_redrafter.constraints.matcher import Matcher
+from mlx_redrafter.errors import UserError
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def tokenizer(pair):
+    return pair[2]
+
+
+def ids(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def told(tokenizer, matcher, tokens=(0,), parents=(0,)):
+    bits = np.unpackbits(matcher.allowed(tokens, parents).view(np.uint8), axis=1, bitorder="little")
+    return [{tokenizer.decode([i]) for i in np.nonzero(row)[0]} for row in bits]
+
+
+def test_what_is_forced_and_what_is_not(tokenizer):
+    """If this fails, jump-ahead drafts what need not come, or misses what has to."""
+    matcher = Matcher(json_schema(SCHEMA), tokenizer, 4096)
+    assert tokenizer.decode(matcher.forced(99)).startswith('{"name":') and len(matcher.forced(2)) == 2
+    matcher.take(ids(tokenizer, '{"name": "a'))
+    assert matcher.forced(99) == [] and len(told(tokenizer, matcher)[0]) > 1000
+    matcher.take(ids(tokenizer, 'b"'))
+    assert tokenizer.decode(matcher.forced(99)) == "}"
+
+
+def test_forbidden_rows_go_and_forced_ones_come(tokenizer):
+    """If this fails, a step verifies drafts that cannot be, or leaves out those that must be."""
+    matcher = Matcher(regex("a#(c|d)#"), tokenizer, 4096)
+    a, b, c, d = (ids(tokenizer, letter)[0] for letter in "a#cd")
+    matcher.take([a])
+    # root a: (#: (c, #), c)
+    tokens, parents = matcher.grow([a, b, c, c, b], [0, 0, 0, 1, 1], 5)
+    assert (tokens, parents) == ([a, b, c, b], [0, 0, 1, 2])  # c behind a and # behind # go; # behind c is forced
+    assert matcher.grow([a, b, d], [0, 0, 1], 3) == ([a, b, d], [0, 0, 1])  # no row is left
+    assert matcher.grow([a], [0], 9) == ([a, b], [0, 0])
+    assert matcher.grow([a, c], [0, 0], 4, chain=True) == ([a, b], [0, 0])
+    letters = told(tokenizer, matcher, [a, b, c], [0, 0, 1])
+    assert [{letter for letter in row if len(letter) == 1} for row in letters] == [{"#"}, {"c", "d"}, {"#"}]
+    assert told(tokenizer, matcher) == letters[:1]  # and the walk has left nothing behind
+
+
+def test_the_end(tokenizer):
+    """If this fails, a text ends too early, or goes on behind its end."""
+    [end] = tokenizer.eos_token_ids
+    matcher = Matcher(regex("(yes)+"), tokenizer, 4096)
+    assert end not in np.nonzero(np.unpackbits(matcher.allowed([0], [0]).view(np.uint8), bitorder="little"))[0]
+    matcher.take(ids(tokenizer, "yes"))
+    assert end in np.nonzero(np.unpackbits(matcher.allowed([0], [0]).view(np.uint8), bitorder="little"))[0]
+    assert matcher.grow([5, end], [0, 0], 2) == ([5], [0])
+    matcher.take([end, 5, 6])
+    assert matcher.forced(9) == []
+
+
+def test_a_vocabulary_without_the_letter(stories_pair):
+    """If this fails, a text that cannot go on ends in a traceback, or in what the grammar forbids."""
+    matcher = Matcher(regex("a\u4e2d"), stories_pair[2], 512)
+    matcher.take([stories_pair[2].get_vocab()["a"]])
+    with pytest.raises(UserError, match="no token of the model's vocabulary"):
+        matcher.take([0])

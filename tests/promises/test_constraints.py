@@ -1,0 +1,122 @@
+"""Structured output with drafts is structured output without, and is what was asked for."""
+
+import dataclasses
+import json
+
+import jsonschema
+import pytest
+from support.schemas import SCHEMAS
+
+from mlx_redrafter import DraftShape, stream_generate
+from mlx_redrafter.constraints.constraint import json_object, json_schema, lark, regex
+from mlx_redrafter.decoding.sampling import position_keyed
+
+# How drafts come about: with the drafter or without, a shape (None for "auto"), lookup.
+WAYS = [
+    (False, None, "off"), (True, DraftShape(), "off"), (True, DraftShape(4, 5, 12), "off"), (True, None, None),
+    (True, DraftShape(4, 5, 7), "on"), (False, DraftShape(), "on"),
+]  # fmt: skip
+CHOOSERS = [position_keyed(0), position_keyed(1.0, 3, top_p=0.9), position_keyed(0.8, 5, min_p=0.02, top_k=40)]
+PROMPTS = {"stories_pair": "Once upon a time", "pair": "import json\n"}
+FREE = [
+    regex(r"(yes|no), (Tim|Sue) (ran|sat) [0-9]{3,5}\."),
+    lark('start: "The " animal " sat."\nanimal: "cat" | "dog" | /[a-z]{3,9}/'),
+    json_object(),
+]
+
+
+def text_of(pair, name, constraint, way=None, chooser=CHOOSERS[0], **options):
+    """Tokens, text and the last response; without a way, of plain decoding under masks."""
+    model, drafter, tokenizer = pair
+    with_drafter, shape, lookup = way or (False, None, "off")
+    if way is None:
+        constraint = dataclasses.replace(constraint, jump_ahead=False)
+    stream = stream_generate(
+        model, tokenizer, PROMPTS[name], drafter if with_drafter else None, constraint=constraint, chooser=chooser,
+        shape=shape or "auto", lookup=lookup, **({"max_tokens": 64} | options),
+    )  # fmt: skip
+    found = list(stream)
+    return [r.token for r in found], "".join(r.text for r in found), found[-1]
+
+
+def check(pair, name, constraint, schema, ways, choosers):
+    """The number of finished texts; all ways give the same one, and a finished one validates."""
+    finished = 0
+    for chooser in choosers:
+        tokens, text, last = text_of(pair, name, constraint, chooser=chooser)
+        assert last.method == "plain" and last.mean_acceptance_length == 1
+        for way in ways:
+            assert text_of(pair, name, constraint, way, chooser)[:2] == (tokens, text), (way, chooser)
+        if last.finish_reason == "stop":
+            finished += 1
+            if schema is not None:
+                jsonschema.validate(json.loads(text), schema)
+    return finished
+
+
+@pytest.fixture(params=PROMPTS)
+def named(request):
+    return request.param, request.getfixturevalue(request.param)
+
+
+def test_drafts_change_nothing(named):
+    """If this fails, drafts change structured text, or the text is not what was asked for.
+
+    A few schemas, each in one way each; the slow test below has all of them in all ways.
+    """
+    name, pair = named
+    finished = 0
+    for i, (title, schema) in enumerate(list(SCHEMAS.items())[26 :: 30 if name == "pair" else 8]):
+        way = WAYS[i % len(WAYS)]
+        finished += check(pair, name, json_schema(schema, title), schema, [way], [CHOOSERS[i % len(CHOOSERS)]])
+    assert finished >= 1
+    for i, constraint in enumerate(FREE[: 2 if name == "pair" else 3]):
+        check(pair, name, constraint, None, [WAYS[i + 3]], [CHOOSERS[i]])
+
+
+@pytest.mark.slow
+def test_drafts_change_nothing_anywhere(named):
+    """The full claim: 50 schemas, every way to draft, greedy and sampled."""
+    name, pair = named
+    finished = sum(
+        check(pair, name, json_schema(schema, title), schema, WAYS, CHOOSERS) for title, schema in SCHEMAS.items()
+    )
+    assert finished >= 120
+
+
+def test_what_is_forced_needs_no_drafter(stories_pair):
+    """If this fails, jump-ahead does not jump."""
+    constraint = json_schema(SCHEMAS["weather"])
+    _, _, last = text_of(stories_pair, "stories_pair", constraint, WAYS[0])
+    assert last.method == "grammar" and last.forced_share > 0.1 and last.mean_acceptance_length > 1.5
+
+
+def test_bias_and_penalties_come_first(stories_pair):
+    """If this fails, a bias lifts a token over the grammar, or is lost under it."""
+    from mlx_lm.sample_utils import make_logits_processors
+
+    tokenizer = stories_pair[2]
+    constraint = regex("(yes|no|maybe|6)( and (yes|no|maybe|6)){4}")
+    once, six = (tokenizer.get_vocab()[token] for token in ("▁Once", "6"))
+    texts = set()
+    for bias in ({once: 100.0}, {once: 100.0, six: 50.0}):
+        processors = make_logits_processors(bias, repetition_penalty=1.3)
+        ways = [
+            text_of(stories_pair, "stories_pair", constraint, way, logits_processors=processors)[1]
+            for way in (None, *WAYS[:3])
+        ]
+        assert len(set(ways)) == 1 and "Once" not in ways[0]
+        texts.add(ways[0])
+    assert len(texts) == 2
+
+
+def test_a_prompt_cache_goes_on(stories_pair):
+    """If this fails, a conversation breaks at a structured answer."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    found = []
+    for way in (None, WAYS[0], WAYS[1]):
+        cache = make_prompt_cache(stories_pair[0])
+        text_of(stories_pair, "stories_pair", json_schema(SCHEMAS["light"]), way, prompt_cache=cache)
+        found.append(text_of(stories_pair, "stories_pair", FREE[0], way, prompt_cache=cache)[1])
+    assert len(set(found)) == 1
