@@ -18,7 +18,7 @@ def endless(schema: dict[str, Any]) -> str:
         name = todo.pop()
         if name not in schemas:
             schemas[name] = _at(schema, name)
-            for other in _references(schemas[name]):
+            for other in sorted(_references(schemas[name]), reverse=True):
                 users[other].add(name)
                 todo.append(other)
     todo = list(schemas)
