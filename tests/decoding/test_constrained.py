@@ -6,8 +6,11 @@ import pytest
 
 from mlx_redrafter.constraints.constraint import regex
 from mlx_redrafter.constraints.matcher import Matcher
+from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.constrained import jump, masked, prune
+from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Forced
+from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.tree import CandidateTree
 
 
@@ -50,3 +53,10 @@ def test_far_jumps_need_no_drafter(pair, letters):
     matcher = Matcher(regex("a#(c|d)"), pair[2], 4096)
     matcher.take([letters["a"]])
     assert (jump(matcher, drafted), jump(matcher, PLAIN)) == (drafted, Forced(1))
+
+
+def test_no_batches(pair):
+    """If this fails, a batch prunes all its texts by the grammar of the first."""
+    options = DecodingOptions(matcher=Matcher(regex("a"), pair[2], 4096))
+    with pytest.raises(UserError, match="one text at a time"):
+        BatchText([1], options)
