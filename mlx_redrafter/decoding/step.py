@@ -178,7 +178,7 @@ class SpeculativeStep:
         return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents)
 
     def choose(self, tree: CandidateTree, logits: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """Logits (B, 1 + N, vocab) as processors and masks leave them, and the choices (B, 1 + N) for these positions."""
+        """Logits (B, 1 + N, vocab) after processors and masks, and the choices (B, 1 + N) for these positions."""
         if self.options.processors:
             assert self.history is not None
             logits = process_tree(self.options.processors, self.history, tree, logits)

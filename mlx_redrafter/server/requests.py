@@ -10,6 +10,8 @@ from typing import Any
 
 from mlx_lm.server import CompletionRequest
 
+from mlx_redrafter.constraints.constraint import Constraint
+
 
 @dataclasses.dataclass(eq=False)
 class Request(CompletionRequest):
@@ -17,6 +19,7 @@ class Request(CompletionRequest):
 
     Attributes:
         num_draft_tokens: the node budget it asks for; None for the server's own shape.
+        constraint: what its answer has to be; None for any text.
         hung_up: whether its client has gone; asked while it waits.
         arrived: when, on the monotonic clock.
         begun: set when its turn has come.
@@ -31,6 +34,7 @@ class Request(CompletionRequest):
     """
 
     num_draft_tokens: int | None = None
+    constraint: Constraint | None = None
     hung_up: Callable[[], bool] = lambda: False
     arrived: float = dataclasses.field(default_factory=time.monotonic)
     begun: threading.Event = dataclasses.field(default_factory=threading.Event)

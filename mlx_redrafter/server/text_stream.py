@@ -6,6 +6,7 @@ Knows nothing of queues and HTTP.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlx_lm.server import GenerationArguments
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
 from mlx_redrafter.decoding.sampling import Chooser, position_keyed
 from mlx_redrafter.drafting.shape import OFF
+from mlx_redrafter.errors import UserError
 from mlx_redrafter.server import seam
 from mlx_redrafter.server.answers import HungUp
 from mlx_redrafter.server.provider import Provider
@@ -63,6 +65,8 @@ def text_stream(
     if input_embeddings is None:
         source = ours(provider, request, args, **theirs)
     else:
+        if request.constraint is not None:
+            raise UserError("response_format: found with images, which mlx_lm reads, expected text alone")
         source = seam.theirs(input_embeddings=input_embeddings, **theirs)
     stops = StopStrings(args.stop_words)
     with contextlib.closing(source):
@@ -106,6 +110,7 @@ def recorded(
                 asked = tokenizer.decode(request.tokens, skip_special_tokens=True)
             changed = {
                 "processors": processors,
+                "response_format": request.constraint is not None,
                 "stop": request.stopped_by,
                 "tools": bool(request.tools),
                 "adapter_path": provider.model_key[1],
@@ -130,11 +135,15 @@ def ours(
     for name in ("stream", "sampler", "draft_model", "num_draft_tokens"):  # what takes their place is in the request
         options.pop(name)
     plain = request.num_draft_tokens == 0
+    constraint = request.constraint
+    if plain and constraint is not None:
+        constraint = dataclasses.replace(constraint, jump_ahead=False)
     cached = request.tokens[: len(request.tokens) - len(prompt)]
     return stream_generate(
         drafter=None if plain else provider.drafter,
         prompt=prompt,
         chooser=chooser(args, options["tokenizer"]),
+        constraint=constraint,
         logits_processors=[_after(cached, processor) for processor in logits_processors],
         shape=provider.shape_for(request.num_draft_tokens or None),
         lookup=OFF if plain else provider.lookup,

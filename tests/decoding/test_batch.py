@@ -7,8 +7,8 @@ from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import BatchPlanner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
-from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.kinds import proposer_for
+from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
 from mlx_redrafter.target.probe import verifier_of
 

@@ -38,6 +38,7 @@ def timings(last: Any) -> dict[str, Any]:
             "shape": None if last.shape is None else str(last.shape),
             "plain_share": last.plain_share,
             "lookup_share": last.lookup_share,
+            "forced_share": last.forced_share,
         }
         if last.reason:
             found["reason"] = last.reason
