@@ -28,6 +28,7 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.loading import find_drafter
 from mlx_redrafter.training import command as train_command
 from mlx_redrafter.training.drafters.kinds import METHODS
+from mlx_redrafter.training.drafters.recipes import follow
 from mlx_redrafter.training.drafters.vocabulary import frequent_tokens, vocab_map_of
 from mlx_redrafter.training.flags import check, check_for, training_plan
 from mlx_redrafter.training.loss import Objective
@@ -44,6 +45,7 @@ def flags_of(args: argparse.Namespace, recipe: Recipe, target: Target, work: pat
     parser = argparse.ArgumentParser(exit_on_error=False)
     train_command.add_arguments(parser)
     begin = ["--out", str(work / recipe.name), "--eval-every", "0", "--dtype", "float32", "--compile", OFF]
+    begin += ["--recipe", "plain"]  # recipes are the same whatever is usual
     own = with_layers(recipe.flags, target.num_layers)
     try:
         found, unknown = parser.parse_known_args([*begin, *shlex.split(args.train_flags), *own])
@@ -60,6 +62,8 @@ def flags_of(args: argparse.Namespace, recipe: Recipe, target: Target, work: pat
             " which all recipes share"
         )
     found.model = args.model
+    follow(found)
+    follow(found, target)
     check(found)
     check_for(found, target)
     return found

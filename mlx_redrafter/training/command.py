@@ -23,6 +23,7 @@ from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.loading import find_target, is_embedded, load_target
 from mlx_redrafter.training.acceptance_length import held_out_prompts
 from mlx_redrafter.training.drafters.kinds import METHODS
+from mlx_redrafter.training.drafters.recipes import follow
 from mlx_redrafter.training.drafters.vocabulary import vocab_map_of
 from mlx_redrafter.training.flags import add_arguments, check, check_for, data_plan, training_plan
 from mlx_redrafter.training.report import EVALUATED_TOKENS, report
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     """Writes or reads text, trains, measures acceptance, and leaves a drafter with its card in --out."""
     if args.resume:
         args = resumed(args)
+    else:
+        follow(args)
     check(args)
     plan_of_data, method = data_plan(args), METHODS[args.method]
     out, notes = pathlib.Path(args.out), pathlib.Path(args.out) / "training"
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     if verifier.capability == NONE:
         raise UserError(f"--model {args.model}: cannot verify drafts: {verifier.reason}")
     target = verifier.target
+    if not args.resume or "recipe" in args.given:
+        follow(args, target)
     check_for(args, target)
     rows = None if args.text is None else earlier_rows(args.text, target, tokenizer, method.steps(args))
     drafter = None if args.init is None else method.earlier(args, target, tokenizer)

@@ -22,6 +22,7 @@ from mlx_redrafter.text.flags import add_target_arguments
 from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.init_weights import OUTPUTS
 from mlx_redrafter.training.drafters.kinds import METHODS
+from mlx_redrafter.training.drafters.recipes import RECIPES, USUAL
 from mlx_redrafter.training.loss import KL, LABELS, Objective
 from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, SESSIONS, DataPlan
 from mlx_redrafter.training.trainer import TrainingPlan, parts_of
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, help="directory for the drafter, its log and its checkpoints")
     add("--resume", nargs=0, default=False, help="go on with the run in --out; other flags are those it was begun with,"
         " unless given: --iters, --eval-every and the like may change")  # fmt: skip
+    add("--recipe", choices=RECIPES, default=USUAL, help="what is taken for flags that are not given: plain, a head"
+        " that reads the last hidden state; rich, one that reads more of the target and of the text; apple, Apple's"
+        " layout and training (default: %(default)s)")  # fmt: skip
     add("--seed", type=whole(0, 2**32 - 1), default=0)
     add("--upload-repo", metavar="OWNER/NAME", help="Hub repository to upload the finished drafter to")
     add("--trust-remote-code", action="store_true")

@@ -22,6 +22,7 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.acceptance_length import held_out_prompts
 from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.kinds import METHODS
+from mlx_redrafter.training.drafters.recipes import USUAL, fixed
 from mlx_redrafter.training.drafters.vocabulary import coverage, vocab_map_of
 from mlx_redrafter.training.loss import HARD, KL, LK, TEXT, Objective
 from mlx_redrafter.training.resume import arguments_of, defaults
@@ -130,7 +131,7 @@ def command_line(arguments: dict[str, Any], defaults: dict[str, Any]) -> str:
     """The command that trains the same drafter; flags at their defaults are left out."""
     words = ["mlx-redrafter", "train"]
     for name, value in arguments.items():
-        if name in NOT_SHOWN or value == defaults.get(name):
+        if name in NOT_SHOWN or value == (USUAL if name == "recipe" else defaults.get(name)):
             continue
         words.append(flag(name))
         if value is not True:
@@ -153,7 +154,7 @@ def _card(args: argparse.Namespace, drafter: Any, text: str, facts: dict[str, An
         f" {facts['tokens_per_second']:.0f} tokens per second, {facts['prefill_ratio']:.2f} of the target's own"
         " reading speed",
         "mean acceptance length": f"{facts['mean_acceptance_length']:.2f} ({facts['measured']})",
-        "command": f"`{command_line(arguments_of(args), defaults())}`",
+        "command": f"`{command_line(arguments_of(args), defaults() | fixed(args.recipe))}`",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     words = (

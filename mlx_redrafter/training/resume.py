@@ -15,6 +15,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.drafters.base import flag
+from mlx_redrafter.training.drafters.recipes import RECIPES, follow
 from mlx_redrafter.training.flags import add_arguments
 from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, SESSIONS
 from mlx_redrafter.training.text.rendering import Renderer
@@ -58,6 +59,7 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
     texts = {name: str(value) if type(value) in (int, float) else value for name, value in stored.items()}
     if isinstance(texts.get("text"), str):  # of a run from when there was one folder only
         texts["text"] = [texts["text"]]
+    texts.setdefault("recipe", "plain")  # there was no other
     parser.set_defaults(**{name: texts[name] for name in texts.keys() & defaults().keys() if texts[name] is not None})
     try:
         flags = vars(parser.parse_args([f"--out={args.out}"]))
@@ -73,10 +75,15 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
                 )
             changed = True
         flags[name] = value
+    if flags["recipe"] != texts["recipe"]:
+        forgotten = {name: defaults()[name] for name in RECIPES[texts["recipe"]].keys() - args.given}
+        new = argparse.Namespace(**flags | forgotten | {"given": args.given})
+        follow(new)
+        flags = vars(new)
     if changed:  # the target's readings are those of the old flags
         for readings in notes.glob("readings-*"):
             shutil.rmtree(readings, ignore_errors=True)
-    return argparse.Namespace(**vars(args) | flags)
+    return argparse.Namespace(**vars(args) | flags | {"given": args.given})
 
 
 def forget(out: pathlib.Path, notes: pathlib.Path, args: argparse.Namespace, error: UserError) -> None:

@@ -38,7 +38,14 @@ def test_what_may_change(begun):
     """If this fails, a changed flag is ignored, or changes what half of a run has learned."""
     values = {name: value for name, value in defaults().items() if name not in (*FREE_TO_CHANGE, "no_rnn", "given")}
     for name, value in values.items():
-        new = {"model": "m", "loss": "hard", "method": "medusa", "output_layer": "random", "train_dtype": "float32"}
+        new = {
+            "model": "m",
+            "recipe": "apple",
+            "loss": "hard",
+            "method": "medusa",
+            "output_layer": "random",
+            "train_dtype": "float32",
+        }
         word = new.get(name, "17" if not isinstance(value, str) or name == "seed" else "x")
         flag = f"--{name.replace('_', '-')}"
         words = [flag] if value is False else [flag, word]

@@ -29,7 +29,10 @@ class Medusa(Method):
     title = "Medusa heads"
     kind = MedusaHeads
     reads_tokens = False
-    foreign = ("exit_dim", "no_rnn", "context_layers", "prefix_window", "output_norm", "draft_vocab_size")
+    foreign = (
+        *("exit_dim", "no_rnn", "context_layers", "prefix_window", "output_norm", "draft_vocab_size"),
+        "loss_vocab",
+    )
 
     def check(self, args: argparse.Namespace) -> None:
         super().check(args)
