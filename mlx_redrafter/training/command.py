@@ -17,15 +17,15 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.system.files import remove_left_over, require_free, write_json
 from mlx_redrafter.system.hub import require_login, upload
-from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.target.verification import NONE
+from mlx_redrafter.target.verification import NONE, Verifier
 from mlx_redrafter.text.loading import find_target, is_embedded, load_target
 from mlx_redrafter.training.acceptance_length import held_out_prompts
 from mlx_redrafter.training.drafters.kinds import METHODS
 from mlx_redrafter.training.drafters.recipes import follow
 from mlx_redrafter.training.drafters.vocabulary import vocab_map_of
-from mlx_redrafter.training.flags import add_arguments, check, check_for, data_plan, training_plan
+from mlx_redrafter.training.flags import STOP, add_arguments, check, check_for, data_plan, training_plan
+from mlx_redrafter.training.forecast.outlook import Outlook
 from mlx_redrafter.training.report import EVALUATED_TOKENS, report
 from mlx_redrafter.training.resume import arguments_of, earlier_rows, forget, resumed
 from mlx_redrafter.training.teacher import Teacher
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     model.freeze()
     drafter = method.new(args, target, rows) if drafter is None else drafter
     method.settle(args, drafter, target, rows)  # shows early that the held-out rows are good for it
-    result = _train(args, plan, drafter, target, rows, notes)
+    result = _train(args, plan, drafter, verifier, rows, notes)
     if not first:
         return
     method.save(args, drafter, target, tokenizer, out)
@@ -97,9 +97,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train(
-    args: argparse.Namespace, plan: TrainingPlan, drafter: Any, target: Target, rows: Rows, notes: pathlib.Path
+    args: argparse.Namespace, plan: TrainingPlan, drafter: Any, verifier: Verifier, rows: Rows, notes: pathlib.Path
 ) -> TrainingResult:
-    method = METHODS[args.method]
+    method, target = METHODS[args.method], verifier.target
     readings = notes / f"readings-{mx.distributed.init().rank()}"
     budget = min(int(args.cache_gb * 2**30), shutil.disk_usage(notes).free // 2)
     layers = getattr(drafter, "context_layers", ())  # a draft model reads none
@@ -110,7 +110,11 @@ def _train(
         method.settle(args, current, target, rows)
         return method.acceptance(args, current, target, prompts, EVALUATED_TOKENS)
 
-    result = train(method, drafter, teacher, plan, notes, args.resume, evaluate if plan.eval_every else None)
+    watch = None
+    if args.expected:
+        outlook = Outlook(method, teacher, plan, verifier, args.expected == STOP, notes / "expected.json")
+        watch = (outlook.updates, outlook)
+    result = train(method, drafter, teacher, plan, notes, args.resume, evaluate if plan.eval_every else None, watch)
     teacher.close()
     shutil.rmtree(readings, ignore_errors=True)
     method.settle(args, drafter, target, rows)

@@ -29,6 +29,7 @@ from mlx_redrafter.training.trainer import TrainingPlan, parts_of
 from mlx_redrafter.training.update import AUTO, OFF, ON
 
 POSITIVE = real(math.ulp(0.0), words="more than 0")
+SAY, STOP = "say", "stop"
 DECAY = 0.9  # weight of each draft step beside the one before it
 
 
@@ -136,6 +137,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " of --iters)")  # fmt: skip
     add("--patience", type=whole(0), default=0, help="stop after so many of them without a better one; 0: never"
         " (default)")  # fmt: skip
+    add("--expected", nargs="?", choices=(SAY, STOP), const=SAY, help="after a tenth of the updates, say what"
+        " acceptance and speed-up on this device to expect at the end, and whether going on pays; with stop, stop where it does"
+        " not")  # fmt: skip
     add("--cache-gb", type=real(0, 2**20), default=4.0, help="disk for what the target made of the text, so that it"
         " reads each text once (default: %(default)s)")  # fmt: skip
 
@@ -180,6 +184,8 @@ def check(args: argparse.Namespace) -> None:
     parts_of(args.batch_size, args.grad_accumulation, mx.distributed.init())
     if args.patience and args.eval_every == 0:
         raise UserError(f"--patience {args.patience} needs evaluations, but --eval-every is 0")
+    if args.expected and mx.distributed.init().size() > 1:
+        raise UserError("--expected is for one process: each measures its own steps")
     if args.q_bits is not None:
         check_quantization(args.q_bits, args.q_group_size)
     elif args.q_aware:

@@ -24,6 +24,7 @@ from mlx_redrafter.training.text.shards import Rows
 # What may change when a run goes on: how long, how it is watched and kept, where it runs.
 FREE_TO_CHANGE = (
     *("out", "resume", "upload_repo", "trust_remote_code", "iters", "eval_every", "patience", "save_every"),
+    "expected",
     *("cache_gb", "write_batch_size", "grad_accumulation", "compile", "dtype"),
 )
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -84,6 +84,7 @@ def train(
     folder: pathlib.Path,
     resume: bool = False,
     evaluate: Callable[[Any], float] | None = None,
+    watch: tuple[Sequence[int], Callable[[Any, int], bool]] | None = None,
 ) -> TrainingResult:
     """Trains a drafter in place; it ends as the best one that was evaluated, or the last.
 
@@ -96,6 +97,7 @@ def train(
         folder: gets log.jsonl, checkpoint.safetensors and best.safetensors.
         resume: go on from the checkpoint there, or begin where there is none yet.
         evaluate: higher is better.
+        watch: is called with the drafter after these updates; whether the training ends there. Its time does not count.
 
     Raises:
         UserError: a checkpoint of another drafter, a batch that does not split, or a loss that
@@ -123,8 +125,10 @@ def train(
     gradients_of, apply = compiled_steps(loss_of, optimizer, plan.max_grad_norm, plan.compile, plan.iters)
     log = _Log(folder / "log.jsonl", progress.done, first)
     average = RunningShare(0, 20)
+    looks, look = watch or ((), None)
+    ended = False
     with tqdm(total=plan.iters, initial=progress.done, desc="training", unit="it", disable=not first) as bar:
-        while progress.done < plan.iters and not progress.is_over(plan.patience):
+        while progress.done < plan.iters and not ended and not progress.is_over(plan.patience):
             i = progress.done
             picks = row_picks(plan, i, len(teacher))
             total: Any = None
@@ -162,6 +166,13 @@ def train(
                     drafter.train()
                 if progress.note(facts["acceptance"]) and first:
                     save(best, weights, {}, Progress())
+            if look is not None and done in looks:
+                with log.paused():
+                    drafter.update(weights)
+                    drafter.eval()
+                    ended = look(drafter, done)
+                    drafter.train()
+            last = last or ended
             if first and (done % LOG_EVERY == 0 or "acceptance" in facts or last):
                 log.note(facts)
             if first and (done % plan.save_every == 0 or "acceptance" in facts or last):
