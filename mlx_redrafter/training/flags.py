@@ -138,8 +138,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--patience", type=whole(0), default=0, help="stop after so many of them without a better one; 0: never"
         " (default)")  # fmt: skip
     add("--expected", nargs="?", choices=(SAY, STOP), const=SAY, help="after a tenth of the updates, say what"
-        " acceptance and speed-up on this device to expect at the end, and whether going on pays; with stop, stop where it does"
-        " not")  # fmt: skip
+        " acceptance and speed-up on this device to expect at the end, and whether going on pays; with stop, stop where"
+        " it does not")  # fmt: skip
     add("--cache-gb", type=real(0, 2**20), default=4.0, help="disk for what the target made of the text, so that it"
         " reads each text once (default: %(default)s)")  # fmt: skip
 
