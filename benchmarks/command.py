@@ -11,13 +11,14 @@ from mlx_redrafter.benchmarks.kinds import (
     context,
     served,
     speed,
+    structured,
     sweep,
     verify_cost,
 )
 
 HELP = (
     "measure on this device: speed, other methods, tree shapes, cost of rows, parts of a step, long contexts,"
-    " choices in training, the server"
+    " choices in training, the server, structured output"
 )
 
 # Name: module with HELP, add_arguments(parser) and run(args), which returns a Report.
@@ -30,6 +31,7 @@ KINDS = {
     "context": context,
     "ablation": ablation,
     "serve": served,
+    "structured": structured,
 }
 
 
