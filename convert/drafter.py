@@ -9,12 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_redrafter.convert import medusa, redrafter
+from mlx_redrafter.convert import eagle, medusa, redrafter
 from mlx_redrafter.convert.source import TORCH_PATTERNS
 from mlx_redrafter.convert.vocabulary import with_most_frequent
 
 from mlx_redrafter.drafting.drafter_files import check_quantization, read_fields
-from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.kinds import Drafter, is_eagle
 from mlx_redrafter.drafting.pairing import check_sizes
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import require_free, write_directory, write_json
@@ -29,6 +29,13 @@ _PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"
 _ONE_FILE = 2**62  # bytes of a shard: `load` reads one
 
 
+def _kind(fields: dict[str, Any]) -> Any:
+    """The module that reads drafters with such a config.json."""
+    if "medusa_num_heads" in fields:
+        return medusa
+    return eagle if is_eagle(fields) else redrafter
+
+
 def is_medusa(folder: pathlib.Path) -> bool:
     """Whether a drafter's config.json is that of Medusa heads. Raises UserError where there is none."""
     return "medusa_num_heads" in read_fields(folder)
@@ -36,7 +43,8 @@ def is_medusa(folder: pathlib.Path) -> bool:
 
 def read_drafter(folder: pathlib.Path, scratch: pathlib.Path) -> Drafter:
     """A drafter of lazy weights, published or ours. Raises UserError; `scratch` as for `lazy_weights`."""
-    return (medusa if is_medusa(folder) else redrafter).read(folder, scratch)
+    drafter: Drafter = _kind(read_fields(folder)).read(folder, scratch)
+    return drafter
 
 
 def convert_drafter(
@@ -55,7 +63,8 @@ def convert_drafter(
     """Converts a checkpoint to config.json + model.safetensors that `load` reads.
 
     Args:
-        hf_path: local directory or Hub id: Apple's ReDrafter, published Medusa heads, or either in our layout.
+        hf_path: local directory or Hub id: Apple's ReDrafter, published Medusa or EAGLE-3 heads, or any
+            of them in our layout.
         mlx_path: a directory that does not exist yet.
         quantize, q_bits, q_group_size: affine quantisation of all matrices; one that is
             quantised already goes through 16 bits.
@@ -103,6 +112,8 @@ def convert_drafter(
 
 def export_drafter(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a drafter under the names of Apple or Medusa, in full. Raises UserError where they have no form for it."""
+    if is_eagle(read_fields(source)):
+        raise UserError(f"{source}: is an EAGLE-3 head, which is not exported; use the checkpoint that it was made of")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         drafter: Any = read_drafter(source, pathlib.Path(scratch))
         for field in ("draft_vocab_size", "context_layers", "prefix_window", "output_norm", "tie_output"):

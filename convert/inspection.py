@@ -17,12 +17,14 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import get_total_parameters
-from mlx_redrafter.convert.drafter import is_medusa, read_drafter
+from mlx_redrafter.convert.drafter import read_drafter
 from mlx_redrafter.convert.medusa import published_files
 from mlx_redrafter.convert.redrafter import is_converted, read_config
 from mlx_redrafter.convert.source import weight_files
 
-from mlx_redrafter.drafting.kinds import Drafter
+from mlx_redrafter.drafting.cached.eagle import MODEL_TYPE as EAGLE
+from mlx_redrafter.drafting.cached.eagle import EagleHead
+from mlx_redrafter.drafting.kinds import Drafter, is_eagle
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.files import read_json
@@ -130,16 +132,18 @@ def _inspect_adapter(folder: pathlib.Path, found: Inspection) -> Inspection:
 
 
 def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathlib.Path]) -> None:
-    medusa, torch = is_medusa(folder), _has_torch(files)
-    found.kind = HF_DRAFTER if torch or published_files(folder) else DRAFTER
+    fields, torch = read_json(folder / "config.json"), _has_torch(files)
+    recurrent = not is_eagle(fields) and "medusa_num_heads" not in fields
+    published = fields.get("model_type") != EAGLE if is_eagle(fields) else bool(published_files(folder))
+    found.kind = HF_DRAFTER if torch or published else DRAFTER
     try:
-        config: Any = None if medusa else read_config(folder)
+        config: Any = read_config(folder) if recurrent else None
         if files and not torch:
             with tempfile.TemporaryDirectory() as scratch:
                 head = read_drafter(folder, pathlib.Path(scratch))
                 _weigh_drafter(found, head)
                 config = head.config
-            if not medusa and not is_converted(read_weights(files)):
+            if recurrent and not is_converted(read_weights(files)):
                 found.kind = HF_DRAFTER
         elif config is not None:
             found.parameters = get_total_parameters(RecurrentDrafter(config))
@@ -173,7 +177,9 @@ def _weigh_drafter(found: Inspection, head: Drafter) -> None:
         found.bytes_per_step = DRAFT_STEPS * head.bytes_per_draft_step() + context
         found.step = f"for a chain of {DRAFT_STEPS} drafts"
     else:
-        found.bytes_per_step = head.bytes_per_draft_step()
+        levels = DRAFT_STEPS if isinstance(head, EagleHead) else 1
+        found.bytes_per_step = levels * head.bytes_per_draft_step()
+        found.step = f"for a chain of {DRAFT_STEPS} drafts" if levels > 1 else ""
 
 
 def _inspect_target(

@@ -75,7 +75,9 @@ def run(args: argparse.Namespace) -> Report:
     prompts = check_texts(args)
     pair = load_pair(args)
     if not isinstance(pair.drafter, RecurrentDrafter):
-        raise UserError(f"--draft {args.draft}: is of Medusa heads, which --medusa takes; expected a recurrent drafter")
+        raise UserError(
+            f"--draft {args.draft}: is no recurrent drafter; --medusa takes Medusa heads, --draft-model takes a model"
+        )
     contest = open_contest(Target.of(pair.model), pair.tokenizer, pair.drafter, args.draft_model, args.medusa)
     pair.facts |= contest.facts
     texts = encode_texts(args, pair, prompts)

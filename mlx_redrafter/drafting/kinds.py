@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mlx_redrafter.drafting import medusa, redrafter
+from mlx_redrafter.drafting.cached import eagle
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
+from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
 from mlx_redrafter.drafting.cached.proposer import CachedProposer
 from mlx_redrafter.drafting.drafter_files import Embedder, read_fields
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
@@ -16,7 +18,7 @@ from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_safetensors
 
-Drafter: TypeAlias = RecurrentDrafter | MedusaHeads | DraftModel
+Drafter: TypeAlias = RecurrentDrafter | MedusaHeads | DraftModel | EagleHead
 
 
 def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0, text: Sequence[int] = ()) -> Proposer:
@@ -27,14 +29,20 @@ def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0, te
         temperature: of the drafter's probabilities, by which nodes are chosen.
         text: all tokens before the first step, where they are known; for drafters that read tokens alone.
     """
-    if isinstance(drafter, DraftModel):
+    if isinstance(drafter, (DraftModel, EagleHead)):
         return CachedProposer(drafter, temperature, text)
     if isinstance(drafter, MedusaHeads):
         return MedusaProposer(drafter)
     return RecurrentProposer(drafter, embed, temperature)
 
 
-def open_drafter(path: str | pathlib.Path) -> RecurrentDrafter | MedusaHeads:
+def is_eagle(fields: dict[str, Any]) -> bool:
+    """Whether a config.json is that of an EAGLE-3 head, converted or not."""
+    kind = fields.get("model_type")
+    return kind == eagle.MODEL_TYPE or (kind != redrafter.MODEL_TYPE and "draft_vocab_size" in fields)
+
+
+def open_drafter(path: str | pathlib.Path) -> RecurrentDrafter | MedusaHeads | EagleHead:
     """Reads what `DrafterBase.save` wrote, of the kind that its config.json says.
 
     Raises:
@@ -47,6 +55,11 @@ def open_drafter(path: str | pathlib.Path) -> RecurrentDrafter | MedusaHeads:
         return heads.fill(read_safetensors(weights_file), str(weights_file))
     if "medusa_num_heads" in fields:
         raise UserError(f"{file}: Medusa heads as published; run `mlx-redrafter convert drafter` on them first")
+    if fields.get("model_type") == eagle.MODEL_TYPE and "layer" in fields:
+        head = EagleHead(EagleConfig.from_dict(fields, str(file)))
+        return head.fill(read_safetensors(weights_file), str(weights_file))
+    if is_eagle(fields):
+        raise UserError(f"{file}: an EAGLE-3 head as published; run `mlx-redrafter convert drafter` on it first")
     if (kind := fields.get("model_type", redrafter.MODEL_TYPE)) != redrafter.MODEL_TYPE:
         raise UserError(
             f"{path}: is a model of type {kind!r}, not a drafter; use it with --model {path}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
+from mlx_redrafter.drafting.cached.eagle import EagleHead
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.errors import UserError
@@ -16,6 +17,8 @@ def check_pair(target: Target, drafter: Drafter, name: str = "drafter") -> None:
     Raises:
         UserError: the drafter was made for a target of another shape.
     """
+    if isinstance(drafter, EagleHead):
+        drafter.fit(target)
     check_sizes(target, drafter, name)
     if isinstance(drafter, RecurrentDrafter):
         tie(drafter, target)

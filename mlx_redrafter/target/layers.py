@@ -17,21 +17,27 @@ _EPS = 1e-6
 _ROWS = 3  # of the call that shows the order: not 1, which a number of streams could be as well
 
 
+class RawLayers(tuple[int, ...]):
+    """Numbers of layers whose hidden states are to be given as the layers return them, the last one's, too."""
+
+
 class Tap(StandIn):
     """Stands in for a layer and keeps what it returned last.
 
     Attributes:
-        hidden: (B, M, hidden_size) of unit RMS per row: layers add to what they read, so later ones give much more.
+        hidden: (B, M, hidden_size); unless `raw`, of unit RMS per row: layers add to what they read, so later ones
+            give much more.
     """
 
     hidden: mx.array | None = None
+    raw = False
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         output = self.module(*args, **kwargs)
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         while hidden.ndim > 3:  # of several streams (gemma3n) the first, in which the others are brought together
             hidden = hidden[0]
-        self.hidden = mx.fast.rms_norm(hidden, None, _EPS)
+        self.hidden = hidden if self.raw else mx.fast.rms_norm(hidden, None, _EPS)
         return output
 
 

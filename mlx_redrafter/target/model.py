@@ -21,7 +21,7 @@ import mlx.nn as nn
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
-from mlx_redrafter.target.layers import Tap, find_layers
+from mlx_redrafter.target.layers import RawLayers, Tap, find_layers
 from mlx_redrafter.target.rope import positions_per_row
 
 
@@ -95,6 +95,10 @@ class Target:
         found, why = self._layers
         if why:
             raise UserError(f"{source}: hidden states between this target's layers cannot be read: {why}")
+        if min(context_layers) < 1:
+            raise UserError(
+                f"{source}: layer {min(context_layers)} is to be read; the target's {len(found)} are too few"
+            )
         if (highest := max(context_layers)) > len(found):
             raise UserError(f"{source}: layer {highest} is to be read, but the target has {len(found)} layers")
 
@@ -125,9 +129,10 @@ class Target:
         Returns:
             hidden (B, M, context_size), and logits (B, M, vocab_size). The last hidden state is
             what the model's head reads, after its final norm (None where `missing` says why);
-            those between layers have unit RMS, and all lie side by side in the order asked for.
+            those between layers have unit RMS (see `RawLayers`), and all lie side by side in the order asked for.
         """
-        taps = {n: self._tap(n) for n in context_layers if n != self.num_layers}
+        raw = isinstance(context_layers, RawLayers)
+        taps = {n: self._tap(n, raw) for n in context_layers if raw or n != self.num_layers}
         with standing_in([*self._stand_ins, *taps.values()]), positions_per_row(positions):
             logits = self.model(tokens, cache=cache)
         hidden = None
@@ -140,10 +145,12 @@ class Target:
             hidden = mx.concatenate(parts, axis=-1)
         return hidden, logits
 
-    def _tap(self, number: int) -> tuple[Slot, Any]:
+    def _tap(self, number: int, raw: bool) -> tuple[Slot, Any]:
         slot = self._layers[0][number - 1]
         now: Any = slot.owner[slot.name]  # another stand-in, where a layer is the mixer of its state itself
-        return dataclasses.replace(slot, module=now), Tap(now)
+        tap = Tap(now)
+        tap.raw = raw
+        return dataclasses.replace(slot, module=now), tap
 
 
 class _Recorder(StandIn):

@@ -104,22 +104,27 @@ class DraftModel(DrafterBase):
         return self.verifier.make_cache()
 
     def prefill(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> tuple[mx.array | None, mx.array]:
-        """Reads rows as a prompt; arguments as for `read`."""
-        return None, self.verifier.target.forward(self._known(tokens), cache.layers)[1][..., : self.config.scored]
+        """Reads rows as a prompt; arguments as for `read`. Gives the last row's scores."""
+        logits = self.verifier.target.forward(self._known(tokens), cache.layers)[1]
+        return None, logits[:, -1:, : self.config.scored]
 
-    def read(self, tree: CandidateTree, contexts: mx.array | None, cache: KVCache) -> tuple[mx.array | None, mx.array]:
+    def read(
+        self, tree: CandidateTree, contexts: mx.array | None, cache: KVCache, at: mx.array | None = None
+    ) -> tuple[mx.array | None, mx.array]:
         """Reads rows behind what the cache holds.
 
         Args:
             tree: M rows.
             contexts: not of interest to a model, which reads tokens alone.
+            at: (B,) the one row to give; all if left out.
 
         Returns:
             None, for what its rows have to say to the rows behind them is in the cache, and their scores of the
             next token (B, M, scored).
         """
         known = dataclasses.replace(tree, tokens=self._known(tree.tokens))
-        return None, self.verifier(known, cache)[1][..., : self.config.scored]
+        logits = self.verifier(known, cache)[1][..., : self.config.scored]
+        return None, logits if at is None else mx.take_along_axis(logits, at[:, None, None], axis=1)
 
     def _known(self, tokens: mx.array) -> mx.array:
         """The same tokens; those that only the target has as another one."""

@@ -33,7 +33,7 @@ class Reader(Protocol):
     ) -> tuple[mx.array | None, mx.array]: ...
 
     def read(
-        self, tree: CandidateTree, contexts: mx.array | None, cache: KVCache
+        self, tree: CandidateTree, contexts: mx.array | None, cache: KVCache, at: mx.array | None = None
     ) -> tuple[mx.array | None, mx.array]: ...
 
 
@@ -125,19 +125,16 @@ class Memory:
                 mx.async_eval(self.cache.arrays())
         self.cache.begin_trees(rows.tokens.shape[0], length=held + size)
         self._begun = True
-        return None if hidden is None else hidden[:, -1], scores[:, -1]
+        return None if hidden is None else hidden[:, 0], scores[:, 0]
 
     def _read(self, rows: Rows) -> tuple[mx.array | None, mx.array]:
         assert self.cache is not None
         batch, size = rows.tokens.shape
-        hidden, scores = self.reader.read(CandidateTree.chain(rows.tokens), rows.contexts, self.cache)
         count = mx.full((batch,), size, mx.int32) if rows.count is None else rows.count
+        chain = CandidateTree.chain(rows.tokens)
+        hidden, scores = self.reader.read(chain, rows.contexts, self.cache, at=count - 1)
         self.cache.commit(None, count - 1, size - 1)
-        if rows.count is None:
-            return None if hidden is None else hidden[:, -1], scores[:, -1]
-        at = (count - 1)[:, None, None]
-        found = None if hidden is None else mx.take_along_axis(hidden, at, axis=1)[:, 0]
-        return found, mx.take_along_axis(scores, at, axis=1)[:, 0]
+        return None if hidden is None else hidden[:, 0], scores[:, 0]
 
     @contextlib.contextmanager
     def drafting(self) -> Iterator[KVCache]:

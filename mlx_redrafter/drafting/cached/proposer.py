@@ -13,14 +13,17 @@ import mlx.core as mx
 
 from mlx_redrafter.drafting.beam_search import candidate_tree, grow
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
+from mlx_redrafter.drafting.cached.eagle import EagleHead
 from mlx_redrafter.drafting.cached.memory import Memory
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import Drafted, Plan
 from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
 
-# What was read of the texts that prompt caches hold, and how long they are.
-_LEFT: weakref.WeakKeyDictionary[Any, tuple[Memory, int]] = weakref.WeakKeyDictionary()
+WINDOW = 4096  # tokens of a prompt whose contexts are read: heads are trained on texts about so long
+
+# Of the texts that prompt caches hold: what was read of them, so many rows, their length, and the context of their end.
+_LEFT: weakref.WeakKeyDictionary[Any, tuple[Memory, int, int, mx.array]] = weakref.WeakKeyDictionary()
 
 
 class CachedProposer(Proposer):
@@ -29,20 +32,38 @@ class CachedProposer(Proposer):
     Args:
         drafter: the drafter.
         temperature: of its probabilities, by which nodes are chosen.
-        text: all tokens before the first step, where they are known, of a text that another one began.
+        text: all tokens before the first step, where they are known, of a text that another one began; for
+            drafters that read tokens alone.
     """
 
-    def __init__(self, drafter: DraftModel, temperature: float = 1.0, text: Sequence[int] = ()):
+    def __init__(self, drafter: DraftModel | EagleHead, temperature: float = 1.0, text: Sequence[int] = ()):
         self.drafter, self.temperature, self.text = drafter, temperature, text
+        self.context_layers = drafter.context_layers
+        if self.context_layers:
+            self.prefix_window = WINDOW
         self.memory = Memory(drafter)
+        self._rows = self._held = 0  # read of the text before, and its length
+        self._before: mx.array | None = None  # the context of its last token
+        self._unread = 0  # tokens of the text that have no row
         self._root_is_known = True
 
     def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
-        if self.memory.cache is None:  # nothing was left to go on from
+        if not self._rows:  # nothing was left to go on from
             self.memory = Memory(self.drafter)
-            if (earlier := list(self.text[: len(self.text) - text.shape[1]])) and text.shape[0] == 1:
-                text = mx.concatenate([mx.array([earlier], text.dtype), text], axis=1)
-        self.memory.begin(mx.concatenate([text, root[:, None].astype(text.dtype)], axis=1), None)
+        after = mx.concatenate([text, root[:, None].astype(text.dtype)], axis=1)
+        found: mx.array | None = None
+        if self.context_layers:
+            whole = contexts.shape[1] == text.shape[1]
+            if self._rows and self._before is not None and whole:
+                contexts = mx.concatenate([self._before, contexts], axis=1)
+            elif self._rows:  # there is a gap
+                self.memory, self._rows = Memory(self.drafter), 0
+            after, found = after[:, -contexts.shape[1] :], contexts
+        elif not self._rows and text.shape[0] == 1:
+            earlier = list(self.text[: len(self.text) - text.shape[1]])
+            after = mx.concatenate([mx.array([earlier], after.dtype), after], axis=1) if earlier else after
+        self.memory.begin(after, found)
+        self._unread = self._held + text.shape[1] + 1 - (self._rows + after.shape[1])
         self._root_is_known = False
 
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
@@ -74,8 +95,11 @@ class CachedProposer(Proposer):
         return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)
 
     def advance(self, accepted: Accepted, contexts: mx.array) -> None:
+        found: mx.array | None = None
         plain = accepted.path.shape[1] == 1
-        self.memory.extend(accepted.tokens, None, None if plain else accepted.count + 1)
+        if self.context_layers:
+            found = contexts if plain else mx.take_along_axis(contexts, accepted.path[..., None], axis=1)
+        self.memory.extend(accepted.tokens, found, None if plain else accepted.count + 1)
 
     def learn(self, tokens: list[int]) -> None:
         if self._root_is_known:
@@ -83,13 +107,15 @@ class CachedProposer(Proposer):
         self._root_is_known = True
 
     def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
-        if self.memory.cut(tokens):
-            _LEFT[cache] = self.memory, tokens
+        rows = tokens - self._unread
+        if self.memory.cut(rows):
+            _LEFT[cache] = self.memory, rows, tokens, context
 
     def resume(self, cache: Any, tokens: int) -> None:
-        memory, known = _LEFT.pop(cache, (None, 0))
+        memory, rows, known, context = _LEFT.pop(cache, (None, 0, 0, None))
+        self._held = tokens
         if memory is not None and memory.reader is self.drafter and known == tokens:
-            self.memory = memory
+            self.memory, self._rows, self._before = memory, rows, context
 
     def arrays(self) -> list[mx.array]:
         return self.memory.arrays()

@@ -89,4 +89,4 @@ def test_models_for_another_target(heads, stories, tmp_path, capsys):
     assert bench("--medusa", tmp_path / "small") == 2
     assert f"--medusa {tmp_path / 'small'}" in capsys.readouterr().err
     assert bench("--draft", heads) == 2
-    assert "is of Medusa heads, which --medusa takes" in capsys.readouterr().err
+    assert "is no recurrent drafter; --medusa takes Medusa heads" in capsys.readouterr().err

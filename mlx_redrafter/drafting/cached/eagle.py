@@ -1,0 +1,239 @@
+"""An EAGLE-3 head (arXiv 2503.01840): one transformer layer over hidden states of three of the target's layers.
+
+Row j reads a context, the hidden states of token j as the layers return them, and the embedding of token j + 1.
+Behind the last token that the target has read, a row's own output takes the place of the context. Knows nothing
+of how its rows get into its cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache as PlainKVCache
+from mlx_lm.models.llama import MLP, Attention, ModelArgs
+
+from mlx_redrafter.drafting.drafter_files import DrafterBase, read_notes, read_quantization, whole_number
+from mlx_redrafter.drafting.shape import LONGEST_BEAM
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.weights import tensors
+from mlx_redrafter.target.cache.kv_cache import KVCache
+from mlx_redrafter.target.layers import RawLayers
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.rope import positions_per_row
+from mlx_redrafter.target.tree import CandidateTree
+
+MODEL_TYPE = "eagle3"
+TAPS = 3
+
+
+@dataclasses.dataclass
+class EagleConfig:
+    """Shape of a head; `config.json` has these keys.
+
+    Args:
+        vocab_size, hidden_size: of the target.
+        layer: mlx-lm's arguments of a Llama layer, its own hidden_size among them.
+        draft_vocab_size: tokens that can be drafted, where not all; the tensor vocab_map
+            then holds the target's id of each.
+        context_layers: the target's layers, by the number of layers passed; where the head does not say it,
+            those of the paper's code: 2, half of them, and all but 3.
+        own_embedding: the head has one; else the target's is read.
+        output_norm: the layer's output is normalised before the output layer.
+        norm_before_residual: the residual stream begins behind the context's norm.
+        quantization, target_fingerprint, right_by_depth: as in `DrafterConfig`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layer: dict[str, Any]
+    draft_vocab_size: int | None = None
+    context_layers: tuple[int, ...] = ()
+    own_embedding: bool = False
+    output_norm: bool = True
+    norm_before_residual: bool = False
+    quantization: dict[str, int] | None = None
+    target_fingerprint: dict[str, Any] | None = None
+    right_by_depth: tuple[float, ...] = ()
+
+    @property
+    def scored(self) -> int:
+        """Tokens that the head scores."""
+        return self.draft_vocab_size or self.vocab_size
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], source: str) -> EagleConfig:
+        """Reads and checks the keys of a config.json; unknown ones are ignored.
+
+        Raises:
+            UserError: a missing key, or a value of the wrong type or range, and where it is: in `source`.
+        """
+        values: dict[str, Any] = {key: whole_number(fields, key, 1, source) for key in ("vocab_size", "hidden_size")}
+        layer = fields.get("layer")
+        if not isinstance(layer, dict):
+            raise UserError(f"{source}: layer is {layer!r}, expected an object")
+        for key in ("hidden_size", "intermediate_size", "num_attention_heads"):
+            whole_number(layer, key, 1, f"{source}: layer")
+        if not isinstance(layer.get("rms_norm_eps"), float):
+            raise UserError(f"{source}: layer: rms_norm_eps is {layer.get('rms_norm_eps')!r}, expected a number")
+        for key in ("own_embedding", "output_norm", "norm_before_residual"):
+            values[key] = fields.get(key, key == "output_norm")
+            if not isinstance(values[key], bool):
+                raise UserError(f"{source}: {key} is {values[key]!r}, expected true or false")
+        reduced = fields.get("draft_vocab_size")
+        if reduced is not None and (type(reduced) is not int or not 1 <= reduced <= values["vocab_size"]):
+            expected = f"a whole number from 1 to vocab_size, {values['vocab_size']}"
+            raise UserError(f"{source}: draft_vocab_size is {reduced!r}, expected {expected}")
+        layers = fields.get("context_layers") or []
+        if not isinstance(layers, list) or (
+            layers and not (len(layers) == TAPS and all(type(n) is int and n > 0 for n in layers))
+        ):
+            raise UserError(f"{source}: context_layers is {layers!r}, expected {TAPS} numbers from 1 on")
+        if not values["own_embedding"] and layer["hidden_size"] != values["hidden_size"]:
+            raise UserError(
+                f"{source}: the head is {layer['hidden_size']} wide, the target's embedding {values['hidden_size']}"
+            )
+        config = cls(
+            **values, layer=layer, draft_vocab_size=reduced, context_layers=tuple(layers), **read_notes(fields, source)
+        )
+        config.quantization = read_quantization(fields, config.widths(), source)
+        return config
+
+    def args(self) -> ModelArgs:
+        """The layer's arguments, as mlx-lm has them."""
+        usual = {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": self.vocab_size}
+        return ModelArgs.from_dict(usual | self.layer)
+
+    def widths(self) -> dict[str, int]:
+        """Of the matrices that quantisation splits into groups."""
+        args = self.args()
+        attended = args.num_attention_heads * (args.head_dim or args.hidden_size // args.num_attention_heads)
+        return {
+            "hidden_size": self.hidden_size,
+            "layer.hidden_size": args.hidden_size,
+            "layer.intermediate_size": args.intermediate_size,
+            "heads' width": attended,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+        return {name: value for name, value in fields.items() if value or name == "output_norm"}
+
+
+class EagleLayer(nn.Module):
+    """A Llama layer whose attention reads an embedding and a context side by side."""
+
+    def __init__(self, args: ModelArgs, norm_before_residual: bool):
+        super().__init__()
+        self.norm_before_residual, size = norm_before_residual, args.hidden_size
+        self.self_attn = Attention(args)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            narrow = getattr(self.self_attn, name)
+            setattr(self.self_attn, name, nn.Linear(2 * size, narrow.weight.shape[0], bias=args.attention_bias))
+        self.mlp = MLP(args)
+        self.hidden_norm, self.input_layernorm, self.post_attention_layernorm = (
+            nn.RMSNorm(size, eps=args.rms_norm_eps) for _ in range(3)
+        )
+
+    def __call__(self, embedding: mx.array, context: mx.array, mask: Any, cache: Any) -> mx.array:
+        """(B, M, width) from both, each of that shape."""
+        normed = self.hidden_norm(context)
+        both = mx.concatenate([self.input_layernorm(embedding), normed], axis=-1)
+        hidden = (normed if self.norm_before_residual else context) + self.self_attn(both, mask, cache)
+        result: mx.array = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return result
+
+
+class EagleHead(DrafterBase):
+    """The head's weights, and what its memory asks of it (see `cached.memory.Reader`)."""
+
+    method = "eagle3"
+    deepest = LONGEST_BEAM - 1
+
+    def __init__(self, config: EagleConfig):
+        super().__init__()
+        self.config = config
+        args = config.args()
+        if config.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, args.hidden_size)
+        self.fc = nn.Linear(TAPS * config.hidden_size, args.hidden_size, bias=False)
+        self.layer = EagleLayer(args, config.norm_before_residual)
+        if config.output_norm:
+            self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.lm_head = nn.Linear(args.hidden_size, config.scored, bias=False)
+        if config.draft_vocab_size is not None:
+            self.vocab_map = mx.arange(config.draft_vocab_size, dtype=mx.int32)
+        self._layers = RawLayers(config.context_layers)
+        # No item of the module: the embedding is the target's, no parameter of the head.
+        object.__setattr__(self, "_embed", None)
+
+    @property
+    def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self._layers
+
+    def fit(self, target: Target) -> None:
+        """Takes what the head leaves to its target: which layers it reads, and the embedding."""
+        object.__setattr__(self, "_embed", self.embed_tokens if self.config.own_embedding else target.embed)
+        if not self.config.context_layers:
+            count = target.num_layers
+            self._layers = RawLayers((2, count // 2, count - 3))
+
+    def fill(self, weights: dict[str, mx.array], source: str) -> EagleHead:
+        super().fill(weights, source)
+        if (ids := weights.get("vocab_map")) is not None and not (
+            ids.dtype == mx.int32 and mx.all((ids >= 0) & (ids < self.config.vocab_size)).item()
+        ):
+            raise UserError(f"{source}: the map of draft tokens has to hold token ids below {self.config.vocab_size}")
+        return self
+
+    def target_ids(self, drafted: mx.array) -> mx.array:
+        """The target's ids of draft tokens, same shape, int32; the tokens themselves where all can be drafted."""
+        return drafted if self.config.draft_vocab_size is None else self.vocab_map[drafted]
+
+    def bytes_per_draft_step(self) -> int:
+        """Bytes of weights that one level of drafts reads; `fc` is read once per step, of an embedding a few rows."""
+        unread = ("vocab_map", "fc.", "embed_tokens.")
+        return sum(value.nbytes for name, value in tensors(self).items() if not name.startswith(unread))
+
+    def make_cache(self) -> KVCache:
+        return KVCache([PlainKVCache()])
+
+    def prefill(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> tuple[mx.array, mx.array]:
+        """Reads rows as a prompt; arguments as for `read`. Gives the last row's output and scores."""
+        hidden = self._rows(tokens, contexts, cache)[:, -1:]
+        return hidden, self._scores(hidden)
+
+    def read(
+        self, tree: CandidateTree, contexts: mx.array | None, cache: KVCache, at: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Reads rows behind what the cache holds.
+
+        Args:
+            tree: M rows.
+            contexts: (B, M, 3 * hidden_size) of the target, or (B, M, width) rows' outputs in their place.
+            at: (B,) the one row to give; all if left out.
+
+        Returns:
+            the rows' outputs (B, M, width), and their scores of the next token (B, M, scored).
+        """
+        with cache.reading(tree, chain=tree.in_order) as positions, positions_per_row(positions):
+            hidden = self._rows(tree.tokens, contexts, cache)
+        if at is not None:
+            hidden = mx.take_along_axis(hidden, at[:, None, None], axis=1)
+        return hidden, self._scores(hidden)
+
+    def _rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
+        assert contexts is not None
+        if contexts.shape[-1] == TAPS * self.config.hidden_size:
+            contexts = self.fc(contexts)
+        [layer] = cache.layers
+        mask = layer.make_mask(tokens.shape[1])
+        embed: Any = self._embed
+        rows: mx.array = self.layer(embed(tokens).astype(contexts.dtype), contexts, mask, layer)
+        return rows
+
+    def _scores(self, hidden: mx.array) -> mx.array:
+        scores: mx.array = self.lm_head(self.norm(hidden) if self.config.output_norm else hidden)
+        return scores
