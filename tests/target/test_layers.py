@@ -11,6 +11,7 @@ from support import make_model
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import StandIn, slots, standing_in
+from mlx_redrafter.target.layers import RawLayers
 from mlx_redrafter.target.model import Target
 
 TOKENS = mx.array([[3, 14, 15, 92, 65]])
@@ -31,6 +32,16 @@ def by_hand(model):
         hidden = layer(hidden, "causal", None)
         found.append(hidden / mx.sqrt(mx.mean(hidden * hidden, axis=-1, keepdims=True) + 1e-6))
     return [*found[:-1], model.model.norm(hidden)]
+
+
+def test_raw_layers(small_model):
+    """If this fails, an EAGLE-3 head reads other numbers than it was trained with elsewhere."""
+    hidden, after = small_model.model.embed_tokens(TOKENS), []
+    for layer in small_model.layers:
+        hidden = layer(hidden, "causal", None)
+        after.append(hidden)
+    found, _ = Target(small_model).forward(TOKENS, [None] * 2, context_layers=RawLayers((2, 1)))
+    assert mx.allclose(found, mx.concatenate(after[::-1], axis=-1), atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [(1,), (2,), (1, 2)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx_redrafter  # isort: skip # noqa: F401 (before torch and mlx: it puts OpenBLAS in front of MLX's own BLAS)
 
+import dataclasses
 import json
 
 import mlx.core as mx
@@ -160,10 +161,13 @@ class Knowing(CachedProposer):
     def propose(self, context, root, plan, chain_only=False):
         tree = super().propose(context, root, plan, chain_only)
         self.asked.append(tree.tokens[0].tolist())
-        after = mx.array([self.known], mx.int32)
-        begin = 1 + self.place
-        self.place += 4
-        return CandidateTree.chain(after[:, begin - 1 : begin + 3])
+        rows = self.known[self.place : self.place + 4]
+        self.place += len(rows) if chain_only else 3
+        if chain_only:
+            return CandidateTree.chain(mx.array([rows], mx.int32))
+        # Each right token has a wrong one before it: the accepted path is not the first rows.
+        wrong = [(token + 1) % VOCAB for token in rows]
+        return CandidateTree.static(mx.array([[rows[0], wrong[1], rows[1], wrong[2], rows[2]]]), (0, 0, 0, 2, 2))
 
     def begin(self, text, root, contexts):
         super().begin(text, root, contexts)
@@ -178,15 +182,15 @@ def test_decoding_reads_the_text(module, chunk, tmp_path):
     target, verifier = Target.of(model), verifier_of(model)
     theirs, ours = converted(tmp_path, target)
     text = list(PROMPT)
-    options = DecodingOptions(max_tokens=33, prefill_step_size=chunk)
+    options = DecodingOptions(max_tokens=48, prefill_step_size=chunk)
     for produced in speculative(verifier, None, mx.array([PROMPT]), verifier.make_cache(), options, Planner(PLAIN)):
         text += produced.tokens
-    proposer, found = Knowing(ours, text), list(PROMPT)
+    proposer, found, options = Knowing(ours, text), list(PROMPT), dataclasses.replace(options, max_tokens=33)
     plan, lengths = Planner(Drafted(DraftShape(1, 4, 3))), []
     for produced in speculative(verifier, proposer, mx.array([PROMPT]), verifier.make_cache(), options, plan):
         found += produced.tokens
         lengths.append(len(found))
-    assert found[: len(text)] == text[: len(found)] and len(lengths) <= 10
+    assert found[: len(text)] == text[: len(found)] and len(lengths) <= 13
     hidden, _ = target.forward(mx.array([text]), model.make_cache() if module == "qwen3_next" else [None] * 4,
         context_layers=ours.context_layers)  # fmt: skip
     contexts = torch.from_numpy(to_numpy(hidden[0]))
