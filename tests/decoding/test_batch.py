@@ -7,9 +7,12 @@ from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import BatchPlanner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
+from mlx_redrafter.drafting.cached.draft_model import DraftModel
+from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
 from mlx_redrafter.drafting.kinds import proposer_for
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
+from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 
 PROMPTS = [RANDOM, REPEATING, RANDOM[:3], REPEATING[:9]]
@@ -36,6 +39,13 @@ def model():
     return make_model()
 
 
+def eagle_head():
+    layer = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
+    head = EagleHead(EagleConfig(97, 32, layer, context_layers=(1, 2, 2), own_embedding=True))
+    head.fit(Target(make_model()))
+    return head
+
+
 def batch_of(model, drafter, plan=TREE, **options):
     verifier = verifier_of(model)
     who = None if drafter is None else lambda _: proposer_for(drafter, verifier.target.embed)
@@ -56,6 +66,8 @@ def finish(batch, texts):
     [
         pytest.param(make_drafter(prefix_window=5), id="prefix"),
         pytest.param(MedusaHeads(MedusaConfig(97, 32, 3, 1)), id="medusa"),
+        pytest.param(DraftModel(make_model(seed=1), None), id="model"),
+        pytest.param(eagle_head(), id="eagle"),
         pytest.param(None, id="plain"),
     ],
 )
@@ -66,6 +78,14 @@ def test_every_kind_of_drafter(model, drafter):
         finish(batch_of(model, drafter, plan, most_texts=3), texts)
         for text in texts:
             assert text.tokens == plainly(model, text.prompt, text.options.max_tokens)
+
+
+def test_a_model_reads_each_text(model):
+    """If this fails, a draft model reads another text's rows where texts join and leave: drafts get worse."""
+    planner = Noted(Drafted(DraftShape()))
+    texts = [BatchText(prompt, DecodingOptions(max_tokens=9 + 4 * n)) for n, prompt in enumerate(PROMPTS)]
+    finish(batch_of(model, DraftModel(make_model(), None), planner, most_texts=3), texts)
+    assert all(len(read.tokens) == 4 for reads in planner.learnt for read in reads)
 
 
 def test_what_prefix_attention_drafts_is_what_it_drafts_alone(model):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import mlx.core as mx
 
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves
 from mlx_redrafter.target.cache.recurrent import RecurrentCache
+from mlx_redrafter.target.cache.rows import join, keep
 from mlx_redrafter.target.tree import CandidateTree
 
 CHUNK = 512  # rows of a prompt read at a time
@@ -65,7 +67,9 @@ class Memory:
         self.cache: KVCache | None = None
         self._begun = False  # the prompt is in the cache, and rows are read behind it
         self._waiting: list[Rows] = []
-        self._unknown: deque[Rows] = deque()  # of whose count the host has not been told
+        # Of whose count the host has not been told: a step or two; in batches it is told of none.
+        self._unknown: deque[Rows] = deque(maxlen=4)
+        self._found: tuple[mx.array | None, mx.array] | None = None  # what the last row says, where it was read early
 
     def begin(self, tokens: mx.array, contexts: mx.array | None) -> None:
         """Takes the first rows, at least one; behind those that the cache holds, if it is there."""
@@ -77,6 +81,9 @@ class Memory:
         rows = Rows(tokens, contexts, count)
         self._waiting.append(rows)
         self._unknown.append(rows)
+        if len(self._waiting) > PIECE:  # of many plain steps; the prompt stays apart
+            runs = itertools.groupby(self._waiting[1:], lambda r: r.count is None and r not in self._unknown)
+            self._waiting[1:] = [r for exact, run in runs for r in (_joined(list(run)) if exact else run)]
 
     def learn(self, count: int) -> None:
         """Is told how many rows of the oldest step not known so far count (batch size 1)."""
@@ -87,13 +94,10 @@ class Memory:
             return
         exact = rows[:count]
         rows.tokens, rows.contexts, rows.count = exact.tokens, exact.contexts, None
-        if len(self._waiting) > PIECE:  # of many plain steps; the prompt stays apart
-            known = [rows for rows in self._waiting[1:] if rows not in self._unknown]
-            self._waiting[1:] = [*_joined(known), *self._unknown]
 
     def last(self) -> tuple[mx.array | None, mx.array]:
         """Reads what waits, and gives what the last row says: contexts for rows behind it, (B, width), and scores."""
-        found: tuple[mx.array | None, mx.array] | None = None
+        found, self._found = self._found, None
         if self.cache is None:
             self.cache = self.reader.make_cache()
         if not self._begun:
@@ -136,6 +140,27 @@ class Memory:
         self.cache.commit(None, count - 1, size - 1)
         return None if hidden is None else hidden[:, 0], scores[:, 0]
 
+    def join(self, other: Memory) -> None:
+        """Takes the texts of another memory of the same drafter behind those of this one."""
+        (hidden, scores), (their_hidden, their_scores) = self.last(), other.last()
+        assert self.cache is not None and other.cache is not None
+        join(self.cache, other.cache)
+        together = None if hidden is None or their_hidden is None else mx.concatenate([hidden, their_hidden])
+        self._found = together, mx.concatenate([scores, their_scores])
+
+    def keep(self, texts: list[int]) -> None:
+        """Keeps these texts, in this order."""
+        index = mx.array(texts)
+        if self.cache is not None and self._begun:
+            keep(self.cache, texts)
+        for part in self._waiting:
+            part.tokens = part.tokens[index]
+            part.contexts = None if part.contexts is None else part.contexts[index]
+            part.count = None if part.count is None else part.count[index]
+        if self._found is not None:
+            hidden, scores = self._found
+            self._found = None if hidden is None else hidden[index], scores[index]
+
     @contextlib.contextmanager
     def drafting(self) -> Iterator[KVCache]:
         """While it lasts, rows may be read behind the text; all of them are forgotten then."""
@@ -154,7 +179,8 @@ class Memory:
             False where not all of them are here.
         """
         known = _joined([rows for rows in self._waiting if rows not in self._unknown])
-        self._waiting, self._unknown = [], deque()
+        self._waiting, self._found = [], None
+        self._unknown.clear()
         if self.cache is None or not self._begun:
             return False
         length: Any = self.cache.length
@@ -172,6 +198,7 @@ class Memory:
         """What goes on to the next step."""
         mine = [] if self.cache is None else self.cache.arrays()
         parts = [part for rows in self._waiting for part in (rows.tokens, rows.contexts, rows.count)]
+        parts += [] if self._found is None else self._found
         return mine + [part for part in parts if part is not None]
 
 

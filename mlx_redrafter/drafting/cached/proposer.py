@@ -117,5 +117,12 @@ class CachedProposer(Proposer):
         if memory is not None and memory.reader is self.drafter and known == tokens:
             self.memory, self._rows, self._before = memory, rows, context
 
+    def join(self, other: Proposer) -> None:
+        assert isinstance(other, CachedProposer)
+        self.memory.join(other.memory)
+
+    def keep(self, texts: list[int]) -> None:
+        self.memory.keep(texts)
+
     def arrays(self) -> list[mx.array]:
         return self.memory.arrays()
