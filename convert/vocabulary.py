@@ -25,10 +25,10 @@ def with_most_frequent(drafter: Drafter, counts: np.ndarray, size: int, name: st
         name: of the drafter, for messages.
 
     Raises:
-        UserError: Medusa heads, or a drafter that can draft no more tokens than that.
+        UserError: heads of another kind, or a drafter that can draft no more tokens than that.
     """
     if not isinstance(drafter, RecurrentDrafter):
-        raise UserError(f"--draft-vocab-size: {name} has Medusa heads, which score all tokens")
+        raise UserError(f"--draft-vocab-size: {name} is no ReDrafter head, which alone can lose tokens")
     if size >= drafter.config.scored:
         expected = f"expected fewer than the {drafter.config.scored} that {name} drafts"
         raise UserError(f"--draft-vocab-size is {size}, {expected}")

@@ -88,7 +88,7 @@ def test_mistakes(tmp_path, capsys):
         ("a", ["--draft-vocab-size", "5"], "--draft-vocab-size and --text: expected both or neither"),
         ("a", ["--draft-vocab-size", "97", "--text", text], "--draft-vocab-size is 97, expected fewer than the 97"),
         ("a", ["--draft-vocab-size", "5", "--text", beyond], "has tokens beyond the drafter's 97"),
-        ("medusa", ["--draft-vocab-size", "5", "--text", text], "Medusa heads, which score all tokens"),
+        ("medusa", ["--draft-vocab-size", "5", "--text", text], "is no ReDrafter head, which alone can lose tokens"),
     ):
         assert convert(tmp_path / source, tmp_path / "out", *flags) == 2
         printed = capsys.readouterr().err
