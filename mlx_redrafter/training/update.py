@@ -70,7 +70,7 @@ def as_seen(parameters: Any, dtype: mx.Dtype, quantization: dict[str, int] | Non
     """The weights that a forward pass in `dtype` computes with, rounded for the quantisation that is trained for."""
 
     def view(name: str, value: mx.array) -> mx.array:
-        if quantization is not None and name.endswith(".weight"):
+        if quantization is not None and name.endswith(".weight") and value.ndim > 1:  # norms stay whole
             value = rounded(value, **quantization)
         return value.astype(dtype)
 

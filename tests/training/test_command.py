@@ -51,7 +51,7 @@ HEADS = {
     "no recurrence, 8 bit": ["--no-rnn", "--q-bits", "8"],
     "4 bit, trained for it, reduced vocabulary, two layers": [
         *["--q-bits", "4", "--q-group-size", "32", "--q-aware", "--draft-vocab-size", "200"],
-        *["--context-layers", "1", "3"],
+        *["--context-layers", "1", "3", "--output-norm"],
     ],
     "two layers, tied": ["--context-layers", "1", "2", "--output-layer", "tied"],
 }
@@ -183,7 +183,10 @@ MISTAKES = {
     "rounding without bits": (["--q-aware"], "--q-aware needs --q-bits"),
     "rows beyond the context": (["--row-length", "1000"], "--row-length is 1000, expected at most"),
     "no such text": (["--text", "nowhere"], "nowhere/manifest.json: no such file"),
-    "a batch that does not split": (["--grad-accumulation", "4"], "--batch-size is 6, expected a multiple of 4"),
+    "a batch that does not split": (
+        ["--batch-size", "6", "--grad-accumulation", "4"],
+        "--batch-size is 6, expected a multiple of 4",
+    ),
     "nowhere to upload to": (["--upload-repo", "name"], "--upload-repo is 'name', expected owner/name"),
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-DRAWS = 20_000
+DRAWS = 30_000
 ROUNDING = 2e-3  # an accuracy on a few thousand positions is not known better
 SHARE = (0.1, 0.5, 0.9)
 

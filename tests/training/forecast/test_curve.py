@@ -12,7 +12,7 @@ def test_the_interval_holds_the_end(noise):
     random, inside, widths, misses = np.random.default_rng(1), 0, [], []
     updates = sorted({round(2000 * share) for share in np.geomspace(0.02, 0.1, 8)})
     learned = learned_by([*updates, 2000], 2000, 50)
-    for _ in range(200):
+    for _ in range(80):
         end, power = random.uniform(0.35, 0.9), random.uniform(0.2, 1.2)
         won = random.uniform(0.1, 0.35)  # between the last point and the end of all learning
         curve = end - won * (learned / learned[-2]) ** -power
@@ -21,7 +21,7 @@ def test_the_interval_holds_the_end(noise):
         inside += low <= curve[-1] <= high
         widths.append(high - low)
         misses.append(abs(middle - curve[-1]))
-    assert 0.7 <= inside / 200 <= 0.97
+    assert 0.7 <= inside / 80 <= 0.97
     assert np.mean(widths) < 0.35 and np.mean(misses) < 0.1
 
 

@@ -31,16 +31,23 @@ def test_verdicts():
 
 
 def test_a_real_run(stories, tmp_path, capsys):
-    """If this fails, --expected says nothing, changes what is learned, or ends a run that should go on."""
+    """If this fails, --expected says nothing, or ends a run that should go on."""
     out = tmp_path / "a"
-    assert code_of("train", "--model", str(stories), "--out", str(out), *SMALL, "--iters", "60", "--expected") == 0
+    assert code_of("train", "--model", str(stories), "--out", str(out), *SMALL, "--iters", "40", "--expected") == 0
     printed = capsys.readouterr().out
-    assert printed.count("Expected after 60 updates, from the first 6:") == 1 and "tokens per step" in printed
+    assert printed.count("Expected after 40 updates, from the first 4:") == 1 and "tokens per step" in printed
     found = json.loads((out / "training" / "expected.json").read_text())["hits"]
-    assert list(found) == ["1", "2", "3", "4", "5", "6"] and all(len(hits) == 4 for hits in found.values())
-    assert json.loads((out / "training" / "result.json").read_text())["updates"] == 60
+    assert list(found) == ["1", "2", "3", "4"] and all(len(hits) == 4 for hits in found.values())
+    assert json.loads((out / "training" / "result.json").read_text())["updates"] == 40
+
+
+@pytest.mark.slow
+def test_watching_changes_nothing(stories, tmp_path):
+    """If this fails, --expected changes what is learned."""
+    out = tmp_path / "a"
+    assert code_of("train", "--model", str(stories), "--out", str(out), *SMALL, "--iters", "40", "--expected") == 0
     text = ["--text", str(out / "training" / "text")]
-    assert code_of("train", "--model", str(stories), "--out", str(tmp_path / "b"), *SMALL, "--iters", "60", *text) == 0
+    assert code_of("train", "--model", str(stories), "--out", str(tmp_path / "b"), *SMALL, "--iters", "40", *text) == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
 
