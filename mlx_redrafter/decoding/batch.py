@@ -7,6 +7,7 @@ Prompts are read alone and in chunks between the steps, so that running texts go
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
@@ -35,6 +36,7 @@ class Batch:
     Attributes:
         running: texts that the next step decodes.
         waiting: texts whose prompts have not been read to the end.
+        prompt_seconds: that reading prompts has taken.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Batch:
         self.verifier, self.proposer_for, self.planner = verifier, proposer_for, planner
         self.most_texts, self.chunk = most_texts, chunk
         self.waiting: deque[BatchText] = deque()
+        self.prompt_seconds = 0.0
         self._arrival: Generator[None, None, Arrived] | None = None  # of the first one that waits
         self._step: BatchStep | None = None
         self._ahead: tuple[list[BatchText], Submitted] | None = None  # on its way, with the texts it is for
@@ -80,7 +83,9 @@ class Batch:
 
     def step(self) -> list[TextStep]:
         """Reads on in prompts, decodes one step, and says what each text got of it."""
+        begin = time.perf_counter()
         found = self._read_prompts()
+        self.prompt_seconds += time.perf_counter() - begin
         if not self.running:
             return found
         assert self._step is not None

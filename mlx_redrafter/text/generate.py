@@ -116,7 +116,7 @@ def stream_generate(
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
     )
-    shape, lookup = _what_to_draft(drafter, shape, lookup)
+    shape, lookup = what_to_draft(drafter, shape, lookup)
     ids = encode(tokenizer, prompt)
     cache = [] if prompt_cache is None else [prompt_cache, *prompt_cache]
     with _CACHES.alone(cache, "prompt_cache is in use by a generation that has not ended: close() that one first"):
@@ -125,7 +125,7 @@ def stream_generate(
             if constraint is not None:
                 matcher = Matcher(constraint, tokenizer, target.vocab_size or len(tokenizer))
                 options = dataclasses.replace(options, matcher=matcher)
-            _check_prompt(target, ids, cached(prompt_cache or []))
+            check_prompt(target, ids, cached(prompt_cache or []))
             source, method, reason = _steps(target, drafter, ids, options, shape, lookup, prompt_cache, cached_tokens)
         yield from responses(in_turns(source), tokenizer, len(ids), max_tokens, stop, method, reason)
 
@@ -146,9 +146,7 @@ def generate(model: nn.Module, tokenizer: Any, prompt: Prompt, verbose: bool = F
     return text
 
 
-def _what_to_draft(
-    drafter: Drafter | None, shape: DraftShape | str, lookup: str | None
-) -> tuple[DraftShape | str, str]:
+def what_to_draft(drafter: Drafter | None, shape: DraftShape | str, lookup: str | None) -> tuple[DraftShape | str, str]:
     """Shape and lookup with what was left out filled in. Raises UserError for what they cannot be."""
     if not isinstance(shape, DraftShape) and shape != AUTO:
         raise UserError(f"shape is {shape!r}, expected a DraftShape or {AUTO!r}")
@@ -166,7 +164,8 @@ def _what_to_draft(
     return shape, lookup
 
 
-def _check_prompt(target: Target, ids: list[int], held: int) -> None:
+def check_prompt(target: Target, ids: list[int], held: int) -> None:
+    """Raises UserError for a prompt that a target cannot read behind so many tokens."""
     length, limit = held + len(ids), target.context_length
     if limit is not None and length >= limit:
         raise UserError(f"the prompt has {length} tokens, expected fewer than the model's context of {limit}")

@@ -102,6 +102,10 @@ class Session:
         if self.memory.acceptance.steps - self._saved < ENOUGH:
             return
         self._saved = self.memory.acceptance.steps
+        self.keep()
+
+    def keep(self) -> None:
+        """Keeps costs, and what was learnt of the drafter."""
         fields = store.read(self.key)  # another process may have added its own
         learnt = {name: one for name, one in fields.get("drafters", {}).items() if name != self.drafter_digest}
         learnt = dict(list(learnt.items())[1 - MOST_DRAFTERS :]) | {

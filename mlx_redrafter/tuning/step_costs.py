@@ -24,11 +24,13 @@ class Costs:
         plain: of a plain step, by tokens of context.
         draft: what a step takes beyond its rows (drafting, choosing nodes, accepting, moving
             rows together), by beam width, then by beam length; empty without a drafter.
+        batch: of a step of several texts together, by how many, then by what it drafts; as far as it was asked for.
     """
 
     verify: Times
     plain: dict[int, float]
     draft: Times
+    batch: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def verify_seconds(self, rows: int, context: int) -> float:
         """Of one verification of so many rows."""
@@ -71,7 +73,11 @@ class Costs:
         draft = {int(width): table(times) for width, times in fields["draft"].items()}
         if not verify:
             raise ValueError("no rows were measured")
-        return cls(verify, table(fields["plain"]), draft)
+        together = fields.get("batch", {}).items()
+        batch = {int(texts): {str(plan): float(s) for plan, s in times.items()} for texts, times in together}
+        if not all(0 < seconds < float("inf") for times in batch.values() for seconds in times.values()):
+            raise ValueError(f"no times: {batch}")
+        return cls(verify, table(fields["plain"]), draft, batch)
 
 
 def _between(times: dict[int, float], at: int) -> float:

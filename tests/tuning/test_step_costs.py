@@ -36,6 +36,7 @@ def test_a_lookup_costs_what_a_chain_does_less_its_drafting():
 
 def test_there_and_back():
     costs = made_up(lambda rows: 1.0 + rows)
+    costs.batch[4] = {"plain": 1.5}
     assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
 
 
@@ -51,6 +52,7 @@ def test_there_and_back():
         {"verify": {}},
         {"verify": None},
         {"draft": []},
+        {"batch": {"4": {"plain": 0}}},
     ],
     ids=str,
 )

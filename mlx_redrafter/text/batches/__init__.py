@@ -1,0 +1,4 @@
+"""Many prompts in, many texts out, decoded together.
+
+Knows nothing of how a step is decoded.
+"""
