@@ -39,8 +39,8 @@ LAYERS = [
 # What a package must not know although it lies below: it says so in its first lines.
 APART = {"convert": "training", "doctor": "training"}
 PUBLIC = [
-    "Conversation", "DraftShape", "DrafterConfig", "GenerationResponse", "RecurrentDrafter", "UserError", "generate",
-    "load", "stream_generate",
+    "BatchResponse", "Conversation", "DraftShape", "DrafterConfig", "GenerationResponse", "RecurrentDrafter",
+    "UserError", "batch_generate", "generate", "load", "stream_generate",
 ]  # fmt: skip
 MOST_MODULES, MOST_LINES = 12, 300
 

@@ -6,6 +6,7 @@ Knows nothing of when a step is taken.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Generator
 from typing import Any
 
@@ -14,8 +15,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.logits_processors import process, process_tree
+from mlx_redrafter.decoding.options import DecodingOptions, Progress
 from mlx_redrafter.decoding.sampling import choose_each
-from mlx_redrafter.decoding.step import SpeculativeStep, read_prompt
+from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.target.cache import rows
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached, leaves
@@ -46,10 +48,21 @@ def arriving(verifier: Verifier, proposer: Proposer | None, text: BatchText) -> 
     cache = verifier.make_cache(text.prompt_cache)
     prompt = mx.array([text.prompt], mx.int32)
     text.start = text.length = cached(cache.layers) + prompt.shape[1]
-    reads = ((), 1) if proposer is None else (proposer.context_layers, proposer.prefix_window)
-    hidden, logits = yield from read_prompt(verifier.target, prompt, cache.layers, text.options, *reads)
+    layers, last = ((), 1) if proposer is None else (proposer.context_layers, proposer.prefix_window)
+    total, size = prompt.shape[1], text.options.prefill_step_size
+    contexts: list[mx.array] = []
+    for read in range(0, total, size):
+        if read:
+            yield
+        options = text.options
+        if options.progress is not None:
+            options = dataclasses.replace(options, progress=functools.partial(_shifted, options.progress, read, total))
+        hidden, logits = prefill(verifier.target, prompt[:, read : read + size], cache.layers, options, layers, last)
+        assert hidden is not None
+        contexts = [mx.concatenate([*contexts, hidden], axis=1)[:, -last:]]
+    [hidden] = contexts
     cache.begin_trees(length=text.length)
-    assert cache.length is not None and hidden is not None
+    assert cache.length is not None
     if text.options.processors:
         logits = process(text.options.processors, prompt[0], logits)
     root = text.options.choose(logits[:, None], cache.length[:, None])[:, 0]
@@ -57,6 +70,10 @@ def arriving(verifier: Verifier, proposer: Proposer | None, text: BatchText) -> 
         proposer.begin(prompt, root, hidden)
     mx.async_eval(root, hidden, *cache.arrays(), *([] if proposer is None else proposer.arrays()))
     return Arrived(cache, proposer, hidden, root, logits)
+
+
+def _shifted(progress: Progress, before: int, total: int, read: int, _: int) -> None:
+    progress(before + read, total)
 
 
 def in_mlx_lms_form(verifier: Verifier, cache: KVCache) -> list[Any]:
@@ -75,7 +92,7 @@ class BatchStep(SpeculativeStep):
 
     def __init__(self, verifier: Verifier, text: BatchText, arrived: Arrived):
         super().__init__(verifier, arrived.proposer, text.options, arrived.cache, arrived.contexts, arrived.root)
-        self.texts = [text]
+        self._set([text])
         self._states = any(isinstance(layer, RecurrentCache) for layer in leaves(arrived.cache.layers))
 
     @property
@@ -84,7 +101,7 @@ class BatchStep(SpeculativeStep):
 
         Logits processors read tokens on the host. Of recurrent layers only the last step can be taken back.
         """
-        return not self._states and not any(text.options.processors for text in self.texts)
+        return not self._states and not self.options.processors
 
     def join(self, text: BatchText, arrived: Arrived) -> None:
         """One more text; it takes part from the next step on."""
@@ -93,7 +110,7 @@ class BatchStep(SpeculativeStep):
             self.proposer.join(arrived.proposer)
         self.context = mx.concatenate([self.context, arrived.contexts[:, -1]])
         self.root = mx.concatenate([self.root, arrived.root])
-        self.texts.append(text)
+        self._set([*self.texts, text])
 
     def keep(self, places: list[int]) -> None:
         """Keeps the texts in these places, at least one."""
@@ -102,18 +119,24 @@ class BatchStep(SpeculativeStep):
         if self.proposer is not None:
             self.proposer.keep(places)
         self.context, self.root = self.context[index], self.root[index]
-        self.texts = [self.texts[place] for place in places]
+        self._set([self.texts[place] for place in places])
+
+    def _set(self, texts: list[BatchText]) -> None:
+        """These texts from now on, each with its own way of choosing; processors are asked for by `process`."""
+        self.texts = texts
+        processors = [processor for text in texts for processor in text.options.processors]
+        self.options = DecodingOptions(
+            functools.partial(choose_each, [t.options.choose for t in texts]), -1, processors
+        )
 
     def cache_of(self, text: BatchText) -> list[Any]:
         """mlx-lm caches of all tokens of a text but its last; what was read beyond them is taken back."""
         alone = rows.taken_out(self.cache, self.texts.index(text), text.known)
         return in_mlx_lms_form(self.verifier, alone)
 
-    def choose(self, tree: CandidateTree, logits: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        if any(text.options.processors for text in self.texts):
-            mine = [logits[place : place + 1] for place in range(len(self.texts))]
-            logits = mx.concatenate([self._processed(place, tree, row) for place, row in enumerate(mine)])
-        return logits, choose_each([text.options.choose for text in self.texts], logits, positions)
+    def process(self, tree: CandidateTree, logits: mx.array) -> mx.array:
+        rows = [logits[place : place + 1] for place in range(len(self.texts))]
+        return mx.concatenate([self._processed(place, tree, row) for place, row in enumerate(rows)])
 
     def _processed(self, place: int, tree: CandidateTree, logits: mx.array) -> mx.array:
         """A text's logits (1, 1 + N, vocab) after its processors; one of them that fails ends this text alone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
 from typing import Any
 
 import mlx.core as mx
@@ -67,24 +66,7 @@ def prefill(
     context_layers: tuple[int, ...] = (),
     last: int = 1,
 ) -> tuple[mx.array | None, mx.array]:
-    """Reads a prompt as a whole; arguments and results are those of `read_prompt`."""
-    chunks = read_prompt(target, prompt, cache, options, context_layers, last)
-    while True:
-        try:
-            next(chunks)
-        except StopIteration as done:
-            return done.value
-
-
-def read_prompt(
-    target: Target,
-    prompt: mx.array,
-    cache: list[Any],
-    options: DecodingOptions,
-    context_layers: tuple[int, ...] = (),
-    last: int = 1,
-) -> Generator[None, None, tuple[mx.array | None, mx.array]]:
-    """Reads a prompt in chunks, as mlx-lm does, and yields between any two of them.
+    """Reads a prompt in chunks, as mlx-lm does.
 
     Args:
         target: the model.
@@ -112,8 +94,6 @@ def read_prompt(
             options.quantize(cache, held + read)
         mx.eval([c.state for c in cache], before)
         mx.clear_cache()
-        if total - read > 1:
-            yield
     hidden, logits = target.forward(prompt[:, read:], cache, context_layers=context_layers)
     if options.kv_bits is not None:
         options.quantize(cache, held + total)
@@ -163,7 +143,11 @@ class SpeculativeStep:
             tree = prune(matcher, tree, plan, chain_only)
         submit_part(tree.tokens, tree.ancestors)
         hidden, logits = self.verifier(tree, cache, () if proposer is None else proposer.context_layers)
-        logits, choices = self.choose(tree, logits, cache.length[:, None] + tree.depths + 1)
+        if self.options.processors:
+            logits = self.process(tree, logits)
+        if matcher is not None:
+            logits = mask_tree(matcher, tree, logits)
+        choices = self.options.choose(logits, cache.length[:, None] + tree.depths + 1)
         accepted = accept(tree, choices)
         cache.commit(None if tree.in_order else accepted.path[:, 1:], accepted.count, tree.max_depth)
         if proposer is not None:
@@ -177,14 +161,10 @@ class SpeculativeStep:
         path, parents = (None, None) if tree.in_order else (accepted.path, tree.parents)
         return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents)
 
-    def choose(self, tree: CandidateTree, logits: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """Logits (B, 1 + N, vocab) after processors and masks, and the choices (B, 1 + N) for these positions."""
-        if self.options.processors:
-            assert self.history is not None
-            logits = process_tree(self.options.processors, self.history, tree, logits)
-        if self.options.matcher is not None:
-            logits = mask_tree(self.options.matcher, tree, logits)
-        return logits, self.options.choose(logits, positions)
+    def process(self, tree: CandidateTree, logits: mx.array) -> mx.array:
+        """Logits (B, 1 + N, vocab) after the logits processors."""
+        assert self.history is not None
+        return process_tree(self.options.processors, self.history, tree, logits)
 
     def submit(self, plan: Plan) -> Submitted:
         """Builds a step and sends it to the device."""

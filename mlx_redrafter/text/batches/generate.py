@@ -139,7 +139,7 @@ def batch_generate(
             raise UserError(f"{name} has {len(values)} entries, expected one for each of the {count} prompts")
     texts = []
     for prompt, limit, choose, cache in zip(prompts, limits, choosers, caches):
-        options = DecodingOptions(choose, limit, tuple(logits_processors or ()), prefill_step_size)
+        options = DecodingOptions(choose, limit, tuple(logits_processors or ()), prefill_step_size=prefill_step_size)
         ids = encode(tokenizer, prompt)
         check_prompt(Target.of(model), ids, cached(cache or []))
         texts.append(BatchText(ids, options, tokenizer.eos_token_ids.__contains__, cache, return_prompt_caches))
