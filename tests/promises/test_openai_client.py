@@ -103,7 +103,7 @@ def test_errors(client):
     with pytest.raises(openai.BadRequestError, match="n: 2 is greater than the maximum of 1"):
         client.chat.completions.create(**asked, n=2)
     with pytest.raises(openai.BadRequestError, match="response_format"):
-        client.chat.completions.create(**asked, response_format={"type": "json_object"})
+        client.chat.completions.create(**asked, response_format={"type": "yaml"})
     with pytest.raises(openai.NotFoundError, match="no such directory"):
         client.chat.completions.create(**asked | {"model": "gpt-4o"})
 
