@@ -6,6 +6,7 @@ import argparse
 
 from mlx_redrafter.benchmarks.kinds import (
     ablation,
+    batch,
     breakdown,
     compare_methods,
     context,
@@ -18,7 +19,7 @@ from mlx_redrafter.benchmarks.kinds import (
 
 HELP = (
     "measure on this device: speed, other methods, tree shapes, cost of rows, parts of a step, long contexts,"
-    " choices in training, the server, structured output"
+    " choices in training, the server, structured output, many texts at once"
 )
 
 # Name: module with HELP, add_arguments(parser) and run(args), which returns a Report.
@@ -32,6 +33,7 @@ KINDS = {
     "ablation": ablation,
     "serve": served,
     "structured": structured,
+    "batch": batch,
 }
 
 
