@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> Report:
 
 def _methods(pair: Pair, max_tokens: int) -> dict[str, Callable[[list[list[int]]], Any]]:
     """What writes texts for several prompts, by name."""
-    asked = {"max_tokens": max_tokens, "return_token_ids": True}
+    asked: dict[str, Any] = {"max_tokens": max_tokens, "return_token_ids": True}
     model, tokenizer = pair.model, pair.tokenizer
     return {
         MLX_LM: lambda prompts: mlx_lm.batch_generate(model, tokenizer, prompts, **asked),
