@@ -201,6 +201,9 @@ class GenerationThread(ResponseGenerator):
                 raise UserError(f"messages or prompt: {one_line(error)}") from error
         request.tokens = list(found[0])
         self._check(request.tokens, args)
+        if request.calls is not None:
+            size = self.model_provider.target.vocab_size or len(tokenizer)
+            request.constraint = request.calls.constraint(tokenizer, size, thinking=found[3] == "reasoning")
         return found
 
     def _check(self, tokens: list[int], args: Any) -> None:

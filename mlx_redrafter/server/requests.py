@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lm.server import CompletionRequest
 
 from mlx_redrafter.constraints.constraint import Constraint
+from mlx_redrafter.constraints.tools import ToolCalls
 
 
 @dataclasses.dataclass(eq=False)
@@ -20,6 +21,7 @@ class Request(CompletionRequest):
     Attributes:
         num_draft_tokens: the node budget it asks for; None for the server's own shape.
         constraint: what its answer has to be; None for any text.
+        calls: the tool calls that its answer may have, of which the model's tokenizer makes a constraint.
         hung_up: whether its client has gone; asked while it waits.
         arrived: when, on the monotonic clock.
         begun: set when its turn has come.
@@ -35,6 +37,7 @@ class Request(CompletionRequest):
 
     num_draft_tokens: int | None = None
     constraint: Constraint | None = None
+    calls: ToolCalls | None = None
     hung_up: Callable[[], bool] = lambda: False
     arrived: float = dataclasses.field(default_factory=time.monotonic)
     begun: threading.Event = dataclasses.field(default_factory=threading.Event)

@@ -66,7 +66,7 @@ def text_stream(
         source = ours(provider, request, args, **theirs)
     else:
         if request.constraint is not None:
-            raise UserError("response_format: found with images, which mlx_lm reads, expected text alone")
+            raise UserError("response_format or tools: found with images, which mlx_lm reads, expected text alone")
         source = seam.theirs(input_embeddings=input_embeddings, **theirs)
     stops = StopStrings(args.stop_words)
     with contextlib.closing(source):

@@ -202,7 +202,9 @@ def _steps(
     if not drafting:
         source = _drafting(verifier, None, prompt, prompt_cache, options, Planner(PLAIN))
         return _wired(model, source), "grammar", verifier.reason
-    proposer, planner, session = drafting_for(verifier, drafter, fixed, lookup, [*cached_tokens, *ids], options.choose)
+    proposer, planner, session = drafting_for(
+        verifier, drafter, fixed, lookup, [*cached_tokens, *ids], options.choose, options.matcher is not None
+    )
     source = _drafting(verifier, proposer, prompt, prompt_cache, options, planner)
     return _wired(model, source, session), "lookup" if drafter is None else drafter.method, verifier.reason
 

@@ -5,6 +5,7 @@ Knows nothing of how a text is decoded.
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -73,24 +74,28 @@ class Session:
         self.verifier, self.key, self.drafter_digest = verifier, key, drafter_digest
         self.costs, self.measured_now = costs, measured_now
         self.memory = PairMemory(costs, acceptance, [PLAIN, *map(Drafted, shapes)])
-        self._fixed: dict[DraftShape, PairMemory] = {}
+        self._structured: PairMemory | None = None
+        self._fixed: dict[tuple[DraftShape, bool], PairMemory] = {}
         self._saved = acceptance.steps
 
-    def planner(self, shape: DraftShape | None, lookup: str, index: TextIndex) -> Planner:
+    def planner(self, shape: DraftShape | None, lookup: str, index: TextIndex, structured: bool = False) -> Planner:
         """The planner of one text.
 
         Args:
             shape: the one to keep to; None to choose.
             lookup: "off", "auto" or "on".
             index: the text so far, which the proposer extends.
+            structured: its trees are pruned and its steps make masks; free texts learn nothing of that.
         """
         memory = self.memory
+        if structured:
+            memory = self._structured = self._structured or copy.deepcopy(memory)
         if shape is not None:
             plan: Plan = Drafted(shape) if self.drafter_digest else PLAIN
-            if shape not in self._fixed:
-                self._fixed[shape] = PairMemory(self.costs, memory.acceptance, [plan])
-                self._fixed[shape].lookup = memory.lookup
-            memory = self._fixed[shape]
+            if (shape, structured) not in self._fixed:
+                self._fixed[shape, structured] = PairMemory(self.costs, memory.acceptance, [plan])
+                self._fixed[shape, structured].lookup = memory.lookup
+            memory = self._fixed[shape, structured]
         if lookup == OFF:
             return Controller(memory)
         longest = shape.as_chain().num_draft_tokens if shape and (lookup == ON or not self.drafter_digest) else DEEPEST
@@ -130,7 +135,13 @@ def verifier_for(model: nn.Module, drafter: Drafter | None) -> Verifier:
 
 
 def drafting_for(
-    verifier: Verifier, drafter: Drafter | None, shape: DraftShape | None, lookup: str, text: list[int], choose: Chooser
+    verifier: Verifier,
+    drafter: Drafter | None,
+    shape: DraftShape | None,
+    lookup: str,
+    text: list[int],
+    choose: Chooser,
+    structured: bool = False,
 ) -> tuple[Proposer, Planner, Session | None]:
     """Who proposes for one text, and who plans.
 
@@ -141,6 +152,7 @@ def drafting_for(
         lookup: "off", "auto" or "on".
         text: all tokens before the first step.
         choose: how the target chooses.
+        structured: what is drafted has to be what a grammar allows.
 
     Returns:
         the session too, if one was needed, for what it learns to be saved.
@@ -152,7 +164,7 @@ def drafting_for(
         return inner, Planner(Drafted(shape)), None
     index, session = TextIndex([] if lookup == OFF else text), session_for(verifier, drafter)
     proposer = inner if inner is not None and lookup == OFF else LookupProposer(inner, index)
-    return proposer, session.planner(shape, lookup, index), session
+    return proposer, session.planner(shape, lookup, index, structured), session
 
 
 _measured: dict[str, Costs] = {}  # in this process, by key

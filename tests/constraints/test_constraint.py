@@ -1,6 +1,7 @@
 """What cannot be kept is refused before a model is asked, in one line that says why."""
 
 import json
+import sys
 
 import pytest
 from support.schemas import SCHEMAS
@@ -36,6 +37,48 @@ def test_a_wrong_schema_is_refused(name):
     with pytest.raises(UserError, match="THE NAME") as refused:
         json_schema(schema, "THE NAME")
     assert words in str(refused.value) and "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+def calls(run):
+    """How many functions run until a refusal, Python's own and those below it."""
+    count = 0
+
+    def note(frame, event, _):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        with pytest.raises(UserError):
+            run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_large_schema_is_refused_unread(written):
+    """If this fails, a megabyte of schema keeps a server busy before it is refused."""
+    schema = json.dumps(LARGE) if written else LARGE
+    assert calls(lambda: json_schema(schema)) < 100
+
+
+def test_work_grows_with_an_endless_schema_and_no_faster():
+    """If this fails, a schema that goes round in many circles keeps a server busy before it is refused."""
+
+    def circles(n):
+        steps = {
+            f"n{i}": {
+                "type": "object",
+                "properties": {"a": {"$ref": f"#/$defs/n{(i + 1) % n}"}, "b": {"$ref": f"#/$defs/n{i * 7 % n}"}},
+                "required": ["a", "b"],
+            }
+            for i in range(n)
+        }
+        return {"$defs": steps, "$ref": "#/$defs/n0"}
+
+    few, many = (calls(lambda n=n: json_schema(circles(n))) for n in (50, 400))
+    assert few > 50 and many < 10 * few
 
 
 def test_wrong_expressions_and_grammars_are_refused():

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import re
 
 import jsonschema
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tool_parsers import json_tools
 from support.schemas import SCHEMAS
 
 from mlx_redrafter import DraftShape, stream_generate
 from mlx_redrafter.constraints.constraint import json_object, json_schema, lark, regex
+from mlx_redrafter.constraints.tools import ToolCalls
 from mlx_redrafter.decoding.sampling import position_keyed
+from mlx_redrafter.target.model import Target
 
 # How drafts come about: with the drafter or without, a shape (None for "auto"), lookup.
 WAYS = [
@@ -86,6 +91,30 @@ def test_drafts_change_nothing_anywhere(named):
         for title, schema in SCHEMAS.items()
     )
     assert finished >= 120
+
+
+def test_calls_are_the_same_with_drafts(named):
+    """If this fails, drafts change what a model does with its tools, or a strict tool gets what it cannot take."""
+    name, pair = named
+    tokenizer = TokenizerWrapper(
+        pair[2]._tokenizer,
+        tool_call_start=json_tools.tool_call_start,
+        tool_call_end=json_tools.tool_call_end,
+        tool_parser=json_tools.parse_tool_call,
+    )
+    schemas = {title: SCHEMAS[title] for title in ("light", "sensor")}
+    made = 0
+    for i, (forced, chooser) in enumerate(zip((True, True, False), CHOOSERS)):
+        constraint = ToolCalls(schemas, forced).constraint(tokenizer, Target.of(pair[0]).vocab_size)
+        ways = (None, *WAYS[i :: 6 if name == "pair" else 3])
+        found = [text_of(pair, name, constraint, way, chooser, max_tokens=72)[:2] for way in ways]
+        assert all(one == found[0] for one in found)
+        calls = re.findall(r"<tool_call>(.*?)</tool_call>", found[0][1], re.DOTALL)
+        assert forced or not calls
+        made += len(calls)
+        for call in map(json.loads, calls):
+            jsonschema.validate(call["arguments"], schemas[call["name"]])
+    assert made
 
 
 def test_what_is_forced_needs_no_drafter(stories_pair):

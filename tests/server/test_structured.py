@@ -52,3 +52,81 @@ def test_what_cannot_be_kept_is_refused(served, schema, words):
     assert status == 400 and message.startswith(words)
     assert served.refusal(TEXT, {"prompt": "Once", "response_format": {"type": "json_schema"}})[0] == 400
     assert served.post(TEXT, prompt="Once", max_tokens=1)["usage"]["completion_tokens"] == 1
+
+
+FIVE = {"type": "object", "properties": {"a": {"enum": [5]}}, "required": ["a"], "additionalProperties": False}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": FIVE, "strict": strict}}
+    for name, strict in (("add", True), ("take", False))
+]
+
+
+def asked_to_call(cue, choice="auto", tools=TOOLS, **more):
+    return {
+        "messages": [{"role": "user", "content": cue}],
+        "tools": tools,
+        "tool_choice": choice,
+        "max_tokens": 64,
+    } | more
+
+
+def called(answer):
+    return [
+        (call["function"]["name"], json.loads(call["function"]["arguments"]))
+        for call in answer["message"].get("tool_calls", ())
+    ]
+
+
+def test_calls_are_what_a_strict_tool_takes(told):
+    """If this fails, a tool gets arguments that it cannot take, or a model that may call it cannot say anything else.
+
+    The model of this server says `{"a": 1}` where nothing holds it.
+    """
+    loose = [{"type": "function", "function": tool["function"] | {"strict": False}} for tool in TOOLS]
+    ways = {}
+    for tools, expected in ((TOOLS, 5), (loose, 1)):
+        [answer] = told.post(CHAT, **asked_to_call("<call>", tools=tools))["choices"]
+        [plain] = told.post(CHAT, **asked_to_call("<call>", tools=tools, num_draft_tokens=0))["choices"]
+        assert called(answer) == called(plain) == [("add", {"a": expected})]
+        assert answer["message"]["content"] == plain["message"]["content"] == "Let me see."
+        ways[expected] = answer["finish_reason"]
+    assert ways == {5: "tool_calls", 1: "tool_calls"}
+    assert (
+        told.post(CHAT, **asked_to_call("<greet>"))["choices"][0]["message"]["content"] == "Hello world, good bye now"
+    )
+
+
+def test_a_call_can_be_required(told):
+    """If this fails, a program that needs a call gets an answer without one, or another tool's."""
+    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+        [answer] = told.post(CHAT, **asked_to_call("<greet>", choice))["choices"]
+        assert called(answer)[0] == ("add", {"a": 5}) and not answer["message"].get("content")
+    strict = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+    asked = asked_to_call("<greet>", {"type": "function", "function": {"name": "take"}}, strict)
+    assert called(told.post(CHAT, **asked)["choices"][0]) == [("take", {"a": 5})]
+    input_schema = {"name": "add", "input_schema": FIVE, "strict": True}
+    message = {"messages": [{"role": "user", "content": "<greet>"}], "tools": [input_schema], "max_tokens": 64}
+    for choice in ({"type": "any"}, {"type": "tool", "name": "add"}):
+        assert told.post("/v1/messages", **message, tool_choice=choice)["content"][0]["input"] == {"a": 5}
+    function = {"type": "function", "name": "add", "parameters": FIVE, "strict": True}
+    for choice in ("required", {"type": "function", "name": "add"}):
+        asked = {"input": "<greet>", "tools": [function], "tool_choice": choice, "max_output_tokens": 64}
+        assert told.post("/v1/responses", **asked)["output"][0]["arguments"] == '{"a": 5}'
+
+
+def test_calls_that_cannot_be_had_are_refused(served, told):
+    """If this fails, a client waits for a call that cannot be made, or gets one that breaks its schema."""
+    wrong = [{"type": "function", "function": {"name": "add", "parameters": {"not": {}}, "strict": True}}]
+    other = {"type": "function", "function": {"name": "other"}}
+    for asked, words in (
+        (asked_to_call("<call>", tools=wrong), "tools: add: "),
+        (asked_to_call("<call>", other), "tool_choice: the tool is not among tools"),
+        (asked_to_call("<call>", response_format={"type": "json_object"}), "response_format: found with tools"),
+    ):
+        status, message = told.refusal(CHAT, asked)
+        assert status == 400 and message.startswith(words), message
+    assert served.refusal(CHAT, asked_to_call("hi")) == (
+        400,
+        "tools: calls are held to a schema with the tool parser json_tools, found none",
+    )
+    assert served.post(CHAT, **asked_to_call("hi", "none", max_tokens=1))["usage"]["completion_tokens"] == 1

@@ -168,6 +168,22 @@ def test_who_proposes_and_who_plans(small_model):
     assert isinstance(drafting_for(verifier, drafter, TREE, "off", [], greedy)[1], Planner)
 
 
+def test_structured_texts_teach_apart(small_model):
+    """If this fails, free texts are drafted as though a grammar pruned them, or a grammar's as though none did."""
+    verifier, drafter = verifier_of(small_model), make_drafter()
+    for shape in (None, TREE):
+        free, structured, again = (
+            drafting_for(verifier, drafter, shape, "auto", [], greedy, grammar)[1] for grammar in (False, True, True)
+        )
+        assert structured.memory is again.memory and free.memory.lookup is not again.memory.lookup
+        step = StepRead(Drafted(shape or DraftShape()), [1], 20)
+        before = free.memory.acceptance.steps, again.memory.acceptance.steps
+        structured.learn(step)
+        assert (free.memory.acceptance.steps, again.memory.acceptance.steps) == (before[0], before[1] + 1)
+        free.learn(step)
+        assert (free.memory.acceptance.steps, again.memory.acceptance.steps) == (before[0] + 1, before[1] + 1)
+
+
 def decoded(verifier, drafter, shape, lookup, text, count=60):
     proposer, planner, _ = drafting_for(verifier, drafter, shape, lookup, text, greedy)
     steps = speculative(

@@ -17,6 +17,7 @@ from typing import Any
 from mlx_lm.server import APIHandler
 
 from mlx_redrafter.constraints.constraint import Constraint
+from mlx_redrafter.constraints.tools import ToolCalls
 from mlx_redrafter.errors import one_line
 from mlx_redrafter.server import metrics
 from mlx_redrafter.server.answers import GONE, Answer, answer_to
@@ -24,7 +25,7 @@ from mlx_redrafter.server.generation import GenerationThread
 from mlx_redrafter.server.http import access, bodies, figures
 from mlx_redrafter.server.http.catalogue import in_hub_cache
 from mlx_redrafter.server.requests import Request
-from mlx_redrafter.server.structured import constraint_of
+from mlx_redrafter.server.structured import calls_of, constraint_of
 from mlx_redrafter.server.translations.events import EventWriter, Translation
 from mlx_redrafter.server.translations.messages import Messages
 from mlx_redrafter.server.translations.responses import Responses
@@ -58,6 +59,7 @@ class Handler(APIHandler):
         self._request: Request | None = None
         self._translation: Translation | None = None
         self._constraint: Constraint | None = None
+        self._calls: ToolCalls | None = None
 
     def do_POST(self) -> None:
         self._answer(self._post)
@@ -161,7 +163,7 @@ class Handler(APIHandler):
     def _with_defaults(self, body: dict[str, Any]) -> dict[str, Any]:
         """A checked body as mlx_lm's handler takes it."""
         limits, args = self.response_generator.limits, self.response_generator.cli_args
-        self._constraint = constraint_of(body)
+        self._constraint, self._calls = constraint_of(body), calls_of(body)
         body.setdefault("model", self.response_generator.model_provider.name)
         most = body.get("max_completion_tokens", body.get("max_tokens"))
         if most is None:
@@ -203,6 +205,7 @@ class Handler(APIHandler):
             **vars(theirs),
             num_draft_tokens=self.body.get("num_draft_tokens"),
             constraint=self._constraint,
+            calls=self._calls,
             hung_up=self._hung_up,
         )
         return self._request

@@ -10,6 +10,7 @@ from typing import Any
 from mlx_redrafter.server.translations.events import Event, text_of
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream", "draft_model", "num_draft_tokens", "seed")
 
 
@@ -39,8 +40,8 @@ class Messages:
             chat["stop"] = body["stop_sequences"]
         if "tools" in body:
             chat["tools"] = [_tool(tool) for tool in body["tools"]]
-        if body.get("tool_choice", {}).get("type") == "none":
-            chat["tool_choice"] = "none"
+        choice = body.get("tool_choice", {"type": "auto"})
+        chat["tool_choice"] = CHOICES.get(choice["type"]) or {"type": "function", "function": {"name": choice["name"]}}
         if "thinking" in body:
             chat["chat_template_kwargs"] = {"enable_thinking": self._thinks}
         return chat | {"stream_options": {"include_usage": True}}
@@ -140,6 +141,7 @@ def _call(block: dict[str, Any]) -> dict[str, Any]:
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = {"name": tool["name"], "description": tool.get("description", ""), "parameters": tool["input_schema"]}
+    function["strict"] = tool.get("strict")
     return {"type": "function", "function": function}
 
 

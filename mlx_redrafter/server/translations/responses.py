@@ -51,8 +51,11 @@ class Responses:
             chat["tools"] = [
                 {"type": "function", "function": {k: tool[k] for k in tool if k != "type"}} for tool in body["tools"]
             ]
-        if body.get("tool_choice") == "none":
-            chat["tool_choice"] = "none"
+        if isinstance(choice := body.get("tool_choice"), dict):
+            choice = {"type": "function", "function": {"name": choice["name"]}}
+        chat["tool_choice"] = choice
+        if form := (body.get("text") or {}).get("format"):
+            chat["response_format"] = {"type": form["type"], "json_schema": {"schema": form.get("schema", {})}}
         return chat | {"stream_options": {"include_usage": True}}
 
     def whole(self, completion: dict[str, Any]) -> dict[str, Any]:

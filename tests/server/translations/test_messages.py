@@ -106,9 +106,9 @@ def test_what_becomes_of_a_request():
 
 def test_refusals(told):
     assert told.refusal(PATH, {"messages": []})[0] == 400
-    assert told.refusal(PATH, ask(tool_choice={"type": "any"})) == (
+    assert told.refusal(PATH, ask(tool_choice={"type": "all"})) == (
         400,
-        "tool_choice.type: 'any' is not one of ['auto', 'none']",
+        "tool_choice.type: 'all' is not one of ['auto', 'none', 'any', 'tool']",
     )
     assert told.refusal(PATH, ask("<greet>" * 600))[0] == 400
     status, _, content = told.send("POST", PATH, ask("<greet>" * 600, stream=True))

@@ -54,6 +54,20 @@ def test_calls(client):
     assert message.content[0].text == "Let me see." and (call.name, call.arguments) == ("add", '{"a": 1}')
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_json(client, stream):
+    """If this fails, the newer API gives other JSON than was asked for, or any text."""
+    schema = {"type": "object", "properties": {"a": {"enum": [3, 4]}}, "required": ["a"], "additionalProperties": False}
+    forms = {"{": {"type": "json_object"}, '{"a": 3}': {"type": "json_schema", "name": "it", "schema": schema}}
+    for begins, form in forms.items():
+        asked = {"model": "parrot", "input": "<greet>", "max_output_tokens": 16, "text": {"format": form}}
+        if stream:
+            found = list(client.responses.create(**asked, stream=True))[-1].response
+        else:
+            found = client.responses.create(**asked)
+        assert found.output_text.startswith(begins) and found.text.format.type == form["type"]
+
+
 def test_an_answer_that_is_cut(client):
     answer = client.responses.create(model="parrot", input="<long>", max_output_tokens=16)
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
@@ -61,7 +75,7 @@ def test_an_answer_that_is_cut(client):
     assert events[-1].type == "response.incomplete" and events[-1].response.output_text == answer.output_text
 
 
-@pytest.mark.parametrize("more", [{"previous_response_id": "x"}, {"text": {"format": {"type": "json_object"}}}])
+@pytest.mark.parametrize("more", [{"previous_response_id": "x"}, {"text": {"format": {"type": "yaml"}}}])
 def test_what_cannot_be_had_is_refused(client, more):
     with pytest.raises(openai.BadRequestError, match=next(iter(more))):
         client.responses.create(model="parrot", input="<greet>", **more)

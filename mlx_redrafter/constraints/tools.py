@@ -1,0 +1,89 @@
+"""Writes the grammar of a text with tool calls in it: anything, a tag, JSON that the tool's schema allows.
+
+Knows nothing of requests. The formats are those of mlx-lm's tool parsers that read JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_redrafter.constraints.constraint import SPACING, Constraint, lark
+from mlx_redrafter.constraints.vocabulary import vocabulary
+from mlx_redrafter.errors import UserError
+
+HELD = "json_tools"  # of mlx-lm's parsers; what others read is no JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCalls:
+    """Which calls a text may make.
+
+    Args:
+        schemas: of each tool's arguments, by the tool's name.
+        forced: the text begins with a call, behind its thoughts where it has some; else it need not make any.
+    """
+
+    schemas: dict[str, dict[str, Any]]
+    forced: bool = False
+
+    def constraint(self, tokenizer: TokenizerWrapper, size: int, thinking: bool = False) -> Constraint:
+        """The constraint of a whole text.
+
+        Args:
+            tokenizer: the target's.
+            size: of the target's vocabulary.
+            thinking: the prompt has begun a thought.
+
+        Raises:
+            UserError: the model's calls are of another format, or a grammar cannot be made for its tokenizer.
+        """
+        parser = tokenizer.tool_parser
+        name = "none" if parser is None else parser.__module__.rpartition(".")[2]
+        if name != HELD:
+            raise UserError(f"tools: calls are held to a schema with the tool parser {HELD}, found {name}")
+        return lark(self._grammar(tokenizer, size, thinking), "tools")
+
+    def _grammar(self, tokenizer: TokenizerWrapper, size: int, thinking: bool) -> str:
+        known, ends = vocabulary(tokenizer, size), tokenizer.eos_token_ids
+        special = {
+            text: token
+            for text, token in tokenizer.get_added_vocab().items()
+            if token < size and token not in ends and known.is_special_token(token)
+        }
+
+        def piece(text: str) -> str:
+            return f"<[{special[text]}]>" if text in special else json.dumps(text)
+
+        def free(*without: str | None) -> str:
+            """Text, and the special tokens but these."""
+            others = [str(token) for text, token in special.items() if text not in without]
+            return f"(FREE <[{','.join(others)}]>)*" if others else '""'
+
+        start, think, thought = tokenizer.tool_call_start, tokenizer.think_start, tokenizer.think_end
+        opening = piece(start)
+        if think in special and thought in special:
+            thoughts = rf"{free(start, think, thought)} FREE {piece(thought)} /\s{{0,2}}/"
+            opening = f"{thoughts} {opening}" if thinking else f"({piece(think)} {thoughts})? {opening}"
+        tools = "\n  | ".join(
+            f"{_literal(name)} %json {json.dumps({'x-guidance': SPACING, **schema})} " + json.dumps("}")
+            for name, schema in self.schemas.items()
+        )
+        return "\n".join((
+            f"start: {'opening call' if self.forced else ''} (tag call)* {free(start)} FREE",
+            f"opening: {opening}",
+            f"tag: {free(start)} " + (f"FREE {piece(start)}" if start in special else "last"),
+            f"last[lazy]: ANY {json.dumps(start)}",
+            rf"call: /\n?/ tool /\n?/ {piece(tokenizer.tool_call_end)}",
+            f"tool: {tools}",
+            f"FREE: ANY & ~(ANY {json.dumps(start)} ANY)",
+            "ANY: /(?s:.*)/",
+        ))  # fmt: skip
+
+
+def _literal(name: str) -> str:
+    """How a call of a tool begins, in Lark's form."""
+    return json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
