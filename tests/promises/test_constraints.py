@@ -103,11 +103,11 @@ def test_calls_are_the_same_with_drafts(named):
         tool_parser=json_tools.parse_tool_call,
     )
     schemas = {title: SCHEMAS[title] for title in ("light", "sensor")}
-    made = 0
+    made, most = 0, 72 if name == "pair" else 160  # the smaller vocabulary spells letter by letter
     for i, (forced, chooser) in enumerate(zip((True, True, False), CHOOSERS)):
         constraint = ToolCalls(schemas, forced).constraint(tokenizer, Target.of(pair[0]).vocab_size)
         ways = (None, *WAYS[i :: 6 if name == "pair" else 3])
-        found = [text_of(pair, name, constraint, way, chooser, max_tokens=72)[:2] for way in ways]
+        found = [text_of(pair, name, constraint, way, chooser, max_tokens=most)[:2] for way in ways]
         assert all(one == found[0] for one in found)
         calls = re.findall(r"<tool_call>(.*?)</tool_call>", found[0][1], re.DOTALL)
         assert forced or not calls

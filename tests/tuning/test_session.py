@@ -1,6 +1,7 @@
 """What is known of a pair: measured once, kept, and who proposes and plans because of it."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -172,9 +173,10 @@ def test_structured_texts_teach_apart(small_model):
     """If this fails, free texts are drafted as though a grammar pruned them, or a grammar's as though none did."""
     verifier, drafter = verifier_of(small_model), make_drafter()
     for shape in (None, TREE):
-        free, structured, again = (
+        planners: list[Any] = [
             drafting_for(verifier, drafter, shape, "auto", [], greedy, grammar)[1] for grammar in (False, True, True)
-        )
+        ]
+        free, structured, again = planners
         assert structured.memory is again.memory and free.memory.lookup is not again.memory.lookup
         step = StepRead(Drafted(shape or DraftShape()), [1], 20)
         before = free.memory.acceptance.steps, again.memory.acceptance.steps
