@@ -37,7 +37,11 @@ whole_prompt = pytest.mark.skipif(
 
 @whole_prompt
 @pytest.mark.parametrize("kind", ["repetition", "presence", "frequency", "bias", "digits"])
-@pytest.mark.parametrize("shape", [DraftShape(4, 5, 7), DraftShape(1, 4, 3), DraftShape(4, 5, 12, "beams")], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [DraftShape(4, 5, 7), DraftShape(1, 4, 3), pytest.param(DraftShape(4, 5, 12, "beams"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_same_tokens_as_mlx_lm(pair, kind, shape):
     """If this fails, penalties or constraints act on tokens that were never written."""
     model, drafter, tokenizer = pair

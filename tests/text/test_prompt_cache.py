@@ -161,7 +161,11 @@ def test_mistakes(pair, by_mlx_lm, tmp_path, capsys, kind, stories):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("temp", [0.0, 0.7])
-@pytest.mark.parametrize("shape", [DraftShape(4, 5, 7), DraftShape(1, 4, 3), DraftShape(4, 5, 12, "beams")], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [DraftShape(4, 5, 7), DraftShape(1, 4, 3), pytest.param(DraftShape(4, 5, 12, "beams"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_quantised_kv_cache(pair, bits, temp, shape):
     """If this fails, trees in a quantised cache are read wrongly."""
     model, drafter, tokenizer = pair
