@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import pathlib
-import shlex
 import shutil
 import time
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_redrafter.benchmarks.ablation.readings import View, read_all
-from mlx_redrafter.benchmarks.ablation.recipes import LAYERS, Recipe, with_layers
+from mlx_redrafter.benchmarks.ablation.recipes import LAYERS, Recipe, with_layers, words
 
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.pairing import check_sizes
@@ -48,7 +47,7 @@ def flags_of(args: argparse.Namespace, recipe: Recipe, target: Target, work: pat
     begin += ["--recipe", "plain"]  # recipes are the same whatever is usual
     own = with_layers(recipe.flags, target.num_layers)
     try:
-        found, unknown = parser.parse_known_args([*begin, *shlex.split(args.train_flags), *own])
+        found, unknown = parser.parse_known_args([*begin, *words(args.train_flags, "--train-flags"), *own])
     except argparse.ArgumentError as error:
         raise UserError(f"recipe {recipe.name}: {error}") from error
     if unknown:

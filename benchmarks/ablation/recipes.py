@@ -46,6 +46,14 @@ RECIPES = (
 )
 
 
+def words(text: str, what: str) -> list[str]:
+    """Flags as a shell splits them. Raises UserError for a quote without its end, naming `what` it stands in."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
 def chosen(names: list[str] | None) -> list[Recipe]:
     """The recipes of these names, all of them if none are given; NAME=FLAGS is a recipe of one's own.
 
@@ -60,7 +68,7 @@ def chosen(names: list[str] | None) -> list[Recipe]:
             raise UserError(f"--recipes {name}: expected some of {', '.join(known)}, or NAME=FLAGS")
         if not name.replace("-", "").isalnum() or name in found:
             raise UserError(f"--recipes {text}: expected names of letters, digits and -, each once")
-        found[name] = Recipe(name, tuple(shlex.split(flags)), flags) if own else known[name]
+        found[name] = Recipe(name, tuple(words(flags, f"--recipes {text}")), flags) if own else known[name]
     return list(found.values())
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.delete:
-        print(f"{files.folder()}: {files.delete()} files deleted")
+        print(f"{files.folder()}: files deleted: {files.delete()}")
         return
     rows: list[dict[str, Any]] = []
     for path in files.files():

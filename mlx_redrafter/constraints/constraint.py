@@ -68,16 +68,16 @@ def json_schema(schema: str | dict[str, Any] | bool, name: str = "the JSON schem
 
 def regex(expression: str, name: str = "the regular expression") -> Constraint:
     """A text that an expression of Rust's `regex` matches as a whole. Raises UserError."""
-    grammar = _guidance().grammar_from_regex(expression)
     _check_size(expression, name)
+    grammar = _guidance().grammar_from_regex(expression)
     _check(grammar, name)
     return Constraint(grammar)
 
 
 def lark(source: str, name: str = "the grammar") -> Constraint:
     """A text that a grammar in llguidance's form of Lark derives from `start`. Raises UserError."""
-    grammar = _guidance().grammar_from_lark(source)
     _check_size(source, name)
+    grammar = _guidance().grammar_from_lark(source)
     _check(grammar, name)
     return Constraint(grammar)
 
@@ -86,12 +86,16 @@ def _guidance() -> Any:
     try:
         from llguidance import LLMatcher
     except ImportError:
-        raise UserError("structured output needs llguidance: pip install 'mlx-redrafter[structured]'") from None
+        raise UserError("structured output needs llguidance: pip install '.[structured]'") from None
     return LLMatcher
 
 
 def _check_size(text: str, name: str) -> None:
-    if (size := len(text.encode())) > MOST_BYTES:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise UserError(f"{name}: not text, expected UTF-8") from None
+    if size > MOST_BYTES:
         raise UserError(f"{name} has {size} bytes, expected at most {MOST_BYTES}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import urllib.parse
 from collections import defaultdict
 from typing import Any
 
@@ -48,13 +50,26 @@ def _ends(schema: Any, known: set[str]) -> bool:
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if any(kind not in ("object", "array") for kind in kinds):
         return True
-    required = [schema.get("properties", {}).get(name, True) for name in schema.get("required", ())]
+    required = [_property(schema, name) for name in schema.get("required", ())]
     least = schema.get("minItems", 0)
     first = list(schema.get("prefixItems", ()))[:least]
     parts = [*first, *([schema.get("items", True)] if least > len(first) else [])]
     ways = {"object": required, "array": parts}
     needed = [ways[kind] for kind in kinds] or ([required] if required else [parts])
     return any(all(_ends(part, known) for part in way) for way in needed)
+
+
+def _property(schema: dict[str, Any], name: str) -> Any:
+    """What a property of this name has to be, as far as one keyword says it."""
+    if name in schema.get("properties", {}):
+        return schema["properties"][name]
+    for pattern, found in schema.get("patternProperties", {}).items():
+        try:
+            if re.search(pattern, name):
+                return found
+        except re.error:  # an expression of JavaScript alone
+            return True
+    return schema.get("additionalProperties", True)
 
 
 def _references(schema: Any) -> set[str]:
@@ -69,6 +84,8 @@ def _references(schema: Any) -> set[str]:
 
 def _at(schema: Any, name: str) -> Any:
     """What a reference points to; of one that is no pointer into the schema nothing is known."""
+    base = schema.get("$id") if isinstance(schema, dict) else None
+    name = urllib.parse.unquote(name.removeprefix(base) if isinstance(base, str) else name) or "#"
     path = name.removeprefix("#").split("/")[1:]
     if not name.startswith("#") or (name != "#" and not path):
         return True

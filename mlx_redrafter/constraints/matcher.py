@@ -134,4 +134,6 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise UserError(f"structured output: {one_line(ValueError(self._matcher.get_error()))}")
+            said = self._matcher.get_error().partition("<state>")[0]  # behind it is llguidance's own state
+            words = {"NoExtensionBias": "no text fulfils it"}
+            raise UserError(f"structured output: {words.get(said.strip(), one_line(ValueError(said)))}")

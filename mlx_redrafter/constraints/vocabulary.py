@@ -43,11 +43,17 @@ def vocabulary(tokenizer: TokenizerWrapper, size: int) -> Any:
         what = "has no token that ends a text" if backend is not None else "is no fast one"
         raise UserError(f"structured output: the model's tokenizer {what}")
     fields = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    if (most := max(tokenizer.get_vocab().values(), default=-1)) >= size:
+        raise UserError(f"structured output: the tokenizer has token {most}, the model only {size} tokens")
+    pieces = any("▁" in token for token in tokenizer.get_vocab())
     try:
-        found = LLTokenizer(json.dumps(fields), n_vocab=size, eos_token=ends)
+        try:
+            found = LLTokenizer(json.dumps(fields), n_vocab=size, eos_token=ends)
+        except ValueError:
+            if not pieces:
+                raise
+            found = LLTokenizer(json.dumps(fields | {"decoder": _PIECES}), n_vocab=size, eos_token=ends)
     except ValueError as error:
-        if not any("▁" in token for token in tokenizer.get_vocab()):
-            raise UserError(f"structured output: the model's tokenizer is of an unknown kind ({error})") from None
-        found = LLTokenizer(json.dumps(fields | {"decoder": _PIECES}), n_vocab=size, eos_token=ends)
+        raise UserError(f"structured output: the model's tokenizer is of an unknown kind ({error})") from None
     _KNOWN[tokenizer._tokenizer] = (size, ends), found
     return found

@@ -97,7 +97,7 @@ class Proposer(abc.ABC):
 
 
 # What prefix attention has read of the texts that prompt caches hold, how long they are, and the context of their end.
-_LEFT: weakref.WeakKeyDictionary[Any, tuple[PrefixReader, int, mx.array]] = weakref.WeakKeyDictionary()
+LEFT: weakref.WeakKeyDictionary[Any, tuple[PrefixReader, int, mx.array]] = weakref.WeakKeyDictionary()
 
 
 class RecurrentProposer(Proposer):
@@ -153,10 +153,10 @@ class RecurrentProposer(Proposer):
     def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
         if self.prefix is not None:
             self.prefix.drop(dropped)
-            _LEFT[cache] = self.prefix, tokens, context
+            LEFT[cache] = self.prefix, tokens, context
 
     def resume(self, cache: Any, tokens: int) -> None:
-        reader, known, context = _LEFT.pop(cache, (None, 0, None))
+        reader, known, context = LEFT.pop(cache, (None, 0, None))
         if self.prefix is not None and reader is not None and reader.layer is self.prefix.layer and known == tokens:
             self.prefix, self._resumed = reader, context
 

@@ -94,11 +94,13 @@ def recorded(
     processors: bool,
 ) -> Generator[Any]:
     """The same responses; then their text is recorded. `processors`: whether logits were changed before sampling."""
-    said: list[Any] = []
+    said: list[str] = []
+    reason = None
     try:
         with contextlib.closing(source):
             for response in source:
-                said.append(response)
+                said.append(response.text)
+                reason = response.finish_reason
                 yield response
     finally:  # mlx_lm leaves a stream that has said enough
         if said:
@@ -118,8 +120,7 @@ def recorded(
             }
             sampling = {name: getattr(args.sampling, name) for name in NEUTRAL}
             settings = settings_of(args.sampling.temperature, changed, **sampling)
-            text, ended = "".join(response.text for response in said), said[-1].finish_reason == "stop"
-            recorder.note(model, tokenizer, provider.name, asked, text, settings, ended)
+            recorder.note(model, tokenizer, provider.name, asked, "".join(said), settings, reason == "stop")
 
 
 def ours(

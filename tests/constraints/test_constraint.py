@@ -83,7 +83,15 @@ def test_work_grows_with_an_endless_schema_and_no_faster():
 
 def test_wrong_expressions_and_grammars_are_refused():
     """If this fails, a mistake in an expression or a grammar is found by the model."""
-    for make, wrong in ((regex, "["), (regex, "(?=a)b"), (lark, "start: ("), (lark, 'foo: "a"'), (lark, "x" * 300_000)):
+    for make, wrong in (
+        (regex, "["),
+        (regex, "(?=a)b"),
+        (lark, "start: ("),
+        (lark, 'foo: "a"'),
+        (lark, "x" * 300_000),
+        (regex, "\udcff"),
+        (lark, "\udcff"),
+    ):
         with pytest.raises(UserError, match="THE NAME"):
             make(wrong, "THE NAME")
 

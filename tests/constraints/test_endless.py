@@ -23,6 +23,14 @@ AROUND = {"$defs": {"a": LEAF, "b": BACK}, **BACK}
         ({"type": "array", "prefixItems": [{"$ref": "#"}, {}], "minItems": 0}, ""),
         ({"type": "array", "prefixItems": [{}, {"$ref": "#"}], "minItems": 2}, "#"),
         ({"enum": [1], "properties": {"a": {"$ref": "#"}}}, ""),
+        ({"type": "object", "required": ["a"], "additionalProperties": {"$ref": "#"}}, "#"),
+        ({"type": "object", "required": ["a"], "patternProperties": {"^a": {"$ref": "#"}}}, "#"),
+        ({"type": "object", "required": ["b"], "patternProperties": {"^a": {"$ref": "#"}}}, ""),
+        (
+            {"$id": "x:y", "type": "object", "required": ["a"], "properties": {"a": {"$ref": "x:y"}}},
+            "x:y",
+        ),
+        ({"$defs": {"a": {"$ref": "#/%24defs/a"}}, "$ref": "#/%24defs/a"}, "#/%24defs/a"),
     ],
 )
 def test_endless(schema, where):

@@ -111,11 +111,10 @@ class Memory:
             for each in waiting[:some]:
                 each.read = True
             waiting = waiting[some:]
-            while (size := rows.tokens.shape[1]) > 2 * PIECE:
+            while rows.tokens.shape[1] > 2 * PIECE:
                 self._read(rows[:PIECE])
                 rows = dataclasses.replace(rows[PIECE:], count=None if rows.count is None else rows.count - PIECE)
             found = self._read(rows)
-            del size
         assert found is not None  # every step brings a row at least
         return found
 

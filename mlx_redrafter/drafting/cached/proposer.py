@@ -23,7 +23,7 @@ from mlx_redrafter.target.tree import CandidateTree
 WINDOW = 4096  # tokens of a prompt whose contexts are read: heads are trained on texts about so long
 
 # Of the texts that prompt caches hold: what was read of them, so many rows, their length, and the context of their end.
-_LEFT: weakref.WeakKeyDictionary[Any, tuple[Memory, int, int, mx.array]] = weakref.WeakKeyDictionary()
+LEFT: weakref.WeakKeyDictionary[Any, tuple[Memory, int, int, mx.array]] = weakref.WeakKeyDictionary()
 
 
 class CachedProposer(Proposer):
@@ -109,10 +109,10 @@ class CachedProposer(Proposer):
     def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
         rows = tokens - self._unread
         if self.memory.cut(rows):
-            _LEFT[cache] = self.memory, rows, tokens, context
+            LEFT[cache] = self.memory, rows, tokens, context
 
     def resume(self, cache: Any, tokens: int) -> None:
-        memory, rows, known, context = _LEFT.pop(cache, (None, 0, 0, None))
+        memory, rows, known, context = LEFT.pop(cache, (None, 0, 0, None))
         self._held = tokens
         if memory is not None and memory.reader is self.drafter and known == tokens:
             self.memory, self._rows, self._before = memory, rows, context

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache
 from mlx_lm.server import LRUPromptCache
 
+from mlx_redrafter.drafting.kinds import forget
 from mlx_redrafter.server.caches.files import CacheFiles
 from mlx_redrafter.system.device import memory_bytes
 from mlx_redrafter.tuning.pair_key import identity
@@ -53,6 +54,8 @@ class PromptCaches(LRUPromptCache):
         return cache, rest + tokens[-1:]
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **named: Any) -> None:
+        # mlx_lm gives out copies, by which nobody finds what a drafter left; it would be held, and not counted.
+        forget(prompt_cache[0])
         super().insert_cache(model, tokens, prompt_cache, **named)
         if self._files is not None and model in self._identities:
             mine = self._identities[model]

@@ -94,10 +94,6 @@ def _join_rows(mine: TreeRows, theirs: TreeRows) -> None:
     mine.base = base
 
 
-def _capacity(keys: Any) -> int:
-    return keys.shape[2] if isinstance(keys, mx.array) else _capacity(keys[0])
-
-
 def _copied(layer: Any) -> Any:
     if isinstance(layer, CacheList):
         return CacheList(*map(_copied, layer.caches))

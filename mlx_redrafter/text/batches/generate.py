@@ -129,6 +129,8 @@ def batch_generate(
         raise UserError("sampler and chooser were both given, expected one")
     if completion_batch_size < 1:
         raise UserError(f"completion_batch_size is {completion_batch_size}, expected 1 or more")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise UserError(f"prompts is a {type(prompts).__name__}, expected a list of prompts")
     count = len(prompts)
     limits = [max_tokens] * count if isinstance(max_tokens, int) else list(max_tokens)
     every = chooser if callable(chooser) else from_sampler(sampler) if sampler is not None else greedy
@@ -137,16 +139,18 @@ def batch_generate(
     for name, values in (("max_tokens", limits), ("chooser", choosers), ("prompt_caches", caches)):
         if len(values) != count:
             raise UserError(f"{name} has {len(values)} entries, expected one for each of the {count} prompts")
-    texts = []
-    for prompt, limit, choose, cache in zip(prompts, limits, choosers, caches):
-        options = DecodingOptions(choose, limit, tuple(logits_processors or ()), prefill_step_size=prefill_step_size)
-        ids = encode(tokenizer, prompt)
-        check_prompt(Target.of(model), ids, cached(cache or []))
-        texts.append(BatchText(ids, options, tokenizer.eos_token_ids.__contains__, cache, return_prompt_caches))
     fixed, _ = what_to_draft(drafter, shape, OFF)
     if isinstance(drafter, DraftModel):
         raise UserError("a draft model drafts for one text at a time: batch_generate takes heads, or no drafter")
+    texts = []
     with TURNS:
+        for prompt, limit, choose, cache in zip(prompts, limits, choosers, caches):
+            ids = encode(tokenizer, prompt)
+            check_prompt(Target.of(model), ids, cached(cache or []))
+            options = DecodingOptions(
+                choose, limit, tuple(logits_processors or ()), prefill_step_size=prefill_step_size
+            )
+            texts.append(BatchText(ids, options, tokenizer.eos_token_ids.__contains__, cache, return_prompt_caches))
         verifier, kept = verifier_for(model, drafter), None
         if verifier.capability == NONE:
             raise UserError(f"this model's texts cannot be decoded together: {verifier.reason}")
@@ -162,7 +166,8 @@ def batch_generate(
     tokens = [text.tokens[:-1] if text.finish_reason == STOP else text.tokens for text in texts]
     response = BatchResponse([tokenizer.decode(ids) for ids in tokens], stats)
     if return_prompt_caches:
-        response.caches = [_with_last(verifier, text) for text in texts]
+        with TURNS:
+            response.caches = [_with_last(verifier, text) for text in texts]
     if return_token_ids:
         response.token_ids = tokens
     if return_logprobs:

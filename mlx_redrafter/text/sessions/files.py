@@ -24,7 +24,7 @@ def files() -> list[pathlib.Path]:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a file. A line that was cut short, as by a full disk, is left out.
+    """The records of a file. A line that is none, as one that was cut short, is left out.
 
     Raises:
         UserError: a file that cannot be read.
@@ -39,9 +39,19 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
+        if isinstance(record, dict) and _is_record(record):
             found.append(record)
     return found
+
+
+def _is_record(fields: dict[str, Any]) -> bool:
+    messages = fields.get("messages", [])
+    return (
+        isinstance(fields.get("target", {}), dict)
+        and isinstance(fields.get("time", 0), int | float)
+        and isinstance(messages, list)
+        and all(isinstance(message, dict) for message in messages)
+    )
 
 
 def delete() -> int:

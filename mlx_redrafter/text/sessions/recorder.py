@@ -5,6 +5,7 @@ Knows nothing of commands and servers.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -70,7 +71,10 @@ class Recorder:
         try:
             file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
-                os.write(file, line)  # one call: lines of two threads do not mix
+                before, written = os.fstat(file).st_size, os.write(file, line)  # one call: lines do not mix
+                if written < len(line):
+                    os.ftruncate(file, before)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(file)
         except OSError as error:

@@ -36,6 +36,8 @@ def sessions_recipe(folder: pathlib.Path, target: Target, tokenizer: TokenizerWr
     Raises:
         UserError: nothing usable was recorded, or as `answers_recipe`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # rows and held-out texts are conversations, too
     copy = folder / COPY
     if not copy.exists():
         lines = [json.dumps(record) + "\n" for path in files.files() for record in files.read(path)]

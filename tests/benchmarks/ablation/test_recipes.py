@@ -11,7 +11,7 @@ def test_names():
     assert chosen(None) == list(RECIPES)
     old, own = chosen(["old", "mine=--loss lk --step-weights 1 1 1 1"])
     assert old.name == "old" and own.flags == ("--loss", "lk", "--step-weights", "1", "1", "1", "1")
-    for names in (["no brain"], ["old", "old"], ["../x=--loss lk"]):
+    for names in (["no brain"], ["old", "old"], ["../x=--loss lk"], ["x='"]):
         with pytest.raises(UserError, match="--recipes"):
             chosen(names)
 

@@ -89,3 +89,9 @@ def test_caches_go_on(pair):
 def test_mistakes(pair, options, message):
     with pytest.raises(UserError, match=message):
         batch_generate(pair[0], pair[2], PROMPTS, **options)
+
+
+def test_one_prompt_is_no_list(pair):
+    """If this fails, every letter of a prompt gets a text of its own."""
+    with pytest.raises(UserError, match="prompts is a str, expected a list"):
+        batch_generate(pair[0], pair[2], "import")

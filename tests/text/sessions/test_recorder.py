@@ -1,5 +1,6 @@
 """What `--record-sessions` writes, and where; without it nothing is written."""
 
+import os
 import stat
 
 import pytest
@@ -7,7 +8,7 @@ from support.commands import code_of
 from support.serving import TINY, serving
 
 from mlx_redrafter.text.sessions import files
-from mlx_redrafter.text.sessions.recorder import settings_of
+from mlx_redrafter.text.sessions.recorder import Recorder, settings_of
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,26 @@ def test_the_server_records(cache):
     first, second = records()
     assert (first["prompt"], first["completion"], first["settings"]) == ("Once upon a time", said, {"temp": 0.0})
     assert second["settings"] == {"temp": 1.0, "top_p": 0.5} and not second["ended"]
+
+
+@pytest.mark.parametrize("line", ['{"target": "x"}', '{"time": "x"}', '{"messages": ["a"]}', "[]", '{"prompt": "half'])
+def test_odd_lines_are_left_out(cache, capsys, line):
+    """If this fails, one line hides all sessions."""
+    files.folder().mkdir(parents=True)
+    (files.folder() / "a.jsonl").write_text(f'{line}\n{{"prompt": "whole", "completion": " and well"}}\n')
+    assert code_of("sessions") == 0 and code_of("sessions", "--show") == 0
+    assert "whole and well" in capsys.readouterr().out
+
+
+def test_a_disk_that_takes_half_a_line(cache, monkeypatch, pair):
+    """If this fails, a full disk costs the record behind, too."""
+    recorder, whole = Recorder(), os.write
+    recorder.note(pair[0], pair[2], "m", "a", "b", {}, True)
+    monkeypatch.setattr(os, "write", lambda file, line: whole(file, line[: len(line) // 2]))
+    recorder.note(pair[0], pair[2], "m", "lost", "b", {}, True)
+    monkeypatch.setattr(os, "write", whole)
+    recorder.note(pair[0], pair[2], "m", "c", "d", {}, True)
+    assert [record["prompt"] for record in records()] == ["a", "c"]
 
 
 def test_settings_name_what_is_not_usual():

@@ -52,7 +52,7 @@ def test_recorded_answers_are_learned(chat, tmp_path):
     assert all(not text.startswith("An answer") for text in learned)
     assert all(any(f"{word}?" in text for text in asked) for word in ("Cut", "Top", "Others"))
     copy = folder / "sessions.jsonl"
-    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600 and stat.S_IMODE(copy.parent.stat().st_mode) == 0o700
     note([user("Later?")], "Later.")  # while the run is stopped
     assert len(prepare(folder, target, tokenizer, plan)) == 11
     files.delete()
