@@ -22,6 +22,7 @@ class Request(CompletionRequest):
         num_draft_tokens: the node budget it asks for; None for the server's own shape.
         constraint: what its answer has to be; None for any text.
         calls: the tool calls that its answer may have, of which the model's tokenizer makes a constraint.
+        thinking_budget: tokens of a thought, where it limits them.
         hung_up: whether its client has gone; asked while it waits.
         arrived: when, on the monotonic clock.
         begun: set when its turn has come.
@@ -38,6 +39,7 @@ class Request(CompletionRequest):
     num_draft_tokens: int | None = None
     constraint: Constraint | None = None
     calls: ToolCalls | None = None
+    thinking_budget: int | None = None
     hung_up: Callable[[], bool] = lambda: False
     arrived: float = dataclasses.field(default_factory=time.monotonic)
     begun: threading.Event = dataclasses.field(default_factory=threading.Event)

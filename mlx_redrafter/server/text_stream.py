@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.server import GenerationArguments
 
+from mlx_redrafter.constraints.thinking import thinking_budget
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
 from mlx_redrafter.decoding.sampling import Chooser, position_keyed
 from mlx_redrafter.drafting.shape import OFF
@@ -113,6 +114,7 @@ def recorded(
             changed = {
                 "processors": processors,
                 "response_format": request.constraint is not None,
+                "thinking_budget": request.thinking_budget,
                 "stop": request.stopped_by,
                 "tools": bool(request.tools),
                 "adapter_path": provider.model_key[1],
@@ -139,13 +141,19 @@ def ours(
     constraint = request.constraint
     if plain and constraint is not None:
         constraint = dataclasses.replace(constraint, jump_ahead=False)
-    cached = request.tokens[: len(request.tokens) - len(prompt)]
+    cached, tokenizer = request.tokens[: len(request.tokens) - len(prompt)], options["tokenizer"]
+    processors = list(logits_processors)
+    # What fulfils a schema from its first token on has no thoughts.
+    thinks = tokenizer.has_thinking and (constraint is None or request.calls is not None)
+    if request.thinking_budget is not None and thinks:
+        thought = tokenizer.think_start_tokens, tokenizer.think_end_tokens
+        processors.append(thinking_budget(*thought, request.thinking_budget))
     return stream_generate(
         drafter=None if plain else provider.drafter,
         prompt=prompt,
-        chooser=chooser(args, options["tokenizer"]),
+        chooser=chooser(args, tokenizer),
         constraint=constraint,
-        logits_processors=[_after(cached, processor) for processor in logits_processors],
+        logits_processors=[_after(cached, processor) for processor in processors],
         shape=provider.shape_for(request.num_draft_tokens or None),
         lookup=OFF if plain else provider.lookup,
         cached_tokens=cached,

@@ -6,13 +6,15 @@ import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.nn as nn
 from tqdm import tqdm
 
 from mlx_redrafter.constraints.constraint import Constraint, json_schema, lark, regex
+from mlx_redrafter.constraints.thinking import thinking_budget
+from mlx_redrafter.decoding.logits_processors import LogitsProcessor
 from mlx_redrafter.decoding.options import Progress
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.kinds import Drafter
@@ -96,6 +98,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser, max_tokens: int) -
     one("--json-schema", metavar="FILE", help="write JSON that the schema in this file allows (docs/structured.md)")
     one("--regex", metavar="EXPR", help="write what this regular expression matches as a whole")
     one("--grammar", metavar="FILE", help="write what the grammar in this file derives, in llguidance's form of Lark")
+    # What fulfils a schema from its first token on has no thoughts.
+    one("--thinking-budget", type=whole(0), metavar="N", help="end a thought after this many tokens, for models that"
+        " think between tokens of their own (default: no limit)")  # fmt: skip
     add("--stop", nargs="+", default=(), metavar="TEXT", help="end the text before any of these texts")
     add_cache_arguments(parser)
 
@@ -174,6 +179,7 @@ def generation_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, An
         "chooser": position_keyed(args.temp, xtc_special_tokens=ends, **sampling),
         "shape": draft_shape(args),
         "constraint": constraint_of(args),
+        "logits_processors": [*_thinking(args.thinking_budget, tokenizer)],
         "prompt_progress_callback": _progress(),
     }
 
@@ -182,7 +188,7 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `add_generation_arguments` as `Recorder.note` takes them."""
     changed = {
         name: getattr(args, name)
-        for name in (*CONSTRAINTS, "adapter_path", "chat_template_config", "extra_eos_token", "stop")
+        for name in (*CONSTRAINTS, "thinking_budget", "adapter_path", "chat_template_config", "extra_eos_token", "stop")
     }
     return settings_of(args.temp, changed, **{name: getattr(args, name) for name in SAMPLING})
 
@@ -196,6 +202,13 @@ def constraint_of(args: argparse.Namespace) -> Constraint | None:
     if args.grammar is not None:
         return lark(read_text(pathlib.Path(args.grammar)), f"--grammar {args.grammar}")
     return None
+
+
+def _thinking(budget: int | None, tokenizer: Any) -> Iterator[LogitsProcessor]:
+    if budget is not None:
+        if not tokenizer.has_thinking:
+            raise UserError("--thinking-budget: the model's tokenizer has no tokens that begin and end thoughts")
+        yield thinking_budget(tokenizer.think_start_tokens, tokenizer.think_end_tokens, budget)
 
 
 def template_options(args: argparse.Namespace) -> dict[str, Any]:

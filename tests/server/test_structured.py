@@ -114,6 +114,23 @@ def test_a_call_can_be_required(told):
         assert told.post("/v1/responses", **asked)["output"][0]["arguments"] == '{"a": 5}'
 
 
+@pytest.mark.parametrize("drafts", [{}, {"num_draft_tokens": 0}, {"num_draft_tokens": 3}])
+def test_thoughts_have_a_budget(told, drafts):
+    """If this fails, a model thinks for as long as it likes, or says nothing after its thoughts."""
+    asked = {"messages": [{"role": "user", "content": "<ponder>"}], "max_tokens": 64} | drafts
+    for budget in (0, 5, None):
+        for _ in range(2):  # the second time the prompt is cached
+            [answer] = told.post(CHAT, **asked, thinking_budget=budget)["choices"]
+            thought = answer["message"].get("reasoning") or ""
+            assert thought == "".join(f"hm{n} " for n in range(30 if budget is None else budget))
+            assert answer["message"]["content"] == "So."
+    thinking = {"type": "enabled", "budget_tokens": 5}
+    message = told.post("/v1/messages", **asked, thinking=thinking)["content"]
+    assert [message[0]["thinking"], message[1]["text"]] == ["hm0 hm1 hm2 hm3 hm4 ", "So."]
+    form = {"type": "json_object"}
+    assert told.post(CHAT, **asked, thinking_budget=0, response_format=form)["choices"][0]["message"]["content"]
+
+
 def test_calls_that_cannot_be_had_are_refused(served, told):
     """If this fails, a client waits for a call that cannot be made, or gets one that breaks its schema."""
     wrong = [{"type": "function", "function": {"name": "add", "parameters": {"not": {}}, "strict": True}}]

@@ -19,6 +19,7 @@ END = "<|end|>"
 SCRIPTS = {
     "<greet>": ["Hel", "lo wor", "ld, good", " bye", " now"],
     "<call>": ["Let me see.", "<tool_call>", '{"name": "add", "arguments": {"a": 1}}', "</tool_call>"],
+    "<ponder>": ["<think>", *(f"hm{n} " for n in range(30)), "</think>", "So."],
     "<long>": [f"{n} " for n in range(400)],
 }
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{# <tool_call> tool_call.name #}"

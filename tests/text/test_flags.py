@@ -74,3 +74,14 @@ def test_a_structured_answer(capsys):
     """If this fails, a command's text is not what its flag asks for."""
     assert code_of("generate", "--prompt", "import os\n", "--regex", "(yes|no){2}", "--json") == 0
     assert json.loads(capsys.readouterr().out)["text"] in {a + b for a in ("yes", "no") for b in ("yes", "no")}
+
+
+def test_a_thinking_budget(parrot, capsys):
+    """If this fails, a flag does not end thoughts, or is taken where it could not."""
+    asked = ("generate", "--model", str(parrot), "--prompt", "<ponder>")
+    assert code_of(*asked, "--thinking-budget", "2") == 0
+    assert capsys.readouterr().out.startswith("<think>hm0 hm1 </think>So.\n")
+    assert code_of(*asked, "--thinking-budget", "2", "--regex", "a") == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+    assert code_of("generate", "--model", "embedded", "--prompt", "x", "--thinking-budget", "2") == 2
+    assert "--thinking-budget: the model's tokenizer has no tokens that" in capsys.readouterr().err

@@ -206,6 +206,7 @@ class Handler(APIHandler):
             num_draft_tokens=self.body.get("num_draft_tokens"),
             constraint=self._constraint,
             calls=self._calls,
+            thinking_budget=self.body.get("thinking_budget"),
             hung_up=self._hung_up,
         )
         return self._request

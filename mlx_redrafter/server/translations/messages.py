@@ -44,6 +44,7 @@ class Messages:
         chat["tool_choice"] = CHOICES.get(choice["type"]) or {"type": "function", "function": {"name": choice["name"]}}
         if "thinking" in body:
             chat["chat_template_kwargs"] = {"enable_thinking": self._thinks}
+            chat["thinking_budget"] = body["thinking"].get("budget_tokens") if self._thinks else None
         return chat | {"stream_options": {"include_usage": True}}
 
     def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
