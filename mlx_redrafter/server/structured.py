@@ -9,8 +9,11 @@ from mlx_redrafter.constraints.tools import ToolCalls
 from mlx_redrafter.errors import UserError
 
 
-def constraint_of(body: dict[str, Any]) -> Constraint | None:
+def constraint_of(body: dict[str, Any], schema: str) -> Constraint | None:
     """What `response_format` of a checked body asks for; None for any text.
+
+    Args:
+        schema: the field that a schema came in, in messages.
 
     Raises:
         UserError: a schema that is wrong, or cannot be kept.
@@ -19,7 +22,7 @@ def constraint_of(body: dict[str, Any]) -> Constraint | None:
     if form["type"] == "json_object":
         return json_object("response_format")
     if form["type"] == "json_schema":
-        return json_schema(form["json_schema"]["schema"], "response_format.json_schema.schema")
+        return json_schema(form["json_schema"]["schema"], schema)
     return None
 
 

@@ -163,7 +163,8 @@ class Handler(APIHandler):
     def _with_defaults(self, body: dict[str, Any]) -> dict[str, Any]:
         """A checked body as mlx_lm's handler takes it."""
         limits, args = self.response_generator.limits, self.response_generator.cli_args
-        self._constraint, self._calls = constraint_of(body), calls_of(body)
+        schema = "response_format.json_schema.schema" if self._translation is None else "text.format.schema"
+        self._constraint, self._calls = constraint_of(body, schema), calls_of(body)
         body.setdefault("model", self.response_generator.model_provider.name)
         most = body.get("max_completion_tokens", body.get("max_tokens"))
         if most is None:

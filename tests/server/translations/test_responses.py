@@ -75,7 +75,14 @@ def test_an_answer_that_is_cut(client):
     assert events[-1].type == "response.incomplete" and events[-1].response.output_text == answer.output_text
 
 
-@pytest.mark.parametrize("more", [{"previous_response_id": "x"}, {"text": {"format": {"type": "yaml"}}}])
-def test_what_cannot_be_had_is_refused(client, more):
-    with pytest.raises(openai.BadRequestError, match=next(iter(more))):
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"previous_response_id": "x"}, "previous_response_id"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format.schema: "),
+    ],
+)
+def test_what_cannot_be_had_is_refused(client, more, words):
+    with pytest.raises(openai.BadRequestError, match=words):
         client.responses.create(model="parrot", input="<greet>", **more)
