@@ -61,6 +61,17 @@ def test_text_is_free_until_a_call(tokenizer):
     assert behind(tokenizer, f'x</tool_call>{call}"a": 12}}}}\n</tool_call><tool_call>1') is None
 
 
+def test_a_tag_that_is_spelt_is_no_way_around():
+    """If this fails, a model calls a tool with anything: the parser reads text, whichever tokens it is made of."""
+    tokenizer = wrapped(TAGS)
+    spelt = [token for part in ("<tool_", "call") for token in tokenizer.encode(part, add_special_tokens=False)]
+    size, [last] = len(tokenizer._tokenizer), tokenizer.encode(">", add_special_tokens=False)
+    matcher = Matcher(ToolCalls(SCHEMAS).constraint(tokenizer, size), tokenizer, size)
+    matcher.take(spelt)
+    with pytest.raises(UserError):
+        matcher.take([last])
+
+
 def test_a_call_that_is_required_comes_first(tokenizer):
     """If this fails, a model ends without the call that it had to make."""
     assert behind(tokenizer, "", forced=True)[1] is False and behind(tokenizer, "Let", forced=True) is None
