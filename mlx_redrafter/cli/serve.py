@@ -23,7 +23,6 @@ from mlx_redrafter.text.flags import (
 HELP = "serve a model over HTTP, as mlx_lm.server does"
 KEY = "MLX_REDRAFTER_API_KEY"
 NEEDED = ("jsonschema", "prometheus_client")
-WITHOUT_EFFECT = ("decode_concurrency", "prompt_concurrency", "pipeline")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " (default: %(default)s)")  # fmt: skip
     levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     add("--log-level", choices=levels, default="INFO", help="log what is at least so grave (default: %(default)s)")
-    for name in WITHOUT_EFFECT[:2]:
-        add(f"--{name.replace('_', '-')}", type=int, help=argparse.SUPPRESS)
+    add("--decode-concurrency", type=whole(1), default=32, metavar="N", help="write so many texts together; 1 answers"
+        " one request at a time (default: %(default)s)")  # fmt: skip
+    add("--prompt-concurrency", type=whole(1), default=8, metavar="N", help="let so many prompts join between two steps"
+        " (default: %(default)s)")  # fmt: skip
     add("--pipeline", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -94,9 +95,8 @@ def run(args: argparse.Namespace) -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"serve needs {missing[0]}: pip install 'mlx-redrafter[serve]'")
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s %(message)s")
-    for name in WITHOUT_EFFECT:
-        if getattr(args, name):
-            logging.warning("--%s has no effect: one request is served at a time", name.replace("_", "-"))
+    if args.pipeline:
+        logging.warning("--pipeline has no effect: one process serves")
     if said := choose_target(args):
         print(said)
     prepare(args)

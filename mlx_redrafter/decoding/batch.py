@@ -32,6 +32,7 @@ class Batch:
         planner: says what each step drafts.
         most_texts: that run at once; others wait for their turn.
         chunk: prompt tokens that are read between two steps; at least one prompt goes on.
+        most_prompts: that are read to their ends between two steps.
 
     Attributes:
         running: texts that the next step decodes.
@@ -46,9 +47,10 @@ class Batch:
         planner: BatchPlanner,
         most_texts: int = 32,
         chunk: int = 2048,
+        most_prompts: int = 8,
     ):
         self.verifier, self.proposer_for, self.planner = verifier, proposer_for, planner
-        self.most_texts, self.chunk = most_texts, chunk
+        self.most_texts, self.chunk, self.most_prompts = most_texts, chunk, most_prompts
         self.waiting: deque[BatchText] = deque()
         self.prompt_seconds = 0.0
         self._arrival: Generator[None, None, Arrived] | None = None  # of the first one that waits
@@ -74,6 +76,11 @@ class Batch:
             self.waiting.remove(text)
         elif text in self.running:
             self._leave([text])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the KV cache of the running texts."""
+        return 0 if self._step is None else sum(array.nbytes for array in self._step.cache.arrays())
 
     def cache_of(self, text: BatchText) -> list[Any] | None:
         """mlx-lm caches of what has been read of a running text: all but the last of its tokens."""
@@ -151,7 +158,7 @@ class Batch:
         """Reads on in the prompts of texts that there is room for; those read to the end join."""
         found: list[TextStep] = []
         left = self.chunk
-        while left > 0 and self.waiting and len(self.running) < self.most_texts:
+        while left > 0 and self.waiting and len(self.running) < self.most_texts and len(found) < self.most_prompts:
             text = self.waiting[0]
             if self._arrival is None:
                 proposer = None if self.proposer_for is None else self.proposer_for(text.options.choose)

@@ -45,7 +45,7 @@ class Arrived:
 
 def arriving(verifier: Verifier, proposer: Proposer | None, text: BatchText) -> Generator[None, None, Arrived]:
     """Reads a text's prompt and chooses its first token; yields between chunks."""
-    cache = verifier.make_cache(text.prompt_cache)
+    cache, text.prompt_cache = verifier.make_cache(text.prompt_cache), None
     prompt = mx.array([text.prompt], mx.int32)
     text.start = text.length = cached(cache.layers) + prompt.shape[1]
     layers, last = ((), 1) if proposer is None else (proposer.context_layers, proposer.prefix_window)

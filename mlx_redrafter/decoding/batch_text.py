@@ -28,7 +28,7 @@ class BatchText:
         prompt: token ids that the cache does not hold yet, at least one.
         options: how its tokens are chosen, and how many. The KV cache is not quantised in a batch.
         ends: told of every token in order, says whether the text ends with it.
-        prompt_cache: mlx-lm caches to go on from; they are used up.
+        prompt_cache: mlx-lm caches to go on from; they are used up, and None once its prompt is being read.
         wants_cache: leave what was read of it in `cache` when it ends.
 
     Raises:

@@ -18,11 +18,12 @@ from mlx_lm.server import GenerationArguments, ResponseGenerator
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.server import seam
 from mlx_redrafter.server.answers import GONE, Answer, HungUp, answer_to, logger
+from mlx_redrafter.server.batches.generator import BatchGenerator
 from mlx_redrafter.server.caches.memory import PromptCaches
 from mlx_redrafter.server.limits import Limits
 from mlx_redrafter.server.metrics import Metrics
 from mlx_redrafter.server.provider import Provider
-from mlx_redrafter.server.requests import Request
+from mlx_redrafter.server.requests import Arguments, Request
 from mlx_redrafter.server.text_stream import recorded, text_stream
 from mlx_redrafter.system import threads
 from mlx_redrafter.text.sessions.recorder import Recorder
@@ -31,7 +32,7 @@ POLL = 0.2  # seconds between two looks at whether the client is still there
 
 
 class GenerationThread(ResponseGenerator):
-    """Generates for one request after the other.
+    """Generates for requests together where they can be batched, else for one after the other.
 
     Args:
         limits: of queue and context.
@@ -52,8 +53,10 @@ class GenerationThread(ResponseGenerator):
         self.metrics = Metrics(self.waiting, prompt_cache)
         self._open = set[Request]()
         self._lock = threading.RLock()
-        self._current: Any = None  # what the thread has taken from the queue
+        self._asked: Arguments | None = None  # of the request that was tokenised last
+        self._batch: BatchGenerator | None = None
         super().__init__(provider, prompt_cache)
+        self._time_budget: Any = range(1)  # steps between two looks at the queue; mlx_lm's takes half a second
 
     def _run_generate(self) -> None:
         try:
@@ -66,11 +69,18 @@ class GenerationThread(ResponseGenerator):
         cache = self.prompt_cache  # mlx_lm's loop gives its own reference up
         while not self._stop:
             try:
-                self._generate()
+                with seam.batching(self._new_batch):
+                    self._generate()
             except Exception as error:  # outside of what mlx_lm watches over
                 logger.error("the generation thread goes on after an error", exc_info=error)
-                if self._current is not None:
-                    self._current[0].put(error)
+                with self._lock:
+                    for request in self._open:
+                        if request.taken_up:
+                            request.responses.put(error)
+                            request.begun.set()
+            if self._batch is not None:
+                self._batch.close()
+                self._batch = None
         cache.close()
 
     def _open_cache(self) -> None:
@@ -78,10 +88,12 @@ class GenerationThread(ResponseGenerator):
         self.prompt_cache.open(provider.model_key, provider.model)
 
     def _next_request(self, timeout: float | None = None) -> Any:
-        self._current = super()._next_request(timeout)
-        if self._current is None:
+        taken = super()._next_request(timeout)
+        if taken is not None:
+            taken[1].taken_up = True
+        elif timeout is not None:  # nobody's text is being written
             self.prompt_cache.write_one()
-        return self._current
+        return taken
 
     def stop_and_join(self) -> None:
         with self._lock:
@@ -115,9 +127,11 @@ class GenerationThread(ResponseGenerator):
             if self.waiting() >= self.limits.queue:
                 raise Answer(429, f"{self.limits.queue} requests are waiting already", retry_after=5)
             self._open.add(request)
-        responses: Queue[Any] = Queue()
-        self.requests.put((responses, request, generation_args))
+        responses = request.responses
+        self.requests.put((responses, request, Arguments(**vars(generation_args), request=request)))
         context = self._await(request, responses)
+        while not request.begun.wait(POLL):  # one of a batch may have to wait for room
+            self._look(request)
         return context, self._responses(request, responses, progress_callback or (lambda read, total: None))
 
     @contextlib.contextmanager
@@ -139,6 +153,8 @@ class GenerationThread(ResponseGenerator):
                 progress(*response)
                 continue
             request.taken += 1
+            if request.texts:
+                response.text = request.texts.popleft()
             if response.finish_reason == "stop":
                 # mlx_lm's handler drops the text of a response that says so, and takes it for granted where none does.
                 response.finish_reason = None
@@ -177,13 +193,39 @@ class GenerationThread(ResponseGenerator):
             super()._serve_single(request, stream)
 
     def _text_stream(self, request: Request, args: GenerationArguments, **theirs: Any) -> Generator[Any]:
-        limit = self._context
-        room = None if limit is None else limit - len(request.tokens)
-        source = text_stream(self.model_provider, request, args, room, **theirs)
+        source = text_stream(self.model_provider, request, args, self._room(request.tokens), **theirs)
+        return self._recorded(source, request, args, bool(theirs.get("logits_processors")))
+
+    def _recorded(
+        self, source: Generator[Any], request: Request, args: GenerationArguments, processors: bool
+    ) -> Generator[Any]:
         if self.recorder is None:
             return source
-        processors = bool(theirs.get("logits_processors"))
         return recorded(source, self.recorder, self.model_provider, request, args, processors)
+
+    def _is_batchable(self, args: Any) -> bool:
+        provider, request = self.model_provider, args.request
+        if self._batch is None or self._batch.closed:  # mlx_lm asks before it loads; what goes wrong shows when it does
+            self._batch = None  # it holds models that may have to go
+            with contextlib.suppress(Exception):
+                provider.load(args.model.model, args.model.adapter, args.model.draft)
+        free = request.constraint is None and request.calls is None
+        return provider.is_batchable and free and request.num_draft_tokens is None
+
+    def _new_batch(self, model: Any, *, stream: Any, **sizes: int) -> BatchGenerator:
+        self._open_cache()
+        self._batch = BatchGenerator(self.model_provider, self._newest, self._recorded, self._room, **sizes)
+        return self._batch
+
+    def _newest(self) -> Arguments:
+        """Of the request that was tokenised last: mlx_lm's loop inserts it next, and knows no more than its prompt."""
+        assert self._asked is not None
+        return self._asked
+
+    def _room(self, prompt: list[int]) -> int | None:
+        """Tokens that the context has for the answer."""
+        limit = self._context
+        return None if limit is None else limit - len(prompt)
 
     @property
     def _context(self) -> int | None:
@@ -199,7 +241,7 @@ class GenerationThread(ResponseGenerator):
                 found = super()._tokenize(tokenizer, request, args)
             except Exception as error:  # templates are programs of their own, and messages the client's
                 raise UserError(f"messages or prompt: {one_line(error)}") from error
-        request.tokens = list(found[0])
+        self._asked, request.tokens = args, list(found[0])
         self._check(request.tokens, args)
         if request.calls is not None:
             size = self.model_provider.target.vocab_size or len(tokenizer)

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.server import ModelProvider, load_processor
 
+from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
 from mlx_redrafter.errors import UserError, one_line
@@ -101,6 +102,7 @@ class Provider(ModelProvider):
             self._load_target(model, adapter, own)
         self.drafter = None if draft is None else self._open_drafter(draft)
         self._prepare()
+        self.is_batchable = self._can_batch()
 
     def _load_target(self, model: str, adapter: str | None, own: bool) -> None:
         config = read_config(self._target_folder(model, own))  # before the current one goes
@@ -147,6 +149,13 @@ class Provider(ModelProvider):
         verifier = verifier_for(self.model, self.drafter)
         if verifier.capability != NONE and (self.shape == AUTO or (self.lookup or by_default) != OFF):
             session_for(verifier, self.drafter)
+
+    def _can_batch(self) -> bool:
+        """Whether texts can be written together: draft models, lookup alone and quantised caches are for one."""
+        alone = isinstance(self.drafter, DraftModel) or (self.drafter is None and (self.lookup or OFF) != OFF)
+        if alone or self.cli_args.kv_bits is not None or self.cli_args.decode_concurrency == 1:
+            return False
+        return verifier_for(self.model, self.drafter).capability != NONE
 
     def shape_for(self, num_draft_tokens: int | None) -> DraftShape | str:
         """The shape of a request that asks for so many draft tokens a step, 1 or more; None keeps the server's."""

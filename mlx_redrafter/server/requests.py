@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from queue import Queue
 from typing import Any
 
-from mlx_lm.server import CompletionRequest
+from mlx_lm.server import CompletionRequest, GenerationArguments
 
 from mlx_redrafter.constraints.constraint import Constraint
 from mlx_redrafter.constraints.tools import ToolCalls
@@ -33,6 +35,9 @@ class Request(CompletionRequest):
         logprobs: of the tokens that its HTTP thread has not told of yet, where they were asked for.
         taken: tokens that its HTTP thread has taken since it last told of them.
         first_seconds: how old it was when the first one came.
+        responses: what is said to its HTTP thread: progress, responses, an error, None at the end.
+        taken_up: whether the generation thread has taken it from the queue.
+        texts: of the responses of a batch, of which mlx_lm's loop knows the tokens alone.
         looked: when it was last looked whether the client is still there.
     """
 
@@ -50,7 +55,9 @@ class Request(CompletionRequest):
     logprobs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     taken: int = 0
     first_seconds: float | None = None
-
+    responses: Queue[Any] = dataclasses.field(default_factory=Queue)
+    taken_up: bool = False
+    texts: collections.deque[str] = dataclasses.field(default_factory=collections.deque)
     looked: float = dataclasses.field(default_factory=time.monotonic)
 
     __hash__ = object.__hash__
@@ -73,3 +80,10 @@ class Request(CompletionRequest):
             return False
         self.looked = now
         return True
+
+
+@dataclasses.dataclass
+class Arguments(GenerationArguments):
+    """What mlx_lm knows of how a request is to be answered, and the request."""
+
+    request: Request

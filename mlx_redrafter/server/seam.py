@@ -21,7 +21,7 @@ CLASSES = {
     "ModelProvider": ("load", "load_default", "reset"),
     "ResponseGenerator": (
         "_generate", "_next_request", "_run_generate", "_serve_single", "_tokenize", "_make_state_machine", "generate",
-        "generation_available", "stop_and_join",
+        "generation_available", "stop_and_join", "_is_batchable",
     ),
     "APIHandler": (
         "do_GET", "do_OPTIONS", "do_POST", "handle_completion", "handle_chat_completions", "handle_text_completions",
@@ -32,6 +32,7 @@ CLASSES = {
 FUNCTIONS = {
     "stream_generate": ("model", "tokenizer", "prompt", "max_tokens", "draft_model", "stream"),
     "load_processor": ("model", "config"),
+    "BatchGenerator": ("model", "completion_batch_size", "prefill_batch_size", "prefill_step_size", "stream"),
 }
 FIELDS = {
     "GenerationArguments": ("sampling", "logits", "stop_words", "logprobs", "top_logprobs", "seed"),
@@ -42,11 +43,12 @@ FIELDS = {
 
 Stream = Callable[..., Generator[Any]]
 _OURS: contextvars.ContextVar[Stream | None] = contextvars.ContextVar("ours", default=None)
+_BATCH: contextvars.ContextVar[Callable[..., Any]] = contextvars.ContextVar("batch")
 _THEIRS: list[Stream] = []
 
 
 def install() -> None:
-    """Makes mlx_lm.server call `generating`'s function where there is one. Once is enough.
+    """Makes mlx_lm.server call the functions of `generating` and `batching` where there are any. Once is enough.
 
     Raises:
         UserError: this mlx-lm is not one that the server was written for.
@@ -66,7 +68,14 @@ def install() -> None:
     def stream_generate(**arguments: Any) -> Generator[Any]:
         return (_OURS.get() or theirs)(**arguments)
 
+    their_batch = server.BatchGenerator
+
+    @functools.wraps(their_batch, updated=())
+    def batch_generator(model: Any, **options: Any) -> Any:
+        return (_BATCH.get(None) or their_batch)(model, **options)
+
     server.stream_generate = stream_generate  # type: ignore[assignment]
+    server.BatchGenerator = batch_generator  # type: ignore[assignment,misc]
 
 
 def theirs(**arguments: Any) -> Generator[Any]:
@@ -82,6 +91,16 @@ def generating(stream: Stream) -> Iterator[None]:
         yield
     finally:
         _OURS.reset(before)
+
+
+@contextlib.contextmanager
+def batching(make: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, mlx_lm.server makes its batch generators with this function in this thread."""
+    before = _BATCH.set(make)
+    try:
+        yield
+    finally:
+        _BATCH.reset(before)
 
 
 def missing_names() -> list[str]:

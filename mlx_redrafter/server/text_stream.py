@@ -69,6 +69,11 @@ def text_stream(
         if request.constraint is not None:
             raise UserError("response_format or tools: found with images, which mlx_lm reads, expected text alone")
         source = seam.theirs(input_embeddings=input_embeddings, **theirs)
+    return answering(source, request, args, theirs["tokenizer"])
+
+
+def answering(source: Generator[Any], request: Request, args: GenerationArguments, tokenizer: Any) -> Generator[Any]:
+    """The responses of a text up to where the request ends it, with what it asks for."""
     stops = StopStrings(args.stop_words)
     with contextlib.closing(source):
         for response in source:
@@ -77,9 +82,9 @@ def text_stream(
             if stopped:
                 response.finish_reason, request.stopped_by = "stop", stops.found
             if args.logprobs or args.top_logprobs > 0:
-                request.logprobs.append(described(response, args.top_logprobs, theirs["tokenizer"]))
+                request.logprobs.append(described(response, args.top_logprobs, tokenizer))
             else:
-                response.logprobs = _UNASKED
+                response.logprobs = UNASKED
             request.note(response)
             yield response
             if stopped or ended or request.cancelled.is_set():
@@ -142,23 +147,28 @@ def ours(
     if plain and constraint is not None:
         constraint = dataclasses.replace(constraint, jump_ahead=False)
     cached, tokenizer = request.tokens[: len(request.tokens) - len(prompt)], options["tokenizer"]
-    processors = list(logits_processors)
-    # What fulfils a schema from its first token on has no thoughts.
-    thinks = tokenizer.has_thinking and (constraint is None or request.calls is not None)
-    if request.thinking_budget is not None and thinks:
-        thought = tokenizer.think_start_tokens, tokenizer.think_end_tokens
-        processors.append(thinking_budget(*thought, request.thinking_budget))
+    processors = with_budget(logits_processors, request, tokenizer)
     return stream_generate(
         drafter=None if plain else provider.drafter,
         prompt=prompt,
         chooser=chooser(args, tokenizer),
         constraint=constraint,
-        logits_processors=[_after(cached, processor) for processor in processors],
+        logits_processors=[after(cached, processor) for processor in processors],
         shape=provider.shape_for(request.num_draft_tokens or None),
         lookup=OFF if plain else provider.lookup,
         cached_tokens=cached,
         **options,
     )
+
+
+def with_budget(theirs: Sequence[LogitsProcessor], request: Request, tokenizer: Any) -> list[LogitsProcessor]:
+    """mlx_lm's processors, and one that ends thoughts where a request limits them."""
+    # What fulfils a schema from its first token on has no thoughts.
+    thinks = tokenizer.has_thinking and (request.constraint is None or request.calls is not None)
+    if request.thinking_budget is None or not thinks:
+        return list(theirs)
+    thought = tokenizer.think_start_tokens, tokenizer.think_end_tokens
+    return [*theirs, thinking_budget(*thought, request.thinking_budget)]
 
 
 def described(response: Any, top: int, tokenizer: Any) -> dict[str, Any]:
@@ -196,7 +206,7 @@ def chooser(args: GenerationArguments, tokenizer: Any) -> Chooser:
     )
 
 
-def _after(cached: list[int], processor: LogitsProcessor) -> LogitsProcessor:
+def after(cached: list[int], processor: LogitsProcessor) -> LogitsProcessor:
     """The same processor, which sees the cached part of the prompt, too: a text must not depend on what was cached."""
     if not cached:
         return processor
@@ -211,4 +221,4 @@ class _Unasked:
         return np.float32(0)
 
 
-_UNASKED = _Unasked()
+UNASKED = _Unasked()

@@ -126,7 +126,7 @@ def stream_generate(
                 matcher = Matcher(constraint, tokenizer, target.vocab_size or len(tokenizer))
                 options = dataclasses.replace(options, matcher=matcher)
             check_prompt(target, ids, cached(prompt_cache or []))
-            source, method, reason = _steps(target, drafter, ids, options, shape, lookup, prompt_cache, cached_tokens)
+            source, method, reason = steps_of(target, drafter, ids, options, shape, lookup, prompt_cache, cached_tokens)
         yield from responses(in_turns(source), tokenizer, len(ids), max_tokens, stop, method, reason)
 
 
@@ -173,7 +173,7 @@ def check_prompt(target: Target, ids: list[int], held: int) -> None:
         raise UserError(f"the prompt has the token id {wrong[0]}, expected 0 to {(target.vocab_size or 2**31) - 1}")
 
 
-def _steps(
+def steps_of(
     target: Target,
     drafter: Drafter | None,
     ids: list[int],
@@ -183,7 +183,10 @@ def _steps(
     prompt_cache: list[Any] | None,
     cached_tokens: Sequence[int],
 ) -> tuple[Generator[Produced], str, str]:
-    """The steps of a text, one token at a time; by which method, and why not by that which was asked for."""
+    """The steps of a text, one token at a time; by which method, and why not by that which was asked for.
+
+    Building them is a turn; see `in_turns`. Arguments are those of `stream_generate`, with nothing left out.
+    """
     model, prompt = target.model, mx.array([ids], mx.int32)
     verifier, reason, fixed = None, "", shape if isinstance(shape, DraftShape) else None
     drafting = drafter is not None or lookup != OFF

@@ -107,6 +107,7 @@ def responses(
     stop: Sequence[str],
     method: str,
     reason: str,
+    began: float | None = None,
 ) -> Generator[GenerationResponse]:
     """Turns tokens into text and counts.
 
@@ -114,9 +115,10 @@ def responses(
         source: one token at a time.
         stop: texts that end the generation; neither they nor what follows is given out.
         method, reason: as in `GenerationResponse`.
+        began: when reading the prompt began, by `time.perf_counter`; None for now.
     """
     detokenizer, stops, statistics = tokenizer.detokenizer, StopStrings(stop), Statistics()
-    tic = time.perf_counter()
+    tic = time.perf_counter() if began is None else began
     prompt_tps, made = 0.0, 0
     try:
         for produced in source:

@@ -116,13 +116,13 @@ def test_an_error_ends_its_request_only(told, monkeypatch):
     assert told.post(TEXT, prompt="<greet>", max_tokens=1)["choices"][0]["text"] == "Hel"
 
 
-def slow(client):
+def slow(client, requests=1):
     """A request whose tokens come slowly, sent and not yet answered."""
     generator = client.server.RequestHandlerClass.args[0]
     connection = http.client.HTTPConnection(client.host, client.port, timeout=60)
     body = {"prompt": "<long>", "max_tokens": 390, "repetition_penalty": 1.01}
     connection.request("POST", TEXT, json.dumps(body))
-    wait(lambda: any(request.begun.is_set() and request.last for request in list(generator._open)))
+    wait(lambda: sum(request.begun.is_set() and bool(request.last) for request in list(generator._open)) == requests)
     return connection
 
 
@@ -144,10 +144,12 @@ def test_a_client_that_hangs_up_is_noticed(told):
     assert request.last.generation_tokens < 390
 
 
-def test_the_queue_has_an_end(parrot_flags):
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_the_queue_has_an_end(parrot_flags, at_once):
     """If this fails, requests pile up without bound, or wait for ever."""
-    with serving(*parrot_flags, "--max-queue", "1", "--queue-seconds", "0.3") as client:
-        busy = slow(client)
+    limits = ("--decode-concurrency", str(at_once), "--max-queue", "1", "--queue-seconds", "0.3")
+    with serving(*parrot_flags, *limits) as client:
+        busy = [slow(client, n + 1) for n in range(at_once)]
         answers = []
         threads = [
             threading.Thread(target=lambda: answers.append(client.send("POST", TEXT, {"prompt": "<greet>"})))
@@ -157,7 +159,8 @@ def test_the_queue_has_an_end(parrot_flags):
             thread.start()
         for thread in threads:
             thread.join()
-        busy.close()
+        for one in busy:
+            one.close()
         assert sorted(status for status, _, _ in answers) == [429, 429, 503]
         assert all("Retry-After" in headers for _, headers, _ in answers)
         wait(lambda: client.send("POST", TEXT, {"prompt": "<greet>", "max_tokens": 1})[0] == 200)

@@ -54,6 +54,8 @@ class PromptCaches(LRUPromptCache):
         return cache, rest + tokens[-1:]
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **named: Any) -> None:
+        if not tokens:  # of a text that was ended before its first token
+            return
         # mlx_lm gives out copies, by which nobody finds what a drafter left; it would be held, and not counted.
         forget(prompt_cache[0])
         super().insert_cache(model, tokens, prompt_cache, **named)

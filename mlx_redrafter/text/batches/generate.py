@@ -159,7 +159,7 @@ def batch_generate(
         if isinstance(fixed, DraftShape) and drafter is not None:
             fixed.check(drafter.config.scored)
         planner, kept = batch_planner(verifier, drafter, fixed if isinstance(fixed, DraftShape) else None)
-    batch = Batch(verifier, _proposers(verifier, drafter), planner, completion_batch_size, prefill_step_size)
+    batch = Batch(verifier, proposers(verifier, drafter), planner, completion_batch_size, prefill_step_size)
     found, stats = _run(model, batch, texts, return_logprobs, verbose)
     if kept is not None:
         kept.save()
@@ -216,7 +216,8 @@ def _run(
     return list(found.values()), stats
 
 
-def _proposers(verifier: Verifier, drafter: Drafter | None) -> Callable[[Chooser], Proposer] | None:
+def proposers(verifier: Verifier, drafter: Drafter | None) -> Callable[[Chooser], Proposer] | None:
+    """Makes who drafts for a text of a batch; None where nothing is drafted."""
     if drafter is None:
         return None
     return lambda choose: proposer_for(drafter, verifier.target.embed, draft_temperature(choose))

@@ -1,0 +1,4 @@
+"""Requests that are answered together.
+
+Knows nothing of HTTP.
+"""
