@@ -66,7 +66,8 @@ FAST = ("4 bit, trained for it, reduced vocabulary, two layers",)  # a tied one 
 def test_every_head_learns_and_decodes_exactly(name, stories, text, tmp_path, capsys):
     """If this fails, a light head cannot be trained, kept or decoded with, or changes the text."""
     out = tmp_path / "drafter"
-    assert train(stories, out, "--text", str(text), "--eval-every", "0", "--iters", "150", *HEADS[name]) == 0
+    flags = [*HEADS[name], *([] if "tied" in name else ["--output-layer", "target"])]
+    assert train(stories, out, "--text", str(text), "--eval-every", "0", "--iters", "150", *flags) == 0
     drafter = open_drafter(out)
     drafted, plain = generated(stories, out, capsys), generated(stories, "none", capsys)
     assert drafted["method"] == "redrafter" and drafted["tokens"] == plain["tokens"]
@@ -85,7 +86,8 @@ def test_every_head_learns_and_decodes_exactly(name, stories, text, tmp_path, ca
 def test_what_a_run_leaves(stories, tmp_path, capsys):
     """If this fails, nobody can tell what a drafter is, or how to make it again."""
     out = tmp_path / "drafter"
-    assert train(stories, out, "--draft-vocab-size", "300", "--eval-every", "10", "--patience", "9") == 0
+    flags = ["--output-layer", "target", "--draft-vocab-size", "300", "--eval-every", "10", "--patience", "9"]
+    assert train(stories, out, *flags) == 0
     printed = capsys.readouterr().out
     assert "mean acceptance length" in printed and "of the target's own reading speed" in printed
     result = json.loads((out / "training" / "result.json").read_text())

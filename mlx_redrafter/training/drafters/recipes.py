@@ -30,6 +30,11 @@ def _quarters(args: argparse.Namespace, target: Target) -> list[int] | None:
     return layers if target.num_layers else None
 
 
+def _tied(args: argparse.Namespace, target: Target) -> str | None:
+    """The target's own output layer, where the drafter can have it."""
+    return "tied" if args.method == "redrafter" and args.exit_dim in (None, target.hidden_size) else None
+
+
 def _shares(*first: float) -> Callable[[argparse.Namespace, Target], list[float]]:
     """These shares of positions for the first draft steps, the last one for those after them."""
 
@@ -47,6 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "context_layers": _quarters,
         "prefix_window": 256,
         "output_norm": True,
+        "output_layer": _tied,
         "loss_vocab": 4096,
         "learn_prompts": True,
         "step_shares": _shares(0.74, 0.4, 0.25, 0.15),
@@ -60,7 +66,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "step_shares": _shares(1.0),
     },
 }
-USUAL = "plain"
+USUAL = "rich"
 
 
 def follow(args: argparse.Namespace, target: Target | None = None) -> None:
