@@ -158,13 +158,14 @@ class Handler(APIHandler):
                 self.wfile = EventWriter(self.wfile, self._translation)  # type: ignore[assignment]
         if path == TEXT and isinstance(prompt := body["prompt"], list) and not isinstance(prompt[0], int):
             [body["prompt"]] = prompt
-        self._give_on(path, self._with_defaults(body))
+        self._give_on(path, self._with_defaults(path, body))
 
-    def _with_defaults(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _with_defaults(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """A checked body as mlx_lm's handler takes it."""
         limits, args = self.response_generator.limits, self.response_generator.cli_args
         schema = "response_format.json_schema.schema" if self._translation is None else "text.format.schema"
-        self._constraint, self._calls = constraint_of(body, schema), calls_of(body)
+        self._constraint = constraint_of(body, schema)
+        self._calls = calls_of(body) if path == CHAT else None  # to a text they are unknown fields
         body.setdefault("model", self.response_generator.model_provider.name)
         most = body.get("max_completion_tokens", body.get("max_tokens"))
         if most is None:

@@ -134,6 +134,11 @@ def test_null_counts_as_left_out(told):
     assert told.post(TEXT, **ASK, temperature=None, stop=None, stream=None, tools=None, seed=None)["choices"]
 
 
+def test_tools_are_unknown_to_a_text(told):
+    """If this fails, a field that means nothing here is an error of the server."""
+    assert told.post(TEXT, **ASK, tools=5, tool_choice=[])["usage"] == told.post(TEXT, **ASK)["usage"]
+
+
 def test_figures(served):
     """If this fails, an answer does not say how it was made."""
     fields = {"prompt": "Once upon a time", "max_tokens": 30}
