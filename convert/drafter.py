@@ -36,11 +36,6 @@ def _kind(fields: dict[str, Any]) -> Any:
     return eagle if is_eagle(fields) else redrafter
 
 
-def is_medusa(folder: pathlib.Path) -> bool:
-    """Whether a drafter's config.json is that of Medusa heads. Raises UserError where there is none."""
-    return "medusa_num_heads" in read_fields(folder)
-
-
 def read_drafter(folder: pathlib.Path, scratch: pathlib.Path) -> Drafter:
     """A drafter of lazy weights, published or ours. Raises UserError; `scratch` as for `lazy_weights`."""
     drafter: Drafter = _kind(read_fields(folder)).read(folder, scratch)
@@ -112,7 +107,8 @@ def convert_drafter(
 
 def export_drafter(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a drafter under the names of Apple or Medusa, in full. Raises UserError where they have no form for it."""
-    if is_eagle(read_fields(source)):
+    kind = _kind(read_fields(source))
+    if kind is eagle:
         raise UserError(f"{source}: is an EAGLE-3 head, which is not exported; use the checkpoint that it was made of")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         drafter: Any = read_drafter(source, pathlib.Path(scratch))
@@ -120,10 +116,10 @@ def export_drafter(source: pathlib.Path, folder: pathlib.Path) -> None:
             if value := getattr(drafter.config, field, None):
                 raise UserError(f"{source}: {field} is {value}, for which this layout has no form")
         drafter.dequantize()
-        fields, weights = (medusa if is_medusa(source) else redrafter).published_form(drafter)
+        fields, weights = kind.published_form(drafter)
         take_weights(drafter)
         save_weights(folder, weights, "writing the drafter", kind="pt", shard_bytes=_ONE_FILE)
-    if is_medusa(source):
+    if kind is medusa:
         (folder / "model.safetensors").rename(folder / medusa.WEIGHT_FILES[0])
     write_json(folder / "config.json", fields)
 

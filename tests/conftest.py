@@ -77,6 +77,14 @@ def stories() -> pathlib.Path:
     return DATA / "tiny"
 
 
+@pytest.fixture(scope="module")
+def without_a_compiler():
+    """mx.compile calls a C++ compiler for every new shape on a CPU."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
 @pytest.fixture
 def in_one_piece():
     """While it lasts, a step is sent to the device as a whole, as on a GPU; mx.compile can trace it."""

@@ -9,6 +9,7 @@ import dataclasses
 import shlex
 
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.training.drafters.recipes import quarters
 
 LAYERS = "LAYERS"  # in flags: a quarter, a half, three quarters and all of the target's layers
 OLD = ("--step-shares", "1", "0.48", "0.29", "0.19")
@@ -74,5 +75,4 @@ def chosen(names: list[str] | None) -> list[Recipe]:
 
 def with_layers(flags: tuple[str, ...], layers: int) -> list[str]:
     """The flags for a target of so many layers."""
-    quarters = sorted({max(1, round(layers * share / 4)) for share in (1, 2, 3, 4)})
-    return [word for flag in flags for word in (map(str, quarters) if flag == LAYERS else [flag])]
+    return [word for flag in flags for word in (map(str, quarters(layers)) if flag == LAYERS else [flag])]

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_redrafter.decoding.batch_step import Arrived, BatchStep, arriving, in_mlx_lms_form
 from mlx_redrafter.decoding.batch_text import BatchText, TextStep
+from mlx_redrafter.decoding.loop import wait_for
 from mlx_redrafter.decoding.planner import BatchPlanner, StepRead
 from mlx_redrafter.decoding.sampling import Chooser
 from mlx_redrafter.decoding.step import Produced, Submitted
@@ -102,9 +103,9 @@ class Batch:
         may_go_on = any(text.goes_on_after(1) for text in texts) or len(texts) < len(self.running)
         if self._step.can_build_ahead and may_go_on:
             self._ahead = self._submit()
-        counts, tokens = _read(current.count), _read(current.tokens)
-        paths = None if current.path is None else _read(current.path)
-        parents = None if current.parents is None else _read(current.parents)
+        counts, tokens = wait_for(current.count), wait_for(current.tokens)
+        paths = None if current.path is None else wait_for(current.path)
+        parents = None if current.parents is None else wait_for(current.parents)
         reads = []
         for row, text in enumerate(texts):
             if text.error is not None:
@@ -177,7 +178,7 @@ class Batch:
             if arrived is None:
                 found.append(TextStep(text, None))
                 continue
-            text.take(_read(arrived.root))
+            text.take(wait_for(arrived.root))
             found.append(TextStep(text, Produced(list(text.tokens), arrived.logits, [False], from_prompt=True)))
             if text.ended:
                 if text.wants_cache:
@@ -188,8 +189,3 @@ class Batch:
             else:
                 self._step.join(text, arrived)
         return found
-
-
-def _read(numbers: mx.array) -> Any:
-    """The host's copy of a few whole numbers, as lists, once the device has them."""
-    return numbers.tolist()

@@ -77,7 +77,7 @@ def speculative(
 
     if max_tokens != 1 and not waits:
         ahead = submit(waiting=True)
-    tokens = _wait_for(root)
+    tokens = wait_for(root)
     if proposer is not None:
         proposer.learn(tokens)
     if matcher is not None:
@@ -90,17 +90,17 @@ def speculative(
         # Step t brings at least one token; t + 1 is only of use if that is not the last.
         if not waits and (max_tokens < 0 or made + 1 < max_tokens):
             ahead = submit(waiting=False)
-        [count] = _wait_for(current.count)
+        [count] = wait_for(current.count)
         before = tokens[-1:]  # the root that this step has read
         # A slice on the device would be an operation of its own, behind the step that is on its way already.
-        tokens = _wait_for(current.tokens)[0][: count + 1]
+        tokens = wait_for(current.tokens)[0][: count + 1]
         made, length = made + count + 1, length + count + 1
         cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
         if proposer is not None:
             proposer.learn(tokens)
         read = StepRead(current.plan, tokens, length, most=current.most)
         if current.path is not None and current.parents is not None:
-            read.path, read.parents = _wait_for(current.path)[0][: len(tokens)], _wait_for(current.parents)[0]
+            read.path, read.parents = wait_for(current.path)[0][: len(tokens)], wait_for(current.parents)[0]
         if isinstance(current.plan, Forced):
             planner.begin()  # nothing was planned; the next step's time counts from here
         else:
@@ -154,14 +154,14 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
             logits = process(options.processors, history, logits)
         if matcher is not None:
             mx.async_eval(logits)  # the device goes on while the host reads the token
-            matcher.take(_wait_for(current)[0])
+            matcher.take(wait_for(current)[0])
             logits = mask_next(matcher, logits)
         token = choose()
-        yield Produced(_wait_for(current)[0], current_logits, [False], from_prompt=made == 1)
+        yield Produced(wait_for(current)[0], current_logits, [False], from_prompt=made == 1)
         if made % 256 == 0:
             mx.clear_cache()
 
 
-def _wait_for(numbers: mx.array) -> Any:
+def wait_for(numbers: mx.array) -> Any:
     """The host's copy of a few whole numbers, as lists, once the device has them."""
     return numbers.tolist()

@@ -45,6 +45,23 @@ def whole_number(fields: dict[str, Any], key: str, least: int, source: str) -> i
     return value
 
 
+def true_or_false(fields: dict[str, Any], key: str, usual: bool, source: str) -> bool:
+    """A key of a config.json, `usual` where it is missing. Raises UserError where it is something else."""
+    value = fields.get(key, usual)
+    if not isinstance(value, bool):
+        raise UserError(f"{source}: {key} is {value!r}, expected true or false")
+    return value
+
+
+def read_draft_vocab_size(fields: dict[str, Any], vocab_size: int, source: str) -> int | None:
+    """The key "draft_vocab_size" of a config.json, if it is there. Raises UserError unless it is a number of tokens."""
+    reduced = fields.get("draft_vocab_size")
+    if reduced is not None and (type(reduced) is not int or not 1 <= reduced <= vocab_size):
+        expected = f"a whole number from 1 to vocab_size, {vocab_size}"
+        raise UserError(f"{source}: draft_vocab_size is {reduced!r}, expected {expected}")
+    return reduced
+
+
 def read_quantization(fields: dict[str, Any], widths: dict[str, int], source: str) -> dict[str, int] | None:
     """The key "quantization" of a config.json, if it is there.
 
@@ -140,7 +157,8 @@ class DrafterBase(nn.Module):
         """Itself with its weights, quantised as the config says and frozen; every name and shape is checked.
 
         Raises:
-            UserError: naming the first tensor that is missing, unknown or of another shape.
+            UserError: naming the first tensor that is missing, unknown or of another shape, or a vocab_map that
+                holds no ids of the target.
         """
         if self.config.quantization is not None:
             nn.quantize(self, self.config.quantization["group_size"], self.config.quantization["bits"])
@@ -154,6 +172,10 @@ class DrafterBase(nn.Module):
             raise UserError(f"{source}: tensor {unknown[0]!r} does not belong to a drafter of this config")
         self.load_weights(list(weights.items()))
         self.freeze()
+        if (ids := weights.get("vocab_map")) is not None and not (
+            ids.dtype == mx.int32 and mx.all((ids >= 0) & (ids < self.config.vocab_size)).item()
+        ):
+            raise UserError(f"{source}: tensor 'vocab_map' has to hold int32 token ids below {self.config.vocab_size}")
         return self
 
     def save(self, path: str | pathlib.Path) -> None:

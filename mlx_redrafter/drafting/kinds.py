@@ -6,9 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from mlx_redrafter.drafting import medusa, proposers, redrafter
+from mlx_redrafter.drafting import medusa, redrafter
 from mlx_redrafter.drafting.cached import eagle
-from mlx_redrafter.drafting.cached import proposer as cached
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
 from mlx_redrafter.drafting.cached.proposer import CachedProposer
@@ -35,12 +34,6 @@ def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0, te
     if isinstance(drafter, MedusaHeads):
         return MedusaProposer(drafter)
     return RecurrentProposer(drafter, embed, temperature)
-
-
-def forget(cache: Any) -> None:
-    """Drops what a proposer left for a text that goes on, by the first layer of the text's prompt cache."""
-    for left in (proposers.LEFT, cached.LEFT):
-        left.pop(cache, None)
 
 
 def is_eagle(fields: dict[str, Any]) -> bool:

@@ -96,8 +96,14 @@ class Proposer(abc.ABC):
         return []
 
 
-# What prefix attention has read of the texts that prompt caches hold, how long they are, and the context of their end.
-LEFT: weakref.WeakKeyDictionary[Any, tuple[PrefixReader, int, mx.array]] = weakref.WeakKeyDictionary()
+# By the first layer of the prompt cache that holds a text: what a drafter has read of it, how long it is, the context
+# of its end, and what else that drafter notes.
+LEFT: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+
+
+def forget(cache: Any) -> None:
+    """Drops what was left for a text that goes on, by the first layer of its prompt cache."""
+    LEFT.pop(cache, None)
 
 
 class RecurrentProposer(Proposer):
@@ -156,8 +162,9 @@ class RecurrentProposer(Proposer):
             LEFT[cache] = self.prefix, tokens, context
 
     def resume(self, cache: Any, tokens: int) -> None:
-        reader, known, context = LEFT.pop(cache, (None, 0, None))
-        if self.prefix is not None and reader is not None and reader.layer is self.prefix.layer and known == tokens:
+        reader, known, context, *_ = LEFT.pop(cache, (None, 0, None))
+        mine = self.prefix is not None and isinstance(reader, PrefixReader) and reader.layer is self.prefix.layer
+        if mine and known == tokens:
             self.prefix, self._resumed = reader, context
 
     def join(self, other: Proposer) -> None:

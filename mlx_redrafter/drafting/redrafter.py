@@ -27,7 +27,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.drafting.drafter_files import DrafterBase, read_notes, read_quantization, whole_number
+from mlx_redrafter.drafting.drafter_files import (
+    DrafterBase,
+    read_draft_vocab_size,
+    read_notes,
+    read_quantization,
+    true_or_false,
+    whole_number,
+)
 from mlx_redrafter.drafting.prefix_attention import PrefixAttention
 from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
@@ -106,19 +113,13 @@ class DrafterConfig:
         for key, least in (("vocab_size", 1), ("hidden_size", 1), ("exit_dim", 1), ("num_draft_layers", 0)):
             values[key] = whole_number(fields, key, least, source)
         for key in ("rnn", "output_norm", "tie_output"):
-            values[key] = fields.get(key, False)
-            if not isinstance(values[key], bool):
-                raise UserError(f"{source}: {key} is {values[key]!r}, expected true or false")
+            values[key] = true_or_false(fields, key, False, source)
         if values["tie_output"] and values["exit_dim"] != values["hidden_size"]:
             raise UserError(
                 f"{source}: tie_output needs exit_dim = hidden_size, found {values['exit_dim']}"
                 f" and {values['hidden_size']}"
             )
-        reduced = fields.get("draft_vocab_size")
-        if reduced is not None and (type(reduced) is not int or not 1 <= reduced <= values["vocab_size"]):
-            expected = f"a whole number from 1 to vocab_size, {values['vocab_size']}"
-            raise UserError(f"{source}: draft_vocab_size is {reduced!r}, expected {expected}")
-        values["draft_vocab_size"] = reduced
+        values["draft_vocab_size"] = read_draft_vocab_size(fields, values["vocab_size"], source)
         if (layers := fields.get("context_layers")) is not None and not are_layers(layers):
             raise UserError(f"{source}: context_layers is {layers!r}, expected a list of rising numbers from 1 on")
         values["context_layers"] = tuple(layers or ())
@@ -190,14 +191,6 @@ class RecurrentDrafter(DrafterBase):
     @property
     def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.config.context_layers
-
-    def fill(self, weights: dict[str, mx.array], source: str) -> RecurrentDrafter:
-        super().fill(weights, source)
-        if (ids := weights.get("vocab_map")) is not None and not (
-            ids.dtype == mx.int32 and mx.all((ids >= 0) & (ids < self.config.vocab_size)).item()
-        ):
-            raise UserError(f"{source}: tensor 'vocab_map' has to hold int32 token ids below {self.config.vocab_size}")
-        return self
 
     def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As nn.Module's, but the vocabulary map holds ids and never learns."""

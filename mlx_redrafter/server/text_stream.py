@@ -84,7 +84,7 @@ def answering(source: Generator[Any], request: Request, args: GenerationArgument
             if args.logprobs or args.top_logprobs > 0:
                 request.logprobs.append(described(response, args.top_logprobs, tokenizer))
             else:
-                response.logprobs = UNASKED
+                response.logprobs = _UNASKED
             request.note(response)
             yield response
             if stopped or ended or request.cancelled.is_set():
@@ -221,4 +221,4 @@ class _Unasked:
         return np.float32(0)
 
 
-UNASKED = _Unasked()
+_UNASKED = _Unasked()

@@ -11,7 +11,7 @@ from mlx_lm.utils import quantize_model
 from support import REPEATING, Script, make_drafter, make_model, plainly
 from support.texts import by_mlx_lm
 
-from mlx_redrafter.decoding.loop import _wait_for, autoregressive, speculative
+from mlx_redrafter.decoding.loop import autoregressive, speculative, wait_for
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
@@ -251,7 +251,7 @@ def test_reading_a_step_does_not_wait_for_the_next():
     for _ in range(6):
         product = product @ large
     mx.async_eval(product)
-    assert _wait_for(tokens) == [[3, 1, 4]]
+    assert wait_for(tokens) == [[3, 1, 4]]
     read = time.perf_counter() - begin
     mx.eval(product)
     assert read < 0.3 * (time.perf_counter() - begin)

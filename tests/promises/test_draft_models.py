@@ -2,7 +2,6 @@
 
 import shutil
 
-import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_tokenizer
@@ -23,20 +22,7 @@ CHAIN, TREE = DraftShape(1, 4, 3), DraftShape(3, 4, 7)
 TINYPY, TINYPY_DRAFT = SHARED / "models" / "tinypy", SHARED / "models" / "tinypy-draft"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_a_compiler():
-    """mx.compile calls a C++ compiler for every new shape on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Ids are all that counts: any tokenizer will do, as long as no token ends the text."""
-    found = load_tokenizer(EMBEDDED / "target")
-    found.eos_token_ids = []
-    return found
+pytestmark = pytest.mark.usefixtures("without_a_compiler")
 
 
 def written(model, tokenizer, prompt, drafter, shape=TREE, count=40, **options):

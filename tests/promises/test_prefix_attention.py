@@ -1,9 +1,7 @@
 """Heads with prefix attention, on models of every kind: the text is the target's."""
 
-import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_tokenizer
 from mlx_redrafter.benchmarks.architectures import small_models
 from mlx_redrafter.benchmarks.architectures.check import PROMPT
 from mlx_redrafter.benchmarks.architectures.small_models import random_drafter
@@ -12,25 +10,11 @@ from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.generate import stream_generate
-from mlx_redrafter.text.loading import EMBEDDED
 
 COUNT, TREE = 40, DraftShape(3, 4, 7)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_a_compiler():
-    """mx.compile calls a C++ compiler for every new shape on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Ids are all that counts: any tokenizer will do, as long as no token ends the text."""
-    found = load_tokenizer(EMBEDDED / "target")
-    found.eos_token_ids = []
-    return found
+pytestmark = pytest.mark.usefixtures("without_a_compiler")
 
 
 def written(model, tokenizer, prompt, drafter, shape=TREE, **options):

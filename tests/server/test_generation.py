@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import threading
-import time
 
 import pytest
 from support.serving import serving
+from support.serving import wait as wait_for
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -126,11 +127,7 @@ def slow(client, requests=1):
     return connection
 
 
-def wait(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
+wait = functools.partial(wait_for, seconds=30)
 
 
 def test_a_client_that_hangs_up_is_noticed(told):

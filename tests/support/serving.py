@@ -7,7 +7,8 @@ import contextlib
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -73,6 +74,14 @@ def parsed(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     return serve.prepare(parser.parse_args(["--port", "0", *flags]))
+
+
+def wait(condition: Callable[[], Any], seconds: float) -> None:
+    """Until a condition holds, which has to be within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -17,12 +17,7 @@ from mlx_redrafter.target.model import Target
 TOKENS = mx.array([[3, 14, 15, 92, 65]])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_a_compiler():
-    """mx.compile calls a C++ compiler for every new shape on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("without_a_compiler")
 
 
 def by_hand(model):

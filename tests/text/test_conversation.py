@@ -145,7 +145,7 @@ def test_interrupted_anywhere_the_cache_fits(pair, monkeypatch, drafting, tmp_pa
     model, drafter, tokenizer = pair
     talk = Conversation(model, tokenizer, drafter if drafting else None, max_tokens=16)
     list(talk.ask(TURNS[0]))
-    waits, real = [], loop._wait_for
+    waits, real = [], loop.wait_for
 
     def interrupted(tokens):
         waits.append(1)
@@ -153,10 +153,10 @@ def test_interrupted_anywhere_the_cache_fits(pair, monkeypatch, drafting, tmp_pa
             raise KeyboardInterrupt
         return real(tokens)
 
-    monkeypatch.setattr(loop, "_wait_for", interrupted)
+    monkeypatch.setattr(loop, "wait_for", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(talk.ask(TURNS[1]))
-    monkeypatch.setattr(loop, "_wait_for", real)
+    monkeypatch.setattr(loop, "wait_for", real)
     talk.save(tmp_path / "talk.safetensors", "x")
     again = Conversation(model, tokenizer, drafter, max_tokens=16)
     again.load(tmp_path / "talk.safetensors", "x")

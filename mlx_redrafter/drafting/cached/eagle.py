@@ -15,7 +15,14 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.llama import MLP, Attention, ModelArgs
 
-from mlx_redrafter.drafting.drafter_files import DrafterBase, read_notes, read_quantization, whole_number
+from mlx_redrafter.drafting.drafter_files import (
+    DrafterBase,
+    read_draft_vocab_size,
+    read_notes,
+    read_quantization,
+    true_or_false,
+    whole_number,
+)
 from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.weights import tensors
@@ -79,13 +86,8 @@ class EagleConfig:
         if not isinstance(layer.get("rms_norm_eps"), float):
             raise UserError(f"{source}: layer: rms_norm_eps is {layer.get('rms_norm_eps')!r}, expected a number")
         for key in ("own_embedding", "output_norm", "norm_before_residual"):
-            values[key] = fields.get(key, key == "output_norm")
-            if not isinstance(values[key], bool):
-                raise UserError(f"{source}: {key} is {values[key]!r}, expected true or false")
-        reduced = fields.get("draft_vocab_size")
-        if reduced is not None and (type(reduced) is not int or not 1 <= reduced <= values["vocab_size"]):
-            expected = f"a whole number from 1 to vocab_size, {values['vocab_size']}"
-            raise UserError(f"{source}: draft_vocab_size is {reduced!r}, expected {expected}")
+            values[key] = true_or_false(fields, key, key == "output_norm", source)
+        values["draft_vocab_size"] = read_draft_vocab_size(fields, values["vocab_size"], source)
         layers = fields.get("context_layers") or []
         if not isinstance(layers, list) or (
             layers and not (len(layers) == TAPS and all(type(n) is int and n > 0 for n in layers))
@@ -95,9 +97,7 @@ class EagleConfig:
             raise UserError(
                 f"{source}: the head is {layer['hidden_size']} wide, the target's embedding {values['hidden_size']}"
             )
-        config = cls(
-            **values, layer=layer, draft_vocab_size=reduced, context_layers=tuple(layers), **read_notes(fields, source)
-        )
+        config = cls(**values, layer=layer, context_layers=tuple(layers), **read_notes(fields, source))
         config.quantization = read_quantization(fields, config.widths(), source)
         return config
 
@@ -179,14 +179,6 @@ class EagleHead(DrafterBase):
         if not self.config.context_layers:
             count = target.num_layers
             self._layers = RawLayers((2, count // 2, count - 3))
-
-    def fill(self, weights: dict[str, mx.array], source: str) -> EagleHead:
-        super().fill(weights, source)
-        if (ids := weights.get("vocab_map")) is not None and not (
-            ids.dtype == mx.int32 and mx.all((ids >= 0) & (ids < self.config.vocab_size)).item()
-        ):
-            raise UserError(f"{source}: the map of draft tokens has to hold token ids below {self.config.vocab_size}")
-        return self
 
     def target_ids(self, drafted: mx.array) -> mx.array:
         """The target's ids of draft tokens, same shape, int32; the tokens themselves where all can be drafted."""

@@ -5,7 +5,6 @@ Knows nothing of how the drafter computes.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,15 +14,12 @@ from mlx_redrafter.drafting.beam_search import candidate_tree, grow
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.eagle import EagleHead
 from mlx_redrafter.drafting.cached.memory import Memory
-from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.drafting.proposers import LEFT, Proposer
 from mlx_redrafter.drafting.shape import Drafted, Plan
 from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
 
 WINDOW = 4096  # tokens of a prompt whose contexts are read: heads are trained on texts about so long
-
-# Of the texts that prompt caches hold: what was read of them, so many rows, their length, and the context of their end.
-LEFT: weakref.WeakKeyDictionary[Any, tuple[Memory, int, int, mx.array]] = weakref.WeakKeyDictionary()
 
 
 class CachedProposer(Proposer):
@@ -109,13 +105,13 @@ class CachedProposer(Proposer):
     def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
         rows = tokens - self._unread
         if self.memory.cut(rows):
-            LEFT[cache] = self.memory, rows, tokens, context
+            LEFT[cache] = self.memory, tokens, context, rows
 
     def resume(self, cache: Any, tokens: int) -> None:
-        memory, rows, known, context = LEFT.pop(cache, (None, 0, 0, None))
+        memory, known, context, *rows = LEFT.pop(cache, (None, 0, None))
         self._held = tokens
-        if memory is not None and memory.reader is self.drafter and known == tokens:
-            self.memory, self._rows, self._before = memory, rows, context
+        if isinstance(memory, Memory) and memory.reader is self.drafter and known == tokens:
+            self.memory, [self._rows], self._before = memory, rows, context
 
     def join(self, other: Proposer) -> None:
         assert isinstance(other, CachedProposer)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache
 from mlx_lm.server import LRUPromptCache
 
-from mlx_redrafter.drafting.kinds import forget
+from mlx_redrafter.drafting.proposers import forget
 from mlx_redrafter.server.caches.files import CacheFiles
 from mlx_redrafter.system.device import memory_bytes
 from mlx_redrafter.tuning.pair_key import identity

@@ -20,9 +20,14 @@ SHAPE = (
 )
 
 
+def quarters(layers: int) -> list[int]:
+    """A quarter, a half, three quarters and all of so many layers."""
+    return sorted({max(1, round(layers * n / 4)) for n in (1, 2, 3, 4)})
+
+
 def _quarters(args: argparse.Namespace, target: Target) -> list[int] | None:
-    """A quarter, a half, three quarters and all of a target's layers; None where hidden states between them hide."""
-    layers = sorted({max(1, round(target.num_layers * n / 4)) for n in (1, 2, 3, 4)})
+    """Those of a target's layers; None where hidden states between them hide."""
+    layers = quarters(target.num_layers)
     try:
         target.check_layers(tuple(layers), "")
     except UserError:

@@ -10,7 +10,6 @@ import json
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_tokenizer
 from mlx_redrafter.benchmarks.architectures import small_models
 from mlx_redrafter.benchmarks.architectures.check import PROMPT
 from mlx_redrafter.convert.drafter import convert_drafter
@@ -28,7 +27,6 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
 from mlx_redrafter.text.generate import stream_generate
-from mlx_redrafter.text.loading import EMBEDDED
 from mlx_redrafter.tuning.session import session_for
 
 torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
@@ -73,12 +71,7 @@ NAMINGS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_a_compiler():
-    """mx.compile calls a C++ compiler for every new shape on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("without_a_compiler")
 
 
 def published(folder, naming="SafeAILab", own_embedding=True, **changes):
@@ -197,14 +190,6 @@ def test_decoding_reads_the_text(module, chunk, tmp_path):
     for asked, length in list(zip(proposer.asked, lengths))[::3]:
         [*_, [best]] = theirs.beams(contexts[: length - 1], text[1:length], 1, 4)
         assert asked == [text[length - 1], *best]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Ids are all that counts: any tokenizer will do, as long as no token ends the text."""
-    found = load_tokenizer(EMBEDDED / "target")
-    found.eos_token_ids = []
-    return found
 
 
 @pytest.mark.parametrize("count", [7, 8, 9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import threading
@@ -12,6 +13,7 @@ import mlx.core as mx
 import pytest
 from support.hybrids import write_pair
 from support.serving import TINY, serving
+from support.serving import wait as wait_for
 
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.server.batches import row
@@ -63,11 +65,7 @@ def generation_of(client):
     return client.server.RequestHandlerClass.args[0]
 
 
-def wait(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
+wait = functools.partial(wait_for, seconds=20)
 
 
 def told(answer):

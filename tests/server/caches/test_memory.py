@@ -9,7 +9,6 @@ from mlx_redrafter.benchmarks.architectures import small_models
 from support import make_model
 
 from mlx_redrafter.drafting import proposers
-from mlx_redrafter.drafting.cached import proposer as cached
 from mlx_redrafter.server.caches import memory
 from mlx_redrafter.server.caches.files import CacheFiles
 from mlx_redrafter.server.caches.memory import PromptCaches
@@ -25,9 +24,9 @@ def filled(model, tokens):
 def test_what_drafters_left_goes(small_model):
     """If this fails, every cached prompt holds a drafter's state that no limit counts and nobody finds."""
     cache, caches = filled(small_model, [5, 6]), PromptCaches(10, None)
-    proposers.LEFT[cache[0]] = cached.LEFT[cache[0]] = ()
+    proposers.LEFT[cache[0]] = ()
     caches.insert_cache("m", [5, 6], cache)
-    assert cache[0] not in proposers.LEFT and cache[0] not in cached.LEFT
+    assert cache[0] not in proposers.LEFT
 
 
 @pytest.mark.parametrize("make", [make_model, lambda: small_models.build("mamba2")], ids=["attention", "states"])

@@ -22,12 +22,7 @@ from mlx_redrafter.text.loading import EMBEDDED
 PROMPT = [5, 40, 77, 3, 12, 60, 31]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_a_compiler():
-    """mx.compile calls a C++ compiler for every new shape on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("without_a_compiler")
 
 
 @pytest.fixture(scope="module", params=["qwen3_next", "jamba"])

@@ -1,0 +1,16 @@
+"""What promises about small random models share."""
+
+from __future__ import annotations
+
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from mlx_redrafter.text.loading import EMBEDDED
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Ids are all that counts: any tokenizer will do, as long as no token ends the text."""
+    found = load_tokenizer(EMBEDDED / "target")
+    found.eos_token_ids = []
+    return found
