@@ -5,6 +5,8 @@ Knows nothing of drafters.
 
 from __future__ import annotations
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 
@@ -112,6 +114,27 @@ class BatchMaker:
         steps = np.arange(self.steps)[:, None]
         # Where a token of the way there does not count, another document or speaker has begun.
         return order, np.cumprod(counted[order + steps + 2], axis=0, dtype=np.float32)
+
+
+def thinned(batch: Batch, share: float, draw: tuple[int, int, int]) -> Batch:
+    """A batch whose contexts and embeddings lack a share of their numbers (dropout, of what a drafter reads).
+
+    A drafter that sees a text often would else learn it by heart.
+
+    Args:
+        share: of the numbers that become 0; the others grow, so that the mean stays.
+        draw: seed, update and first row, of which the choice depends.
+    """
+    if not share:
+        return batch
+    random = np.random.default_rng(draw)
+
+    def thin(numbers: mx.array) -> mx.array:
+        kept = mx.random.bernoulli(1 - share, numbers.shape, key=mx.random.key(int(random.integers(2**63))))
+        return mx.where(kept, numbers / (1 - share), mx.zeros_like(numbers))
+
+    whole = [*map(thin, batch.whole[:2]), *batch.whole[2:]]
+    return dataclasses.replace(batch, hidden=thin(batch.hidden), embeddings=[*map(thin, batch.embeddings)], whole=whole)
 
 
 class WholeRows:

@@ -128,6 +128,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warm-up", type=whole(0), help="updates over which it rises (default: a tenth of --iters, at most 50)")
     add("--max-grad-norm", type=POSITIVE, default=1.0, help="clip longer gradients (default: %(default)s)")
     add("--weight-decay", type=real(0), default=0.01, help="of AdamW (default: %(default)s)")
+    add("--dropout", type=real(0, 0.9), default=0.0, help="share of the numbers that a drafter reads that an update"
+        " leaves out, where it sees the same text often (default: none)")  # fmt: skip
     add("--train-dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="to compute in; weights stay in float32 (default: bfloat16 on a GPU, float32 on a CPU)")  # fmt: skip
     add("--compile", choices=(AUTO, ON, OFF), default=AUTO, help="compile the update (default: on a GPU; on a CPU that"

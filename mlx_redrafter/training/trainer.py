@@ -20,6 +20,7 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.training.batches import thinned
 from mlx_redrafter.training.checkpoint import Progress, restore, save
 from mlx_redrafter.training.drafters.base import Method
 from mlx_redrafter.training.loss import Batch, Objective, distillation_loss
@@ -37,6 +38,7 @@ class TrainingPlan:
     Args:
         batch_size: rows of text per update, in all processes together.
         grad_accumulation: parts that a process's share of a batch is computed in, one after another.
+        dropout: share of the numbers that a drafter reads that are left out; see `thinned`.
         warm_up: updates over which the learning rate rises to its peak; a cosine takes it to a hundredth.
         dtype: the forward and backward pass compute in; weights are kept in float32.
         quantization: {"group_size", "bits"} to train for, None for none.
@@ -50,6 +52,7 @@ class TrainingPlan:
     warm_up: int = 50
     max_grad_norm: float = 1.0
     weight_decay: float = 0.01
+    dropout: float = 0.0
     objective: Objective = dataclasses.field(default_factory=Objective)
     dtype: mx.Dtype = mx.float32
     quantization: dict[str, int] | None = None
@@ -133,7 +136,7 @@ def train(
             picks = row_picks(plan, i, len(teacher))
             total: Any = None
             for part in parts:
-                batch = make(picks, i, part)
+                batch = thinned(make(picks, i, part), plan.dropout, (plan.seed, i, part.start or 0))
                 found = gradients_of(weights, vars(batch))
                 total = found if total is None else tree_map(mx.add, total, found)
                 mx.eval(total)

@@ -11,7 +11,7 @@ from support.rows import VOCAB, TextRows, random_rows, teacher_of
 
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.output_layer import rows_of
-from mlx_redrafter.training.batches import BatchMaker
+from mlx_redrafter.training.batches import BatchMaker, thinned
 from mlx_redrafter.training.drafters.redrafter import ReDrafter
 from mlx_redrafter.training.loss import Objective, distillation_loss
 
@@ -144,3 +144,19 @@ def test_candidates_stand_for_the_vocabulary(tmp_path):
     for k in range(2):  # what found no room has no share
         there = np.isin(np.array(whole.ids[k]), np.array(batch.candidates[0]))
         assert (np.array(batch.shares[k]) == np.where(there, np.array(whole.shares[k]), 0)).all() and not there.all()
+
+
+def test_dropout_leaves_out_a_share_of_what_is_read_and_nothing_of_what_is_learned(tmp_path):
+    """If this fails, dropout shifts what the head reads, changes labels, or differs when a run goes on."""
+    teacher = teacher_of(Target(make_model()), random_rows(), tmp_path, Objective(top_k=5))
+    batch = BatchMaker(teacher, seed=0, whole=True)(np.array([0, 1]), 0)
+    assert thinned(batch, 0, (0, 0, 0)) is batch
+    thin, again, other = (thinned(batch, 0.25, (0, update, 0)) for update in (3, 3, 4))
+    parts = ("hidden", "embeddings", "whole")
+    pairs = [(a, b) for name in parts for a, b in zip([*getattr(batch, name)], [*getattr(thin, name)])]
+    numbers = np.concatenate([np.array(b).reshape(-1) for a, b in pairs if a.dtype == mx.float32])
+    before = np.concatenate([np.array(a).reshape(-1) for a, b in pairs if a.dtype == mx.float32])
+    np.testing.assert_allclose(numbers[numbers != 0], before[numbers != 0] / 0.75, rtol=1e-6)
+    assert np.mean(numbers == 0) == pytest.approx(0.25, abs=0.02)
+    assert mx.array_equal(thin.whole[2], batch.whole[2]) and thin.ids is batch.ids and thin.shares is batch.shares
+    assert mx.array_equal(thin.hidden, again.hidden) and not mx.array_equal(thin.hidden, other.hidden)

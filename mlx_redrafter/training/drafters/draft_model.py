@@ -42,7 +42,7 @@ class DraftModel(Method):
     foreign = (
         *("exit_dim", "num_draft_layers", "no_rnn", "draft_vocab_size", "output_layer", "tree_size", "q_bits"),
         *("q_aware", "step_weights", "step_shares", "context_layers", "prefix_window", "output_norm"),
-        *("loss_vocab", "learn_prompts", "expected"),
+        *("loss_vocab", "learn_prompts", "dropout", "expected"),
     )
     use = 'mlx_lm.generate --model {model} --draft-model THIS_DIRECTORY --prompt "..."'
 
