@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     target = kinds.add_parser("target", help="a language model, to mlx-lm's layout")
     drafter = kinds.add_parser(
-        "drafter", help="a ReDrafter checkpoint in Apple's layout, Medusa heads, or either in ours"
+        "drafter",
+        help="a ReDrafter checkpoint in Apple's layout, Medusa or EAGLE-3 heads, or any of them in ours; or a model's"
+        " multi-token-prediction layer",
     )
     back = kinds.add_parser("export", help="a converted target or drafter, back to the Hugging Face layout")
     for child in (target, drafter):

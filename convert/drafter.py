@@ -13,8 +13,10 @@ from mlx_redrafter.convert import eagle, medusa, redrafter
 from mlx_redrafter.convert.source import TORCH_PATTERNS
 from mlx_redrafter.convert.vocabulary import with_most_frequent
 
+from mlx_redrafter.drafting.cached import mtp
+from mlx_redrafter.drafting.cached.mtp_weights import places
 from mlx_redrafter.drafting.drafter_files import check_quantization, read_fields
-from mlx_redrafter.drafting.kinds import Drafter, is_eagle
+from mlx_redrafter.drafting.kinds import Drafter, is_eagle, open_drafter
 from mlx_redrafter.drafting.pairing import check_sizes
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import require_free, write_directory, write_json
@@ -23,10 +25,13 @@ from mlx_redrafter.system.weights import save_weights, take_weights
 from mlx_redrafter.target.fingerprint import fingerprint
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.checks import is_drafter
-from mlx_redrafter.text.loading import find_target, load_target
+from mlx_redrafter.text.loading import MTP, find_target, load_target, open_draft
 
 _PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 _ONE_FILE = 2**62  # bytes of a shard: `load` reads one
+
+
+_INDEX = "model.safetensors.index.json"
 
 
 def _kind(fields: dict[str, Any]) -> Any:
@@ -38,8 +43,27 @@ def _kind(fields: dict[str, Any]) -> Any:
 
 def read_drafter(folder: pathlib.Path, scratch: pathlib.Path) -> Drafter:
     """A drafter of lazy weights, published or ours. Raises UserError; `scratch` as for `lazy_weights`."""
-    drafter: Drafter = _kind(read_fields(folder)).read(folder, scratch)
+    fields = read_fields(folder)
+    if "model_type" in fields and not is_drafter(fields):
+        return open_draft(MTP, folder)
+    if fields.get("model_type") == mtp.MODEL_TYPE:
+        return open_drafter(folder)
+    drafter: Drafter = _kind(fields).read(folder, scratch)
     return drafter
+
+
+def _fetch_layer(hf_path: str) -> pathlib.Path:
+    """A model's directory with the files of its multi-token-prediction layer, of a repository with these alone."""
+    folder, files = fetch(hf_path, "--hf-path", ["config.json", _INDEX]), {"model.safetensors"}
+    if (folder / _INDEX).exists():
+        files = set(places(folder).values())
+    folder = fetch(hf_path, "--hf-path", ["config.json", _INDEX, *sorted(files)])
+    if not places(folder):
+        raise UserError(
+            f"{hf_path}: is a model without a multi-token-prediction layer, not a drafter; use `mlx-redrafter convert"
+            " target`"
+        )
+    return folder
 
 
 def convert_drafter(
@@ -58,8 +82,8 @@ def convert_drafter(
     """Converts a checkpoint to config.json + model.safetensors that `load` reads.
 
     Args:
-        hf_path: local directory or Hub id: Apple's ReDrafter, published Medusa or EAGLE-3 heads, or any
-            of them in our layout.
+        hf_path: local directory or Hub id: Apple's ReDrafter, published Medusa or EAGLE-3 heads, a model
+            with a multi-token-prediction layer, or any of them in our layout.
         mlx_path: a directory that does not exist yet.
         quantize, q_bits, q_group_size: affine quantisation of all matrices; one that is
             quantised already goes through 16 bits.
@@ -82,10 +106,10 @@ def convert_drafter(
         check_quantization(q_bits, q_group_size)
     fields = read_fields(fetch(hf_path, "--hf-path", ["config.json"]))
     if "model_type" in fields and not is_drafter(fields):
-        raise UserError(f"{hf_path}: is a model, not a drafter; use `mlx-redrafter convert target`")
-    published = "medusa_num_heads" in fields
-    names = medusa.WEIGHT_FILES if published else ("model.pt", *TORCH_PATTERNS)
-    source = fetch(hf_path, "--hf-path", [*_PATTERNS, *names])
+        source = _fetch_layer(hf_path)
+    else:
+        names = medusa.WEIGHT_FILES if "medusa_num_heads" in fields else ("model.pt", *TORCH_PATTERNS)
+        source = fetch(hf_path, "--hf-path", [*_PATTERNS, *names])
     with write_directory(mlx_path) as folder:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             drafter = read_drafter(source, pathlib.Path(scratch))
@@ -107,9 +131,11 @@ def convert_drafter(
 
 def export_drafter(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a drafter under the names of Apple or Medusa, in full. Raises UserError where they have no form for it."""
-    kind = _kind(read_fields(source))
-    if kind is eagle:
-        raise UserError(f"{source}: is an EAGLE-3 head, which is not exported; use the checkpoint that it was made of")
+    fields = read_fields(source)
+    kind, is_layer = _kind(fields), fields.get("model_type") == mtp.MODEL_TYPE
+    if kind is eagle or is_layer:
+        what = "a multi-token-prediction layer" if is_layer else "an EAGLE-3 head"
+        raise UserError(f"{source}: is {what}, which is not exported; use the checkpoint that it was made of")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         drafter: Any = read_drafter(source, pathlib.Path(scratch))
         for field in ("draft_vocab_size", "context_layers", "prefix_window", "output_norm", "tie_output"):

@@ -23,7 +23,10 @@ from mlx_redrafter.convert.redrafter import is_converted, read_config
 from mlx_redrafter.convert.source import weight_files
 
 from mlx_redrafter.drafting.cached.eagle import MODEL_TYPE as EAGLE
-from mlx_redrafter.drafting.cached.eagle import EagleHead
+from mlx_redrafter.drafting.cached.head import ContextReader
+from mlx_redrafter.drafting.cached.mtp import MODEL_TYPE as LAYER
+from mlx_redrafter.drafting.cached.mtp import MtpHead
+from mlx_redrafter.drafting.cached.mtp_weights import places
 from mlx_redrafter.drafting.kinds import Drafter, is_eagle
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.errors import UserError, one_line
@@ -133,7 +136,7 @@ def _inspect_adapter(folder: pathlib.Path, found: Inspection) -> Inspection:
 
 def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathlib.Path]) -> None:
     fields, torch = read_json(folder / "config.json"), _has_torch(files)
-    recurrent = not is_eagle(fields) and "medusa_num_heads" not in fields
+    recurrent = not is_eagle(fields) and "medusa_num_heads" not in fields and fields.get("model_type") != LAYER
     published = fields.get("model_type") != EAGLE if is_eagle(fields) else bool(published_files(folder))
     found.kind = HF_DRAFTER if torch or published else DRAFTER
     try:
@@ -148,7 +151,9 @@ def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathli
         elif config is not None:
             found.parameters = get_total_parameters(RecurrentDrafter(config))
         if config is not None:
-            found.about = f"for targets of hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
+            if fields.get("model_type") == LAYER:
+                found.about = f"multi-token-prediction layer of a {config.model['model_type']} model, "
+            found.about += f"for targets of hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
             if layers := getattr(config, "context_layers", ()):
                 found.about += f", reads hidden states behind layers {', '.join(map(str, layers))}"
             if window := getattr(config, "prefix_window", 0):
@@ -176,8 +181,11 @@ def _weigh_drafter(found: Inspection, head: Drafter) -> None:
         context = sum(v.nbytes for name, v in tensors(head).items() if name.startswith("input_proj_context"))
         found.bytes_per_step = DRAFT_STEPS * head.bytes_per_draft_step() + context
         found.step = f"for a chain of {DRAFT_STEPS} drafts"
+    elif isinstance(head, MtpHead):
+        found.bytes_per_step = DRAFT_STEPS * _bytes_per_pass(head, head.config.model, found)
+        found.step = f"for a chain of {DRAFT_STEPS} drafts"
     else:
-        levels = DRAFT_STEPS if isinstance(head, EagleHead) else 1
+        levels = DRAFT_STEPS if isinstance(head, ContextReader) else 1
         found.bytes_per_step = levels * head.bytes_per_draft_step()
         found.step = f"for a chain of {DRAFT_STEPS} drafts" if levels > 1 else ""
 
@@ -209,6 +217,8 @@ def _inspect_target(
             found.cache_bytes[length] = sum(layer.nbytes for layer in cache)
         except Exception as error:  # of a model's own code; the rest of the report stands
             found.remarks.append(f"cache at {length} tokens: not known ({one_line(error)})")
+    if places(folder):
+        found.remarks.append("has a multi-token-prediction layer that drafts for it: --draft mtp")
     if missing := Target.of(model).missing:
         found.remarks.append(f"nothing can be drafted for it: {missing}")
 

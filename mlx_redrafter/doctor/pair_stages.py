@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_redrafter.doctor.beam_stage import beam_stage
 from mlx_redrafter.doctor.comparison import Place, Stage
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
-from mlx_redrafter.drafting.cached.eagle import EagleHead
+from mlx_redrafter.drafting.cached.head import ContextReader
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.target.cache.kv_cache import KVCache
@@ -101,7 +101,7 @@ def _drafted(target: Target, drafter: Drafter, given: Inputs) -> dict[str, mx.ar
     context = given.contexts[-1:]
     if isinstance(drafter, DraftModel):
         return {"logits": drafter.prefill(given.prompt, None, drafter.make_cache())[1]}
-    if isinstance(drafter, EagleHead):
+    if isinstance(drafter, ContextReader):
         tokens = given.drafts[:, : given.contexts.shape[0]]
         contexts = given.contexts[None, : tokens.shape[1]]
         return {"logits": drafter.prefill(tokens, contexts, drafter.make_cache())[1]}

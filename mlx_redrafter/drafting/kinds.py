@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from mlx_redrafter.drafting import medusa, redrafter
-from mlx_redrafter.drafting.cached import eagle
+from mlx_redrafter.drafting.cached import eagle, mtp
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
+from mlx_redrafter.drafting.cached.head import ContextReader
+from mlx_redrafter.drafting.cached.mtp import MtpConfig, MtpHead
 from mlx_redrafter.drafting.cached.proposer import CachedProposer
 from mlx_redrafter.drafting.drafter_files import Embedder, read_fields
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
@@ -18,7 +20,7 @@ from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_safetensors
 
-Drafter: TypeAlias = RecurrentDrafter | MedusaHeads | DraftModel | EagleHead
+Drafter: TypeAlias = RecurrentDrafter | MedusaHeads | DraftModel | EagleHead | MtpHead
 
 
 def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0, text: Sequence[int] = ()) -> Proposer:
@@ -29,7 +31,7 @@ def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0, te
         temperature: of the drafter's probabilities, by which nodes are chosen.
         text: all tokens before the first step, where they are known; for drafters that read tokens alone.
     """
-    if isinstance(drafter, (DraftModel, EagleHead)):
+    if isinstance(drafter, (DraftModel, ContextReader)):
         return CachedProposer(drafter, temperature, text)
     if isinstance(drafter, MedusaHeads):
         return MedusaProposer(drafter)
@@ -42,7 +44,7 @@ def is_eagle(fields: dict[str, Any]) -> bool:
     return kind == eagle.MODEL_TYPE or (kind != redrafter.MODEL_TYPE and "draft_vocab_size" in fields)
 
 
-def open_drafter(path: str | pathlib.Path) -> RecurrentDrafter | MedusaHeads | EagleHead:
+def open_drafter(path: str | pathlib.Path) -> RecurrentDrafter | MedusaHeads | EagleHead | MtpHead:
     """Reads what `DrafterBase.save` wrote, of the kind that its config.json says.
 
     Raises:
@@ -58,6 +60,9 @@ def open_drafter(path: str | pathlib.Path) -> RecurrentDrafter | MedusaHeads | E
     if fields.get("model_type") == eagle.MODEL_TYPE and "layer" in fields:
         head = EagleHead(EagleConfig.from_dict(fields, str(file)))
         return head.fill(read_safetensors(weights_file), str(weights_file))
+    if fields.get("model_type") == mtp.MODEL_TYPE:
+        layer = MtpHead(MtpConfig.from_dict(fields, str(file)))
+        return layer.fill(read_safetensors(weights_file), str(weights_file))
     if is_eagle(fields):
         raise UserError(f"{file}: an EAGLE-3 head as published; run `mlx-redrafter convert drafter` on it first")
     if (kind := fields.get("model_type", redrafter.MODEL_TYPE)) != redrafter.MODEL_TYPE:

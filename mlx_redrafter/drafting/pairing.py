@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
-from mlx_redrafter.drafting.cached.eagle import EagleHead
+from mlx_redrafter.drafting.cached.head import ContextReader
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.errors import UserError
@@ -17,7 +17,7 @@ def check_pair(target: Target, drafter: Drafter, name: str = "drafter") -> None:
     Raises:
         UserError: the drafter was made for a target of another shape.
     """
-    if isinstance(drafter, EagleHead):
+    if isinstance(drafter, ContextReader):
         drafter.fit(target)
     check_sizes(target, drafter, name)
     if isinstance(drafter, RecurrentDrafter):

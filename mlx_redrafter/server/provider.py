@@ -24,7 +24,16 @@ from mlx_redrafter.system.hub import snapshot_of
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.checks import check_adapter, read_config
-from mlx_redrafter.text.loading import NO_DRAFTER, find_drafter, find_target, fit_drafter, load, open_draft, own_drafter
+from mlx_redrafter.text.loading import (
+    MTP,
+    NO_DRAFTER,
+    find_drafter,
+    find_target,
+    fit_drafter,
+    load,
+    open_draft,
+    own_drafter,
+)
 from mlx_redrafter.tuning.session import session_for, verifier_for
 
 DEFAULT = "default_model"  # mlx_lm.server's word for what the command line names
@@ -96,7 +105,7 @@ class Provider(ModelProvider):
         return self.model, self.tokenizer
 
     def _take(self, model: str, adapter: str | None, draft: str | None, own: bool) -> None:
-        if draft is not None and draft not in self._drafters:
+        if draft is not None and draft not in (MTP, *self._drafters):
             read_config(find_drafter(draft))  # before the current target goes
         if self.model_key != (model, adapter, None):
             self._load_target(model, adapter, own)
@@ -133,7 +142,8 @@ class Provider(ModelProvider):
     def _open_drafter(self, name: str) -> Drafter:
         """The drafter of a name, fitted to the target; the last few stay in memory."""
         if name not in self._drafters:
-            drafter = open_draft(find_drafter(name))
+            model = self.model_key[0]
+            drafter = open_draft(name, self._target_folder(model, model == self.cli_args.model))
             fit_drafter(drafter, self.model, self.tokenizer, name)
             self._drafters[name] = drafter
             if len(self._drafters) > MOST_DRAFTERS:

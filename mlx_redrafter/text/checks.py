@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from sentencepiece import SentencePieceProcessor
 
 from mlx_redrafter.drafting import redrafter
+from mlx_redrafter.drafting.cached import mtp
 from mlx_redrafter.drafting.kinds import Drafter, is_eagle
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import check_readable, check_safetensors, read_json
@@ -75,7 +76,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 def is_drafter(config: dict[str, Any]) -> bool:
     """Whether a config.json is that of a drafter of any kind, converted or not."""
-    return config.get("model_type") == redrafter.MODEL_TYPE or "medusa_num_heads" in config or is_eagle(config)
+    ours = config.get("model_type") in (redrafter.MODEL_TYPE, mtp.MODEL_TYPE)
+    return ours or "medusa_num_heads" in config or is_eagle(config)
 
 
 def check_adapter(folder: pathlib.Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mlx_redrafter.embedded import assistant
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.files import read_text
 from mlx_redrafter.system.flag_types import real, whole
-from mlx_redrafter.text.loading import ASSISTANT, DTYPES, EMBEDDED_PAIR, NO_DRAFTER, load, place_of
+from mlx_redrafter.text.loading import ASSISTANT, DTYPES, EMBEDDED_PAIR, MTP, NO_DRAFTER, load, place_of
 from mlx_redrafter.text.sessions.recorder import settings_of
 
 # Flags that have the names of arguments: of `position_keyed`, and of `stream_generate`.
@@ -53,8 +53,8 @@ def add_pair_arguments(
     add_target_arguments(add, default)
     if drafter:
         add("--draft", metavar="PATH", help="load the drafter, or a small model with the target's tokenizer, from this"
-            f" directory or Hub id; or {ASSISTANT} or {EMBEDDED_PAIR} for theirs, or {NO_DRAFTER} (default: theirs for"
-            f" them, else {NO_DRAFTER})")  # fmt: skip
+            f" directory or Hub id; or {MTP}, the target's own multi-token-prediction layer, {ASSISTANT} or"
+            f" {EMBEDDED_PAIR} for theirs, or {NO_DRAFTER} (default: theirs for them, else {NO_DRAFTER})")  # fmt: skip
     else:
         parser.set_defaults(draft=NO_DRAFTER)
     add("--adapter-path", metavar="PATH", help="add the LoRA adapters of this directory to the target, as in mlx-lm")

@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
+from mlx_redrafter.drafting.cached.mtp_weights import read_layer
 from mlx_redrafter.drafting.drafter_files import read_fields
 from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
@@ -33,13 +34,14 @@ from mlx_redrafter.text.checks import (
     check_sentencepiece,
     is_drafter,
     logger,
+    read_config,
     rope_fields,
     unread_chat_template,
 )
 
 EMBEDDED = pathlib.Path(__file__).parents[1] / "embedded"
 DTYPES = ("float32", "float16", "bfloat16")
-EMBEDDED_PAIR, ASSISTANT, NO_DRAFTER = "embedded", "assistant", "none"  # what may stand for a path
+EMBEDDED_PAIR, ASSISTANT, NO_DRAFTER, MTP = "embedded", "assistant", "none", "mtp"  # what may stand for a path
 
 
 def load(
@@ -60,9 +62,9 @@ def load(
             cache directory; "assistant" for SmolLM2-135M-Instruct, where it is installed; None or
             "embedded" for the embedded pair. A directory of such a name is "./assistant".
         draft: directory or Hub id of a drafter, or of a small mlx-lm model with the same tokenizer, or a
-            GGUF file of one; "none" for no drafter. If left out, the assistant
-            and the embedded target come with their own, which these names stand for, too, and any
-            other target with none.
+            GGUF file of one; "mtp" for the target's own multi-token-prediction layer, where its directory
+            has one; "none" for no drafter. If left out, the assistant and the embedded target come with
+            their own, which these names stand for, too, and any other target with none.
         gguf: which GGUF file, by its name or a part of it, where path_or_repo has several.
         adapter_path: LoRA adapters, as in mlx-lm.
         dtype: "float32", "float16" or "bfloat16" for the target's unquantised weights;
@@ -82,15 +84,14 @@ def load(
         dtype = dtype or "float32"
     if said := stalling():
         logger.warning("%s", said)
-    place = own_drafter(path_or_repo) if draft is None else None
-    if draft is not None and draft != NO_DRAFTER:
-        place = find_drafter(draft)
-    drafter = None if place is None else open_draft(place)
+    if draft is None:
+        draft = str(own_drafter(path_or_repo) or NO_DRAFTER)
+    drafter = None if draft == NO_DRAFTER else open_draft(draft, folder)
     model, tokenizer = load_target(folder, adapter_path, dtype, tokenizer_config, trust_remote_code)
     if pack_weights:
         pack(model)
     if drafter is not None:
-        fit_drafter(drafter, model, tokenizer, draft or str(place), pack_weights)
+        fit_drafter(drafter, model, tokenizer, draft, pack_weights)
     return model, drafter, tokenizer
 
 
@@ -143,8 +144,12 @@ def find_drafter(name: str, flag: str = "--draft") -> pathlib.Path:
     return fetch(name, flag)
 
 
-def open_draft(place: pathlib.Path) -> Drafter:
-    """A drafter's, or a small model's, from its directory. Raises UserError."""
+def open_draft(name: str, target: pathlib.Path) -> Drafter:
+    """A drafter, or a small model, from its name as for `load`, for the target in a directory. Raises UserError."""
+    if name == MTP:
+        fields = read_config(target)
+        return read_layer(target, fields | rope_fields(fields))
+    place = find_drafter(name)
     if is_drafter(read_fields(place)):
         return open_drafter(place)
     model, tokenizer = load_target(place, lazy=True)

@@ -33,7 +33,7 @@ class GenerationResponse:
         draft_tokens, accepted_tokens: what the steps drafted, and what of it is in the text.
         mean_acceptance_length: tokens per step, the target's own one included; 1.0 without drafts.
         acceptance_by_position: share of steps that got at least d draft tokens accepted, d = 1, 2, ...
-        method: "redrafter", "medusa", "eagle3", "draft model", "lookup" or "grammar" (alone), or "plain".
+        method: "redrafter", "medusa", "eagle3", "mtp", "draft model", "lookup" or "grammar" (alone), or "plain".
         reason: why a given drafter was not used, or with limits, for people; empty otherwise.
         shape: how much most steps of a drafter drafted; None where there were none.
         plain_share, lookup_share, forced_share: shares of steps that drafted nothing, only what lookup found, and

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -109,14 +111,21 @@ class Eagle(nn.Module):
 
     def beams(self, contexts: torch.Tensor, tokens: list[int], width: int, length: int) -> list[list[tuple[int, ...]]]:
         """The beams after 1, 2, ..., length - 1 drafted tokens, each list with the most probable first."""
-        beam: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
-        found = []
-        for _ in range(length - 1):
-            children = []
-            for path, log_prob in beam:
-                scores = torch.log_softmax(self.logits(contexts, [*tokens, *path]), dim=-1).tolist()
-                ids = (torch.arange(len(scores)) + self.d2t).tolist()
-                children += [((*path, ids[i]), log_prob + score) for i, score in enumerate(scores)]
-            beam = sorted(children, key=lambda child: -child[1])[:width]
-            found.append([path for path, _ in beam])
-        return found
+        ids = (torch.arange(len(self.d2t)) + self.d2t).tolist()
+        return beams_of(lambda path: self.logits(contexts, [*tokens, *path]), ids, width, length)
+
+
+def beams_of(
+    logits: Callable[[tuple[int, ...]], torch.Tensor], ids: list[int] | None, width: int, length: int
+) -> list[list[tuple[int, ...]]]:
+    """Beams of a head that gives the logits behind a path; `ids` are the tokens they are for, None for all."""
+    beam: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    found = []
+    for _ in range(length - 1):
+        children = []
+        for path, log_prob in beam:
+            scores = torch.log_softmax(logits(path), dim=-1).tolist()
+            children += [((*path, ids[i] if ids else i), log_prob + score) for i, score in enumerate(scores)]
+        beam = sorted(children, key=lambda child: -child[1])[:width]
+        found.append([path for path, _ in beam])
+    return found

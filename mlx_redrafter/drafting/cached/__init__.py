@@ -1,4 +1,4 @@
-"""Drafters that keep keys and values of the text, as models do: an ordinary small model, an EAGLE-3 head.
+"""Drafters that keep keys and values of the text, as models do: a small model, an EAGLE-3 head, a layer of the target's.
 
-Knows nothing of files, nor of verification by the target.
+Knows nothing of verification by the target.
 """

@@ -12,25 +12,21 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.llama import MLP, Attention, ModelArgs
 
+from mlx_redrafter.drafting.cached.head import ContextReader
 from mlx_redrafter.drafting.drafter_files import (
-    DrafterBase,
     read_draft_vocab_size,
     read_notes,
     read_quantization,
     true_or_false,
     whole_number,
 )
-from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.weights import tensors
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.layers import RawLayers
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.rope import positions_per_row
-from mlx_redrafter.target.tree import CandidateTree
 
 MODEL_TYPE = "eagle3"
 TAPS = 3
@@ -146,11 +142,10 @@ class EagleLayer(nn.Module):
         return result
 
 
-class EagleHead(DrafterBase):
+class EagleHead(ContextReader):
     """The head's weights, and what its memory asks of it (see `cached.memory.Reader`)."""
 
     method = "eagle3"
-    deepest = LONGEST_BEAM - 1
 
     def __init__(self, config: EagleConfig):
         super().__init__()
@@ -166,16 +161,14 @@ class EagleHead(DrafterBase):
         if config.draft_vocab_size is not None:
             self.vocab_map = mx.arange(config.draft_vocab_size, dtype=mx.int32)
         self._layers = RawLayers(config.context_layers)
-        # No item of the module: the embedding is the target's, no parameter of the head.
-        object.__setattr__(self, "_embed", None)
 
     @property
     def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return self._layers
 
     def fit(self, target: Target) -> None:
-        """Takes what the head leaves to its target: which layers it reads, and the embedding."""
-        object.__setattr__(self, "_embed", self.embed_tokens if self.config.own_embedding else target.embed)
+        """Also takes from the target which layers are read, where the head does not say it."""
+        self.take("embed", self.embed_tokens if self.config.own_embedding else target.embed)
         if not self.config.context_layers:
             count = target.num_layers
             self._layers = RawLayers((2, count // 2, count - 3))
@@ -189,41 +182,13 @@ class EagleHead(DrafterBase):
         unread = ("vocab_map", "fc.", "embed_tokens.")
         return sum(value.nbytes for name, value in tensors(self).items() if not name.startswith(unread))
 
-    def make_cache(self) -> KVCache:
-        return KVCache([PlainKVCache()])
-
-    def prefill(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> tuple[mx.array, mx.array]:
-        """Reads rows as a prompt; arguments as for `read`. Gives the last row's output and scores."""
-        hidden = self._rows(tokens, contexts, cache)[:, -1:]
-        return hidden, self._scores(hidden)
-
-    def read(
-        self, tree: CandidateTree, contexts: mx.array | None, cache: KVCache, at: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """Reads rows behind what the cache holds.
-
-        Args:
-            tree: M rows.
-            contexts: (B, M, 3 * hidden_size) of the target, or (B, M, width) rows' outputs in their place.
-            at: (B,) the one row to give; all if left out.
-
-        Returns:
-            the rows' outputs (B, M, width), and their scores of the next token (B, M, scored).
-        """
-        with cache.reading(tree, chain=tree.in_order) as positions, positions_per_row(positions):
-            hidden = self._rows(tree.tokens, contexts, cache)
-        if at is not None:
-            hidden = mx.take_along_axis(hidden, at[:, None, None], axis=1)
-        return hidden, self._scores(hidden)
-
     def _rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
         assert contexts is not None
         if contexts.shape[-1] == TAPS * self.config.hidden_size:
             contexts = self.fc(contexts)
         [layer] = cache.layers
         mask = layer.make_mask(tokens.shape[1])
-        embed: Any = self._embed
-        rows: mx.array = self.layer(embed(tokens).astype(contexts.dtype), contexts, mask, layer)
+        rows: mx.array = self.layer(self.embed(tokens).astype(contexts.dtype), contexts, mask, layer)
         return rows
 
     def _scores(self, hidden: mx.array) -> mx.array:

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_redrafter.drafting.beam_search import candidate_tree, grow
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
-from mlx_redrafter.drafting.cached.eagle import EagleHead
+from mlx_redrafter.drafting.cached.head import ContextReader
 from mlx_redrafter.drafting.cached.memory import Memory
 from mlx_redrafter.drafting.proposers import LEFT, Proposer
 from mlx_redrafter.drafting.shape import Drafted, Plan
@@ -32,10 +32,10 @@ class CachedProposer(Proposer):
             drafters that read tokens alone.
     """
 
-    def __init__(self, drafter: DraftModel | EagleHead, temperature: float = 1.0, text: Sequence[int] = ()):
+    def __init__(self, drafter: DraftModel | ContextReader, temperature: float = 1.0, text: Sequence[int] = ()):
         self.drafter, self.temperature, self.text = drafter, temperature, text
-        self.context_layers = drafter.context_layers
-        if self.context_layers:
+        self.context_layers, self._reads_contexts = drafter.context_layers, isinstance(drafter, ContextReader)
+        if self._reads_contexts:
             self.prefix_window = WINDOW
         self.memory = Memory(drafter)
         self._rows = self._held = 0  # read of the text before, and its length
@@ -48,7 +48,7 @@ class CachedProposer(Proposer):
             self.memory = Memory(self.drafter)
         after = mx.concatenate([text, root[:, None].astype(text.dtype)], axis=1)
         found: mx.array | None = None
-        if self.context_layers:
+        if self._reads_contexts:
             whole = contexts.shape[1] == text.shape[1]
             if self._rows and self._before is not None and whole:
                 contexts = mx.concatenate([self._before, contexts], axis=1)
@@ -93,7 +93,7 @@ class CachedProposer(Proposer):
     def advance(self, accepted: Accepted, contexts: mx.array) -> None:
         found: mx.array | None = None
         plain = accepted.path.shape[1] == 1
-        if self.context_layers:
+        if self._reads_contexts:
             found = contexts if plain else mx.take_along_axis(contexts, accepted.path[..., None], axis=1)
         self.memory.extend(accepted.tokens, found, None if plain else accepted.count + 1)
 
