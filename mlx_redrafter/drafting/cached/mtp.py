@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
@@ -62,11 +62,11 @@ class MtpConfig:
         Raises:
             UserError: a missing key, a value of the wrong type or range, or a model that mlx-lm does not have.
         """
-        sizes = [whole_number(fields, key, 1, source) for key in ("vocab_size", "hidden_size")]
+        vocab, hidden = (whole_number(fields, key, 1, source) for key in ("vocab_size", "hidden_size"))
         model = fields.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("model_type"), str):
             raise UserError(f"{source}: model is {model!r}, expected the config of a model")
-        config = cls(*sizes, model, **read_notes(fields, source))
+        config = cls(vocab, hidden, model, **read_notes(fields, source))
         try:
             widths = config.widths()
         except Exception as error:  # whatever mlx-lm makes of the config
@@ -121,14 +121,12 @@ class MtpHead(ContextReader):
         if self._output is None:
             self.take("_output", output_layer(target))
 
-    def set_dtype(self, dtype: mx.Dtype, predicate: Any = None) -> None:
+    def set_dtype(self, dtype: mx.Dtype, *given: Any) -> None:
         """As nn.Module's, but for weights that mlx-lm keeps in full, as a router's bias."""
         may_cast = getattr(self._family, "cast_predicate", lambda name: True)
-
-        def cast(name: str, value: mx.array) -> mx.array:
-            return value.astype(dtype) if may_cast(name) and mx.issubdtype(value.dtype, mx.floating) else value
-
-        self.update(tree_map_with_path(cast, self.parameters()))
+        kept = {name: value for name, value in tensors(self).items() if not may_cast(name)}
+        super().set_dtype(dtype, *given)
+        self.update(tree_unflatten(list(kept.items())))
 
     def bytes_per_draft_step(self) -> int:
         """Bytes of weights that one level of drafts reads, all experts and the target's output layer among them."""

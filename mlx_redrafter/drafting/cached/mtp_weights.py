@@ -112,7 +112,7 @@ def _arranged(weights: dict[str, mx.array], config: MtpConfig) -> dict[str, mx.a
     # All norms are of the family's kind: some are stored as what is to be added to 1. One with windows of convolution
     # as transformers has them is told by those, of which this layer has none.
     given |= {"model.norm.weight": norms, f"{_LAYER}conv1d.weight": mx.zeros((1, 1, 2))}
-    body, found = body_of(family), {}
+    body, found = body_of(family), dict[str, mx.array]()
     experts: dict[str, dict[int, mx.array]] = {}
     for full, value in family.sanitize(given).items():
         name = full.removeprefix(f"{body}.")

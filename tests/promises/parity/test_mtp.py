@@ -21,6 +21,7 @@ from mlx_redrafter.drafting.cached.proposer import CachedProposer
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.shape import Drafted, DraftShape
+from mlx_redrafter.system.weights import tensors
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.generate import stream_generate
@@ -91,11 +92,18 @@ def test_texts(family, tokenizer, tmp_path):
     model, theirs, ours = converted(tmp_path, family)
 
     def written(drafter, shape="auto", **options):
-        stream = stream_generate(model, tokenizer, PROMPT, drafter, max_tokens=40, shape=shape, **options)
-        return [response.token for response in stream][:40]
+        stream = stream_generate(model, tokenizer, PROMPT, drafter, max_tokens=24, shape=shape, **options)
+        return [response.token for response in stream][:24]
 
     plain = written(None)
-    assert written(ours, DraftShape(3, 4, 7), lookup="on") == plain == written(ours, DraftShape(1, 4, 3))
+    assert written(ours, DraftShape(3, 4, 7), lookup="on") == plain
+    if family == "glm4_moe":  # whose routers are kept in full
+        ours.set_dtype(mx.bfloat16)
+        kinds = {name: value.dtype for name, value in tensors(ours).items()}
+        assert {name for name, kind in kinds.items() if kind == mx.float32} == {
+            "body.layers.0.mlp.gate.e_score_correction_bias"
+        }
+        ours.set_dtype(mx.float32)
     sampled = position_keyed(0.8, seed=3)
     assert written(ours, DraftShape(3, 4, 7), chooser=sampled) == written(None, chooser=sampled)
     asked, propose = [], CachedProposer.propose
@@ -111,6 +119,7 @@ def test_texts(family, tokenizer, tmp_path):
     for produced in speculative(verifier, proposer, mx.array([PROMPT]), verifier.make_cache(), options, plan):
         found += produced.tokens
         lengths.append(len(found))
+    assert found[len(PROMPT) :] == plain[: len(found) - len(PROMPT)]
     cache = model.make_cache() if hasattr(model, "make_cache") else [None] * 4
     hidden = torch.from_numpy(to_numpy(Target.of(model).forward(mx.array([found]), cache)[0][0]))
     for tokens, length in list(zip(asked, lengths))[::4]:
