@@ -77,7 +77,10 @@ def load_pair(args: argparse.Namespace, baseline: bool = True) -> Pair:
     check_out(args.out)
     model, drafter, tokenizer = load_from(args, pack_weights=False)
     if drafter is None:
-        raise UserError("--draft is missing: a benchmark compares a target with and without its drafter")
+        raise UserError(
+            "--draft is missing: a benchmark compares a target with and without its drafter; `mlx-redrafter train`"
+            " makes one, and a small model drafts, too"
+        )
     pack(drafter)
     loaded = _loaded(args, model, tokenizer, args.cost_scale, baseline)
     loaded.facts["drafter"] = f"{args.draft or args.model}, {describe(drafter)}"

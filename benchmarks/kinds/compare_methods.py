@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> Report:
     pair = load_pair(args)
     if not isinstance(pair.drafter, RecurrentDrafter):
         raise UserError(
-            f"--draft {args.draft}: is no recurrent drafter; --medusa takes Medusa heads, --draft-model takes a model"
+            f"--draft {args.draft}: is no recurrent drafter; --medusa takes Medusa heads, --draft-model takes a model,"
+            f" and `mlx-redrafter bench speed --draft {args.draft}` measures any drafter beside plain decoding"
         )
     contest = open_contest(Target.of(pair.model), pair.tokenizer, pair.drafter, args.draft_model, args.medusa)
     pair.facts |= contest.facts
