@@ -11,12 +11,15 @@ import json
 from typing import Any
 
 from mlx_redrafter.constraints.endless import endless
+from mlx_redrafter.constraints.strictness import tightened
 from mlx_redrafter.errors import UserError, one_line
 
 MOST_BYTES = 256 * 1024  # of a schema or a grammar; they are checked in milliseconds
 # JSON as most models write it in one line. Space wherever JSON allows it would leave nothing to jump over,
 # and a model with nothing to say fills it for ever. A schema's "x-guidance" says otherwise.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# A letter spelt by its number would be a way around the schema of a property.
+ONE_SPELLING = {"json_allowed_escapes": 'nrtbf\\"', "json_allow_general_unicode_escapes": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +60,20 @@ def json_schema(schema: str | dict[str, Any] | bool, name: str = "the JSON schem
             parsed = {}
         if not isinstance(parsed, dict):
             raise UserError(f"{name} is {json.dumps(parsed)[:40]}, expected a JSON object that is a schema")
-        grammar = guidance.grammar_from_json_schema(json.dumps(parsed), defaults=SPACING)
+        grammar = guidance.grammar_from_json_schema(json.dumps(for_guidance(parsed, name)))
         _check(grammar, name)
         if where := endless(parsed):
             raise UserError(f"{name}: {where} requires itself without end")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not JSON ({one_line(error)})") from None
     return Constraint(grammar)
+
+
+def for_guidance(schema: dict[str, Any], name: str) -> dict[str, Any]:
+    """A schema as llguidance takes it to be kept, as JSON is written here. Raises UserError."""
+    guidance = schema.get("x-guidance")
+    options = SPACING | (guidance if isinstance(guidance, dict) else {}) | ONE_SPELLING
+    return {**tightened(schema, name), "x-guidance": options}
 
 
 def regex(expression: str, name: str = "the regular expression") -> Constraint:

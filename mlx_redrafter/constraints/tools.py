@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter.constraints.constraint import SPACING, Constraint, lark
+from mlx_redrafter.constraints.constraint import Constraint, for_guidance, lark
 from mlx_redrafter.constraints.vocabulary import vocabulary
 from mlx_redrafter.errors import UserError
 
@@ -69,7 +69,7 @@ class ToolCalls:
             thoughts = rf"{free(start, think, thought)} FREE {piece(thought)} /\s{{0,2}}/"
             opening = f"{thoughts} {opening}" if thinking else f"({piece(think)} {thoughts})? {opening}"
         tools = "\n  | ".join(
-            f"{_literal(name)} %json {json.dumps({'x-guidance': SPACING, **schema})} " + json.dumps("}")
+            f"{_literal(name)} %json {json.dumps(for_guidance(schema, name))} " + json.dumps("}")
             for name, schema in self.schemas.items()
         )
         return "\n".join((

@@ -1,11 +1,16 @@
 """Structured output with drafts is structured output without, and is what was asked for."""
 
+import collections
 import dataclasses
+import decimal
 import json
+import os
+import pathlib
 import re
 
 import jsonschema
 import pytest
+from llguidance import LLMatcher
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools
 from support.schemas import SCHEMAS
@@ -14,7 +19,9 @@ from mlx_redrafter import DraftShape, stream_generate
 from mlx_redrafter.constraints.constraint import json_object, json_schema, lark, regex
 from mlx_redrafter.constraints.thinking import thinking_budget
 from mlx_redrafter.constraints.tools import ToolCalls
+from mlx_redrafter.constraints.vocabulary import vocabulary
 from mlx_redrafter.decoding.sampling import position_keyed
+from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 
 # How drafts come about: with the drafter or without, a shape (None for "auto"), lookup.
@@ -92,6 +99,62 @@ def test_drafts_change_nothing_anywhere(named):
         for title, schema in SCHEMAS.items()
     )
     assert finished >= 120
+
+
+SUITE = "MLX_REDRAFTER_SCHEMA_SUITE"  # the folder of a copy of json-schema-org/JSON-Schema-Test-Suite
+DRAFTS = {"draft2020-12": jsonschema.Draft202012Validator, "draft7": jsonschema.Draft7Validator}
+
+
+def check_suite(pair, name, draft, max_tokens=64):
+    """What became of each schema that the public suite has of a draft, and why some were refused.
+
+    Its instances that a schema forbids are told as texts: none may be allowed.
+    """
+    folder, judge, counts = pathlib.Path(os.environ[SUITE]), DRAFTS[draft], collections.Counter()
+    known = vocabulary(pair[2], Target.of(pair[0]).vocab_size)
+    groups = [
+        group for file in sorted((folder / "tests" / draft).rglob("*.json")) for group in json.loads(file.read_text())
+    ]
+    for i, group in enumerate(groups):
+        schema = group["schema"]
+        if isinstance(schema, dict):
+            schema = {"$schema": judge.META_SCHEMA["$schema"]} | schema
+        try:
+            constraint = json_schema(schema, "it")
+        except UserError as error:
+            assert str(error).startswith("it") and "\n" not in str(error)
+            counts["refused"] += 1
+            counts[re.sub(r"(https?|urn|file):\S*", "(elsewhere)", str(error))[:80]] += 1
+            continue
+        for test in group["tests"]:
+            tokens = known.tokenize_str(json.dumps(test["data"], ensure_ascii=False))
+            matcher = LLMatcher(known, constraint.grammar, log_level=0)
+            taken = matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+            assert test["valid"] or not taken, (group["description"], test["data"])
+        way, chooser = WAYS[i % len(WAYS)], CHOOSERS[i % len(CHOOSERS)]
+        try:
+            tokens, text, last = text_of(pair, name, constraint, chooser=chooser, max_tokens=max_tokens)
+        except UserError as error:  # a letter that a small vocabulary has not got
+            assert "no token of the model's vocabulary" in str(error)
+            counts["unspelt"] += 1
+            continue
+        drafted = text_of(pair, name, constraint, way, chooser, max_tokens=max_tokens)
+        assert drafted[:2] == (tokens, text), (group["description"], way, chooser)
+        counts["finished" if last.finish_reason == "stop" else "unfinished"] += 1
+        if last.finish_reason == "stop":
+            judged = [json.loads(one, parse_float=decimal.Decimal) for one in (json.dumps(schema), text)]
+            judge(judged[0], format_checker=judge.FORMAT_CHECKER).validate(judged[1])
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SUITE not in os.environ, reason=f"{SUITE} names no copy of the JSON-Schema-Test-Suite")
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_the_public_schemas(stories_pair, draft):
+    """If this fails, a schema is taken that cannot be kept, or drafts change what is written under it."""
+    counts = check_suite(stories_pair, "stories_pair", draft)
+    print(json.dumps(counts, indent=1))  # for `pytest -s`
+    assert counts["finished"] > 100
 
 
 def test_calls_are_the_same_with_drafts(named):

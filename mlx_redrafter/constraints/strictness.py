@@ -1,0 +1,95 @@
+"""Adds to a JSON schema what llguidance leaves out of it, or says what cannot be kept. Knows nothing of grammars.
+
+Formats have the exceptions of their RFCs, expressions are JavaScript's, and a name can be spelt in one way alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from mlx_redrafter.errors import UserError
+
+DATA = ("const", "enum", "default", "examples")  # JSON that is no schema
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+UNKEPT = ("contentEncoding", "contentMediaType", "contentSchema")  # what a string holds is not looked into
+# llguidance takes 29 February of every year, and a leap second at any time.
+_DATE = (
+    "^(?:[0-9]{4}-(?:0[13-9]|1[0-2])|[0-9]{4}-02-(?:[01]|2[0-8])"
+    "|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
+)
+_TIME = "[0-9]:[0-9]{2}:[0-5]"
+FORMATS: dict[str, dict[str, Any]] = {
+    "date": {"pattern": _DATE},
+    "time": {"pattern": _TIME},
+    "date-time": {"allOf": [{"pattern": _DATE}, {"pattern": _TIME}]},
+    # Two hyphens stand only in names in punycode, whose rules are Unicode's.
+    "hostname": {"pattern": "^(?:[^-]|-[^-])*$", "maxLength": 253},
+}
+_UNSPELT = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01]|\x7f")  # in JSON, which has a letter for some control characters
+_TOKEN = re.compile(r"\\.|\[|.", re.DOTALL)
+_JAVASCRIPT = {r"\s": r"[\s\x{FEFF}&&[^\x{85}]]", r"\S": r"[^\s\x{FEFF}]"}  # in a class and outside
+_LINE_ENDS = r"[^\n\r\x{2028}\x{2029}]"
+
+
+def tightened(schema: Any, name: str) -> Any:
+    """The same schema for llguidance.
+
+    Args:
+        schema: of any draft; what stands behind unknown words is taken for a schema, as references may point there.
+        name: in messages.
+
+    Raises:
+        UserError: what cannot be kept, by its keyword.
+    """
+    if isinstance(schema, list):
+        return [tightened(part, name) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    for word in UNKEPT:
+        if word in schema:
+            raise UserError(f"{name}: {word} cannot be kept")
+    spelt = [schema.get(word) for word in ("const", "enum", "required")]
+    spelt += named if isinstance(named := schema.get("properties"), dict) else ()
+    if _UNSPELT.search(json.dumps(spelt, ensure_ascii=False)):
+        raise UserError(f"{name}: control characters in const, enum or the name of a property cannot be kept")
+    found: dict[str, Any] = {}
+    for word, value in schema.items():
+        if word == "patternProperties" and isinstance(value, dict):
+            value = {javascript(pattern): part for pattern, part in value.items()}
+        if word in BY_NAME and isinstance(value, dict):
+            value = {key: tightened(part, name) for key, part in value.items()}
+        elif word == "pattern" and isinstance(value, str):
+            value = javascript(value)
+        elif word not in DATA:
+            value = tightened(value, name)
+        found[word] = value
+    more, others = FORMATS.get(str(schema.get("format"))), found.get("allOf", [])
+    if more is not None and isinstance(others, list):
+        found["allOf"] = [*others, more]
+    _check_min_properties(schema, name)
+    return found
+
+
+def javascript(pattern: str) -> str:
+    """An expression of ECMA 262 as one of Rust's, where the two differ in what they match."""
+    inside, found = False, []
+    for token in _TOKEN.findall(pattern):
+        if inside and token in "[&~":  # Rust has classes in classes
+            token = "\\" + token
+        elif token == "." and not inside:
+            token = _LINE_ENDS
+        else:
+            inside = token == "[" or (inside and token != "]")
+        found.append(_JAVASCRIPT.get(token, token))
+    return "".join(found)
+
+
+def _check_min_properties(schema: dict[str, Any], name: str) -> None:
+    """Properties without a name of their own may come twice, and then are one."""
+    least, required = schema.get("minProperties"), schema.get("required", [])
+    named = schema.get("additionalProperties") is False and "patternProperties" not in schema
+    known = isinstance(least, int | float) and isinstance(required, list)
+    if known and not named and least > len(required) + 1:
+        raise UserError(f"{name}: minProperties above 1 cannot be kept, expected properties that are required instead")
