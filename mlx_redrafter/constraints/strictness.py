@@ -90,6 +90,5 @@ def _check_min_properties(schema: dict[str, Any], name: str) -> None:
     """Properties without a name of their own may come twice, and then are one."""
     least, required = schema.get("minProperties"), schema.get("required", [])
     named = schema.get("additionalProperties") is False and "patternProperties" not in schema
-    known = isinstance(least, int | float) and isinstance(required, list)
-    if known and not named and least > len(required) + 1:
+    if isinstance(least, int | float) and isinstance(required, list) and not named and least > len(required) + 1:
         raise UserError(f"{name}: minProperties above 1 cannot be kept, expected properties that are required instead")

@@ -143,7 +143,10 @@ def check_suite(pair, name, draft, max_tokens=64):
         counts["finished" if last.finish_reason == "stop" else "unfinished"] += 1
         if last.finish_reason == "stop":
             judged = [json.loads(one, parse_float=decimal.Decimal) for one in (json.dumps(schema), text)]
-            judge(judged[0], format_checker=judge.FORMAT_CHECKER).validate(judged[1])
+            try:
+                judge(judged[0], format_checker=judge.FORMAT_CHECKER).validate(judged[1])
+            except re.error:  # an expression that Python has not got
+                counts["unjudged"] += 1
     return counts
 
 
