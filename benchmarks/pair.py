@@ -19,6 +19,7 @@ from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import device_facts
 from mlx_redrafter.system.openblas_layout import pack, panels_are_faster
+from mlx_redrafter.system.ranks import number_of_ranks
 from mlx_redrafter.system.weights import describe
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
@@ -96,7 +97,7 @@ def load_scaled(args: argparse.Namespace, scale: float) -> Loaded:
 def _loaded(args: argparse.Namespace, model: nn.Module, tokenizer: Any, scale: float, baseline: bool) -> Loaded:
     reached = scale_cost(model, scale)
     as_loaded, layout = model, "as loaded"
-    if panels_are_faster():
+    if panels_are_faster() and number_of_ranks() == 1:
         layout = "packed for OpenBLAS"
         if baseline:
             as_loaded, _, _ = load_from(args, pack_weights=False)

@@ -27,6 +27,7 @@ from mlx_redrafter.benchmarks.step_timing import Rows
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.text.flags import add_pipeline_argument
 
 HELP = "plain decoding and ways to draft, side by side"
 
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " without drafts), chain:N, beams:WxL:N, best-first:WxL:N, auto-no-lookup (the drafter's shapes alone),"
         f" auto (as generate does it) (default: {' '.join(DEFAULTS)})")  # fmt: skip
     add_round_arguments(parser, temps=[0.0])
+    add_pipeline_argument(parser)
 
 
 def run(args: argparse.Namespace) -> Report:

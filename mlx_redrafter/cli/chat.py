@@ -6,10 +6,12 @@ import argparse
 import pathlib
 
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.ranks import Ranks, connected
 from mlx_redrafter.text.conversation import Conversation
 from mlx_redrafter.text.flags import (
     add_generation_arguments,
     add_model_arguments,
+    add_pipeline_argument,
     add_recording_argument,
     choose_target,
     constraint_of,
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_generation_arguments(parser, max_tokens=256)
     add_recording_argument(parser)
+    add_pipeline_argument(parser)
     parser.add_argument(
         "--prompt-cache-file",
         metavar="FILE",
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     said = choose_target(args)
     if args.prompt_cache_file is not None:
         check_cache_name(args.prompt_cache_file)
-    recorder = Recorder() if args.record_sessions else None
+    recorder, ranks = Recorder() if args.record_sessions else None, connected()
     model, drafter, tokenizer = load_from(args)
     options = generation_options(args, tokenizer)
     conversation = Conversation(model, tokenizer, drafter, args.system_prompt, template, **options)
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{said} (--model names another)")
     print(COMMANDS)
     try:
-        while (text := read_message()) is not None:
+        while (text := read_message() if ranks is None else message_for_all(ranks)) is not None:
             command = text.strip()
             if command == "q":
                 break
@@ -78,6 +81,11 @@ def run(args: argparse.Namespace) -> None:
     finally:
         if file is not None and conversation.begun:
             conversation.save(file, model_name(args))
+
+
+def message_for_all(ranks: Ranks) -> str | None:
+    """The message that rank 0 reads."""
+    return ranks.share(read_message() if ranks.first else None)
 
 
 def read_message() -> str | None:
@@ -109,6 +117,8 @@ def answer(conversation: Conversation, text: str) -> bool | None:
             print(response.text, end="", flush=True)
         stopped = ""
     except KeyboardInterrupt:
+        if connected() is not None:  # which do not stop at the same token
+            raise
         stream.close()
         stopped = ", stopped"
     except UserError as error:

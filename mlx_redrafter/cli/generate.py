@@ -14,6 +14,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.text.flags import (
     add_generation_arguments,
     add_model_arguments,
+    add_pipeline_argument,
     add_recording_argument,
     choose_target,
     constraint_of,
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_generation_arguments(parser, max_tokens=100)
     add_recording_argument(parser)
+    add_pipeline_argument(parser)
     add = parser.add_argument
     add("--prompt", "-p", required=True, metavar="TEXT", help="continue or answer this text; - reads standard input")
     add("--prompt-cache-file", metavar="FILE", help="go on from the prompt cache in this file; the file stays as it is")

@@ -12,7 +12,8 @@ import sys
 from importlib.metadata import version
 from typing import NoReturn
 
-from mlx_redrafter.errors import UserError
+from mlx_redrafter.cli import together
+from mlx_redrafter.errors import UserError, one_line
 
 # Name: module with HELP, add_arguments(parser) and run(args), which may return an exit code.
 COMMANDS = {
@@ -58,24 +59,34 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot print a character gets its number
             stream.reconfigure(errors="backslashreplace")
+    together.quiet((argv or sys.argv[1:] or [""])[0])
     args = parser_of_all().parse_args(argv)
+    line, code, ranks = "", 0, None
     try:
+        if (ranks := together.ranks_for(args)) is not None:
+            together.check(args, ranks)
         code = args.run(args) or 0
         sys.stdout.flush()
-        return code
     except UserError as error:
-        print(f"mlx-redrafter: error: {error}", file=sys.stderr)
-        return 2
+        line, code = str(error), 2
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except BrokenPipeError:  # the reader of our output has seen enough
         _give_up_output()
-        return 141
+        code = 141
     except OSError as error:  # a full disk behind the output, a file that may not be read
-        print(f"mlx-redrafter: error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        line, code = f"{error.filename or 'output'}: {error.strerror or error}", 2
         if error.filename is None:
             _give_up_output()
-        return 2
+    except Exception as error:
+        if ranks is None:
+            raise
+        line, code = f"{type(error).__name__}: {one_line(error)}", 1
+    if ranks is not None:
+        together.end(ranks, line, code)
+    if line:
+        print(f"mlx-redrafter: error: {line}", file=sys.stderr)
+    return code
 
 
 def _give_up_output() -> None:

@@ -135,6 +135,8 @@ class Batch:
         step = self._step
         assert step is not None
         plan = self.planner.plan(len(step.texts), max(text.length for text in step.texts))
+        if (ranks := self.verifier.target.ranks) is not None:
+            plan = ranks.share(plan)
         return list(step.texts), step.submit(plan)
 
     def _tighten(self) -> None:

@@ -66,6 +66,8 @@ def arriving(verifier: Verifier, proposer: Proposer | None, text: BatchText) -> 
     if text.options.processors:
         logits = process(text.options.processors, prompt[0], logits)
     root = text.options.choose(logits[:, None], cache.length[:, None])[:, 0]
+    if (ranks := verifier.target.ranks) is not None:
+        root = ranks.agree(root)
     if proposer is not None:
         proposer.begin(prompt, root, hidden)
     mx.async_eval(root, hidden, *cache.arrays(), *([] if proposer is None else proposer.arrays()))

@@ -57,6 +57,8 @@ def speculative(
     if matcher is not None:
         logits = mask_next(matcher, logits)
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
+    if (ranks := verifier.target.ranks) is not None:
+        root = ranks.agree(root)
     step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, history if processors else None)
     mine: list[mx.array] = []
     if proposer is not None:
@@ -68,7 +70,7 @@ def speculative(
 
     def submit(waiting: bool) -> Submitted | None:
         """The next step; None where it is better built when the one before has been read."""
-        plan = planner.plan()
+        plan = planner.plan() if ranks is None else ranks.share(planner.plan())
         if matcher is not None:
             plan = jump(matcher, plan)
         if isinstance(plan, Plain) and not cache.plain_rows(length if waiting else None):
@@ -133,6 +135,8 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
 
     def choose() -> mx.array:
         token = options.choose(logits[:, None], mx.array([[position]]))
+        if target.ranks is not None:
+            token = target.ranks.agree(token)
         mx.async_eval(token, history)
         return token
 

@@ -135,10 +135,13 @@ class SpeculativeStep:
         cache, proposer = self.cache, self.proposer
         assert cache.length is not None
         matcher, chain_only = self.options.matcher, self.verifier.capability == CHAIN
+        ranks = self.verifier.target.ranks
         if isinstance(plan, Plain | Forced) or proposer is None:
             tree = CandidateTree.chain(self.root[:, None].astype(mx.int32))
         else:
             tree = proposer.propose(self.context, self.root, plan, chain_only=chain_only)
+            if ranks is not None:
+                tree = tree.agreed(ranks)
         if matcher is not None and not isinstance(plan, Plain):
             tree = prune(matcher, tree, plan, chain_only)
         submit_part(tree.tokens, tree.ancestors)
@@ -148,6 +151,8 @@ class SpeculativeStep:
         if matcher is not None:
             logits = mask_tree(matcher, tree, logits)
         choices = self.options.choose(logits, cache.length[:, None] + tree.depths + 1)
+        if ranks is not None:
+            choices = ranks.agree(choices)
         accepted = accept(tree, choices)
         cache.commit(None if tree.in_order else accepted.path[:, 1:], accepted.count, tree.max_depth)
         if proposer is not None:

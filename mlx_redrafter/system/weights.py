@@ -8,6 +8,7 @@ before the next one is looked at.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import pathlib
@@ -24,6 +25,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import check_safetensors, read_json, read_safetensors, write_json
 
 SHARD_BYTES = 5 * 2**30  # mlx-lm's
+_PIECES, _PIECE = 64, 65536  # of a file, and bytes of each, that tell its contents from another's
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
 # The types of the safetensors format that mlx has, by the names that mlx and PyTorch give them.
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
@@ -69,6 +71,20 @@ def find_weights(folder: pathlib.Path, stem: str = "model", suffix: str = ".safe
     if stray := sorted(set(there) - set(named)):
         raise UserError(f"{stray[0]}: is there, but {refusal}; move it to another directory")
     return named
+
+
+def digests(folder: pathlib.Path) -> dict[str, str]:
+    """Of each file that a model is read from: whole files, and of weights the header and some pieces."""
+    found = {}
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("tokenizer.model")]):
+        size = file.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with file.open("rb") as stream:
+            for place in range(0, size, max(_PIECE, size // _PIECES)):
+                stream.seek(place)
+                digest.update(stream.read(_PIECE))
+        found[f"{folder.name}/{file.name}"] = digest.hexdigest()[:16]
+    return found
 
 
 def read_index(index: pathlib.Path) -> dict[str, str]:

@@ -21,8 +21,10 @@ import mlx.nn as nn
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
+from mlx_redrafter.system.ranks import LAUNCHED_TOGETHER
 from mlx_redrafter.target.layers import RawLayers, Tap, find_layers
 from mlx_redrafter.target.rope import positions_per_row
+from mlx_redrafter.target.splitting import is_pipelined, ranks_of
 
 
 class Target:
@@ -38,6 +40,7 @@ class Target:
             there are. Plain decoding works all the same.
         context_length: the longest sequence the model's config says it can read, in tokens;
             None if it does not say.
+        ranks: the processes that the model is split over, of which rank 0 decides; None where this one has all of it.
     """
 
     @classmethod
@@ -49,6 +52,7 @@ class Target:
         fits = (
             target is not None
             and target.model is model
+            and (not LAUNCHED_TOGETHER or target.ranks is ranks_of(model))
             and all(s.owner[s.name] is s.module for s, _ in target._stand_ins)
         )
         if target is None or not fits:
@@ -57,7 +61,7 @@ class Target:
         return target
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model, self.ranks = model, ranks_of(model) if LAUNCHED_TOGETHER else None
         self.missing = ""
         self.vocab_size = self.hidden_size = 0
         self.context_length = _setting(model, "max_position_embeddings")
@@ -92,6 +96,8 @@ class Target:
         """Raises UserError unless `forward` can give contexts of these layers."""
         if not context_layers:
             return
+        if LAUNCHED_TOGETHER and is_pipelined(self.model):
+            raise UserError(f"{source}: hidden states between layers are not in all processes of a pipeline")
         found, why = self._layers
         if why:
             raise UserError(f"{source}: hidden states between this target's layers cannot be read: {why}")

@@ -95,15 +95,14 @@ class _Round:
 def _trees(target: Target) -> list[_Round]:
     """Trees whose rows plain decoding reads one by one, each from a copy of its parent's cache."""
     cache, rounds = short_cache(target.model), []
-    target.forward(_prompt(target), cache)
+    _read(target, _prompt(target), cache)
     for at in range(ROUNDS):
         tokens = (mx.arange(len(PARENTS), dtype=mx.int32)[None] * 3 + 5 * at + 1) % target.vocab_size
         caches: list[Any] = []
         logits = []
         for row, parent in enumerate(PARENTS):
             caches.append(copy.deepcopy(caches[parent]) if row else cache)
-            logits.append(target.forward(tokens[:, row : row + 1], caches[row])[1][0, -1])
-            mx.eval(logits[-1], [c.state for c in caches[row]])
+            logits.append(_read(target, tokens[:, row : row + 1], caches[row])[0, -1])
         cache = caches[PATH[-1]]
         rounds.append(_Round(CandidateTree.static(tokens, PARENTS), mx.array([PATH[1:]]), mx.stack(logits), []))
     return rounds
@@ -112,12 +111,11 @@ def _trees(target: Target) -> list[_Round]:
 def _chains(target: Target) -> list[_Round]:
     """Overlapping chains of three, of which two rows are accepted."""
     cache, logits, states = short_cache(target.model), [], []
-    target.forward(_prompt(target), cache)
+    _read(target, _prompt(target), cache)
     tokens = (mx.arange(ROUNDS * len(PATH), dtype=mx.int32)[None] * 5 + 1) % target.vocab_size
     for at in range(tokens.shape[1]):
-        logits.append(target.forward(tokens[:, at : at + 1], cache)[1][0, -1])
+        logits.append(_read(target, tokens[:, at : at + 1], cache)[0, -1])
         states.append(_state_arrays(cache))
-        mx.eval(logits[-1], [c.state for c in cache])
     rounds = []
     for at in range(0, tokens.shape[1] - 2, 2):
         chain = CandidateTree.chain(tokens[:, at : at + 3])
@@ -129,7 +127,7 @@ def _problem(verifier: Verifier, rounds: list[_Round], tolerance: float) -> str:
     """Empty if verification says what plain decoding does, else what went wrong."""
     try:
         cache = verifier.make_cache(short_cache(verifier.target.model))
-        verifier.target.forward(_prompt(verifier.target), cache.layers)
+        _read(verifier.target, _prompt(verifier.target), cache.layers)
         cache.begin_trees(length=PROMPT)
         distances: list[Any] = []
         for expected in rounds:
@@ -143,6 +141,8 @@ def _problem(verifier: Verifier, rounds: list[_Round], tolerance: float) -> str:
             cache.tighten(length.item())
     except Exception as error:  # as above
         return _words(error)
+    if verifier.target.ranks is not None:  # that rounding differs is no reason for ranks to go different ways
+        distances = verifier.target.ranks.share(distances)
     wrong = [distance for distance in distances if not distance <= tolerance]  # what is no number is wrong as well
     return f"logits differ from plain decoding by {max(wrong):.2g} of their size" if wrong else ""
 
@@ -150,13 +150,22 @@ def _problem(verifier: Verifier, rounds: list[_Round], tolerance: float) -> str:
 def _rounding(target: Target) -> tuple[float, float]:
     """How far apart equal logits may be, and how far apart mlx-lm's own are, read together and one by one."""
     prompt, together, apart = _prompt(target), short_cache(target.model), short_cache(target.model)
-    _, first = target.forward(prompt, together)
-    target.forward(prompt[:, :-1], apart)
-    _, again = target.forward(prompt[:, -1:], apart)
+    first = _read(target, prompt, together)
+    _read(target, prompt[:, :-1], apart)
+    again = _read(target, prompt[:, -1:], apart)
     noise: Any = _distance(again[0, -1], first[0, -1]).item()
+    if target.ranks is not None:
+        noise = target.ranks.share(noise)
     # Half-precision and quantised rows differ by rounding, which plain decoding shows as well.
     exact = target.dtype == mx.float32 and not is_quantized(target.model)
     return (1e-3 if exact else min(max(0.02, 3 * noise), 0.2)), noise
+
+
+def _read(target: Target, tokens: mx.array, cache: list[Any]) -> mx.array:
+    """The logits of one call, computed before the next: what processes of a pipeline send would cross otherwise."""
+    _, logits = target.forward(tokens, cache)
+    mx.eval(logits, [c.state for c in cache])
+    return logits
 
 
 def _prompt(target: Target) -> mx.array:

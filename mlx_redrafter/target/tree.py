@@ -10,6 +10,8 @@ import functools
 
 import mlx.core as mx
 
+from mlx_redrafter.system.ranks import Ranks
+
 
 @dataclasses.dataclass
 class CandidateTree:
@@ -90,6 +92,16 @@ class CandidateTree:
         if valid is None:
             valid = mx.ones(tokens.shape, mx.bool_)
         return cls(tokens, parents, depths, reach, valid, max_depth)
+
+    def agreed(self, ranks: Ranks) -> CandidateTree:
+        """That of rank 0, and on its way: what a process of a pipeline waits for comes after it."""
+        if self.in_order:
+            tree = dataclasses.replace(self, tokens=ranks.agree(self.tokens))
+        else:
+            tokens, parents, valid = ranks.agree(mx.stack([self.tokens, self.parents, self.valid.astype(mx.int32)]))
+            tree = CandidateTree.from_parents(tokens, parents, self.max_depth, valid > 0)
+        mx.async_eval(tree.tokens)
+        return tree
 
     @property
     def rows(self) -> int:

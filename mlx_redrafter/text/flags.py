@@ -23,6 +23,8 @@ from mlx_redrafter.embedded import assistant
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.files import read_text
 from mlx_redrafter.system.flag_types import real, whole
+from mlx_redrafter.system.ranks import number_of_ranks
+from mlx_redrafter.target.splitting import PIPELINE, TENSOR
 from mlx_redrafter.text.loading import ASSISTANT, DTYPES, EMBEDDED_PAIR, MTP, NO_DRAFTER, load, place_of
 from mlx_redrafter.text.sessions.recorder import settings_of
 
@@ -139,6 +141,12 @@ def add_recording_argument(parser: argparse.ArgumentParser) -> None:
         " `mlx-redrafter train --data sessions`; `mlx-redrafter sessions` shows and deletes them")  # fmt: skip
 
 
+def add_pipeline_argument(parser: argparse.ArgumentParser) -> None:
+    """How processes that mlx.launch starts divide the target."""
+    parser.add_argument("--pipeline", action="store_true", help="with several processes (mlx.launch), give each of them"
+        " some of the target's layers, not a part of each (docs/several-macs.md)")  # fmt: skip
+
+
 def number_or_auto(text: str) -> int | str:
     """A flag's whole number, or "auto"."""
     if text == AUTO:
@@ -251,7 +259,8 @@ def choose_target(args: argparse.Namespace, with_drafter: bool = False) -> str:
 
 
 def load_from(args: argparse.Namespace, pack_weights: bool = True) -> tuple[nn.Module, Drafter | None, Any]:
-    """What the flags of `add_pair_arguments` name."""
+    """What the flags of `add_pair_arguments` name; one of several processes loads its part."""
+    together = PIPELINE if getattr(args, "pipeline", False) else TENSOR
     return load(
         args.model,
         args.draft,
@@ -260,6 +269,7 @@ def load_from(args: argparse.Namespace, pack_weights: bool = True) -> tuple[nn.M
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         pack_weights=pack_weights,
+        split=together if number_of_ranks() > 1 else None,
     )
 
 

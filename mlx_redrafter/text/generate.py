@@ -24,7 +24,6 @@ from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, PLAIN, DraftShape
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.ranks import number_of_ranks
 from mlx_redrafter.target.cache.kv_cache import cached, refused
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import NONE, Verifier
@@ -156,11 +155,6 @@ def what_to_draft(drafter: Drafter | None, shape: DraftShape | str, lookup: str 
         raise UserError(f"lookup is {lookup!r}, expected one of {', '.join(LOOKUPS)}")
     if drafter is None and shape == AUTO:
         shape = DraftShape()
-    if AUTO in (shape, lookup) and (ranks := number_of_ranks()) > 1:
-        raise UserError(
-            f"drafting goes by what each of the {ranks} ranks measures, and they would draft differently:"
-            " give a shape (--beam-width and the like), and lookup on or off (--lookup)"
-        )
     return shape, lookup
 
 
@@ -261,7 +255,7 @@ def _drafting(
                 last_token, layers = mx.array([[yielded[-1]]]), () if proposer is None else proposer.context_layers
                 context, _ = verifier.target.forward(last_token, cache.layers, context_layers=layers)
             cache.give_back(prompt_cache)
-            mx.eval([c.state for c in prompt_cache])
+            mx.eval([c.state for c in prompt_cache], [] if context is None else context)
             if context is not None and prompt_cache and proposer is not None:
                 proposer.leave(prompt_cache[0], rows + 1, committed - rows, context)
 

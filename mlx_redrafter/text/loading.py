@@ -25,7 +25,10 @@ from mlx_redrafter.system.device import on_cpu, stalling
 from mlx_redrafter.system.files import read_json
 from mlx_redrafter.system.hub import fetch, snapshot_of
 from mlx_redrafter.system.openblas_layout import pack
+from mlx_redrafter.system.ranks import all_ranks
+from mlx_redrafter.system.weights import digests
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.splitting import divide
 from mlx_redrafter.text.checks import (
     check_adapter,
     check_chat_template,
@@ -54,6 +57,7 @@ def load(
     tokenizer_config: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     pack_weights: bool = True,
+    split: str | None = None,
 ) -> tuple[nn.Module, Drafter | None, TokenizerWrapper]:
     """Loads a target, its drafter and its tokenizer.
 
@@ -72,6 +76,8 @@ def load(
         tokenizer_config, trust_remote_code: as in mlx-lm.
         pack_weights: lay float32 matrices out anew where OpenBLAS multiplies them and that is faster
             (see `openblas_layout`); nowhere else does it do anything.
+        split: "tensor" or "pipeline", where several processes (mlx.launch) are to have a part of the target each: of
+            every layer, or some layers. All have to call this, and have the same files.
 
     Returns:
         the model (mlx-lm's, with its own code), the drafter or None, and the tokenizer.
@@ -86,12 +92,19 @@ def load(
         logger.warning("%s", said)
     if draft is None:
         draft = str(own_drafter(path_or_repo) or NO_DRAFTER)
+    if split is not None:
+        if adapter_path is not None:
+            raise UserError(f"--adapter-path {adapter_path}: is for a target in one process")
+        apart = draft not in (NO_DRAFTER, MTP)
+        all_ranks().check_same(digests(folder) | (digests(find_drafter(draft)) if apart else {}))
     drafter = None if draft == NO_DRAFTER else open_draft(draft, folder)
-    model, tokenizer = load_target(folder, adapter_path, dtype, tokenizer_config, trust_remote_code)
-    if pack_weights:
+    model, tokenizer = load_target(folder, adapter_path, dtype, tokenizer_config, trust_remote_code, split is not None)
+    if pack_weights and split is None:
         pack(model)
-    if drafter is not None:
+    if drafter is not None:  # compared with the whole target
         fit_drafter(drafter, model, tokenizer, draft, pack_weights)
+    if split is not None:
+        divide(model, split, path_or_repo or EMBEDDED_PAIR)
     return model, drafter, tokenizer
 
 

@@ -36,7 +36,7 @@ Clock = Callable[[], float]
 
 
 def measure(
-    verifier: Verifier, drafter: Drafter | None, seconds: float | None = None, clock: Clock = time.perf_counter
+    verifier: Verifier, drafter: Drafter | None, seconds: float | None = None, clock: Clock | None = None
 ) -> Costs:
     """Measures a pair on this device, or a target alone.
 
@@ -49,12 +49,14 @@ def measure(
         drafter: the target's, if there is one.
         seconds: after which no further round begins (default: SECONDS).
     """
-    seconds = SECONDS if seconds is None else seconds
+    seconds, clock = SECONDS if seconds is None else seconds, clock or clock_for(verifier)
     limit = verifier.target.context_length or LONG
     short, long = min(SHORT, limit // 2), min(LONG, limit - 64)
     caches = {short: _cache(verifier, short)}
     # Where layers have windows or states, the context hardly shows, and would have to be read.
     room = sum(array.nbytes for array in caches[short].arrays()) * long / short
+    if (ranks := verifier.target.ranks) is not None:
+        room = ranks.share(room)
     if long > 2 * short and caches[short].can_rewind and room <= LONG_BYTES:
         caches[long] = _cache(verifier, long)
     runs: dict[tuple, Callable[[], float]] = {}
@@ -84,10 +86,16 @@ def measure(
     return costs
 
 
+def clock_for(verifier: Verifier) -> Clock:
+    """This machine's clock; where the model is split, that of rank 0, so that all measure the same."""
+    return time.perf_counter if verifier.target.ranks is None else verifier.target.ranks.clock
+
+
 def measure_batch(
-    verifier: Verifier, drafter: Drafter, texts: int, plans: Iterable[Plan], clock: Clock = time.perf_counter
+    verifier: Verifier, drafter: Drafter, texts: int, plans: Iterable[Plan], clock: Clock | None = None
 ) -> dict[str, float]:
     """Seconds of a step of so many texts together by plan, of those whose rows are not too many; fastest of two."""
+    clock = clock or clock_for(verifier)
     short = min(SHORT, (verifier.target.context_length or SHORT) // 2)
     cache = _cache(verifier, short, texts)
     plans = [plan for plan in plans if plan == PLAIN or texts * (1 + plan.num_draft_tokens) <= BATCH_ROWS]

@@ -27,7 +27,8 @@ from mlx_redrafter.tuning import store
 def key_of(verifier: Verifier, drafter: Drafter | None) -> dict[str, Any]:
     """What the costs of a pair depend on, in words that JSON keeps."""
     kind = "none" if drafter is None else f"{type(drafter).__name__} {_kind(drafter)}"
-    return {**_device_key(), "target": _target_key(verifier), "drafter": kind}
+    together = {} if verifier.target.ranks is None else {"ranks": verifier.target.ranks.key()}
+    return {**_device_key(), **together, "target": _target_key(verifier), "drafter": kind}
 
 
 def _target_key(verifier: Verifier) -> str:

@@ -19,6 +19,7 @@ from mlx_redrafter.drafting.lookup_index import TextIndex
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, Plan
+from mlx_redrafter.system.ranks import Ranks
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import CHAIN, NONE, Verifier
@@ -185,7 +186,7 @@ def session_for(verifier: Verifier, drafter: Drafter | None, fresh: bool = False
         return known
     key, digest = key_of(verifier, drafter), "" if drafter is None else weights_digest(drafter)
     acceptance = AcceptanceModel([] if drafter is None or fresh else list(drafter.config.right_by_depth))
-    costs, measured_now = None if fresh else _kept(key, digest, acceptance), False
+    costs, measured_now = None if fresh else _kept(key, digest, acceptance, verifier.target.ranks), False
     if costs is None:
         costs = None if fresh else _measured.get(json.dumps(key, sort_keys=True))
         measured_now = costs is None
@@ -200,9 +201,11 @@ def session_for(verifier: Verifier, drafter: Drafter | None, fresh: bool = False
     return session
 
 
-def _kept(key: dict[str, Any], digest: str, acceptance: AcceptanceModel) -> Costs | None:
+def _kept(key: dict[str, Any], digest: str, acceptance: AcceptanceModel, ranks: Ranks | None) -> Costs | None:
     """The costs that were kept under a key, if they can be used; `acceptance` gets what was learnt of the drafter."""
     fields = store.read(key)
+    if ranks is not None:
+        fields = ranks.share(fields)
     try:
         costs = Costs.from_dict(fields["costs"])
         if (learnt := fields["drafters"].get(digest)) is not None:

@@ -1,12 +1,10 @@
-"""Several processes: how many there are, and that nothing which each measures for itself decides what they draft."""
+"""Several processes: how many there are. That all follow the first is shown in promises/test_several_ranks.py."""
 
 from unittest.mock import create_autospec
 
 import mlx.core as mx
 import pytest
-from support import make_drafter, make_model
 
-from mlx_redrafter import DraftShape, UserError, stream_generate
 from mlx_redrafter.system import ranks
 
 
@@ -27,15 +25,3 @@ def test_nothing_is_started_where_nothing_launched(monkeypatch, two):
     ranks.number_of_ranks.cache_clear()
     assert ranks.number_of_ranks() == (2 if mx.distributed.is_available() else 1)
     ranks.number_of_ranks.cache_clear()
-
-
-@pytest.mark.parametrize("options", [{}, {"shape": "auto", "lookup": "off"}, {"shape": DraftShape(), "lookup": "auto"}])
-def test_ranks_may_not_choose_for_themselves(pair, monkeypatch, two, options):
-    """If this fails, two ranks draft differently and wait for each other for ever."""
-    monkeypatch.setattr("mlx_redrafter.text.generate.number_of_ranks", lambda: 2)
-    model, drafter = make_model(vocab=4096), make_drafter(vocab=4096)
-    with pytest.raises(UserError, match="what each of the 2 ranks measures"):
-        next(stream_generate(model, pair[2], "x", drafter, **options))
-    for fine in ({"shape": DraftShape()}, {"shape": DraftShape(), "lookup": "on"}):
-        assert list(stream_generate(model, pair[2], "x", drafter, max_tokens=3, **fine))
-    assert list(stream_generate(model, pair[2], "x", max_tokens=3))

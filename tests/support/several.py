@@ -1,0 +1,134 @@
+"""What every process of a test with several does: it writes texts of a small model that is split, and notes them.
+
+Run as a program by `launched`; the same function writes the texts of one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import mlx_redrafter  # isort: skip # noqa: F401 (before mlx)
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_redrafter.benchmarks.architectures import small_models
+from mlx_redrafter.benchmarks.architectures.check import PROMPT
+
+from mlx_redrafter import DraftShape, batch_generate, stream_generate
+from mlx_redrafter.decoding.sampling import greedy, position_keyed
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.loading import EMBEDDED
+from mlx_redrafter.tuning import session
+from support.costs import made_up
+
+from mlx_lm.utils import load_tokenizer  # isort: skip
+
+CHOOSERS = {"greedy": greedy, "seeded": position_keyed(1.0, seed=7)}
+WAYS = {
+    "plain": {},
+    "chain": {"shape": DraftShape(), "lookup": "off"},
+    "tree": {"shape": DraftShape(2, 5, 6), "lookup": "off"},
+    "auto": {},
+    "lookup": {"lookup": "auto"},
+}
+WIDTHS = {  # that two and three processes can divide
+    "hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 8, "moe_intermediate_size": 24,
+}  # fmt: skip
+
+
+def texts_of(name: str, count: int, ways: list[str], split: str | None = None) -> dict[str, list[int]]:
+    """Tokens of a small random model's texts by how they were chosen and drafted; the drafter knows the greedy one.
+
+    Args:
+        name: of a module of mlx_lm.models.
+        count: tokens of each text.
+        ways: some of WAYS, "turns" for a text that is gone on with, and "batch" for three at once.
+        split: how the model is split over the processes; None for one process.
+    """
+    tokenizer = load_tokenizer(EMBEDDED / "target")
+    tokenizer.eos_token_ids = []
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in WIDTHS.items():
+            patch.setitem(small_models.CONFIGS["common"], key, value)
+        model = small_models.build(name)
+
+    def write(drafter: Any, **options: Any) -> list[int]:
+        return [r.token for r in stream_generate(model, tokenizer, PROMPT, drafter, max_tokens=count, **options)]
+
+    known = write(None, **WAYS["plain"])
+    if split == "tensor":
+        model.shard(mx.distributed.init())
+    elif split is not None:
+        model.model.pipeline(mx.distributed.init())
+    drafter = small_models.PerfectDrafter(Target.of(model), PROMPT, known)
+    found = {}
+    for chosen, chooser in CHOOSERS.items():
+        for way in ways:
+            if way == "turns":
+                cache = make_prompt_cache(model)
+                parts = [write(drafter, chooser=chooser, prompt_cache=cache) for _ in range(2)]
+                found[f"{chosen} {way}"] = parts[0] + parts[1]
+            elif way == "batch":
+                prompts = [PROMPT[: 4 + 3 * i] for i in range(3)]
+                done = batch_generate(
+                    model, tokenizer, prompts, max_tokens=count, return_token_ids=True, drafter=drafter, chooser=chooser
+                )
+                found[f"{chosen} {way}"] = list(itertools.chain(*(done.token_ids or [])))
+            else:
+                found[f"{chosen} {way}"] = write(
+                    None if way in ("plain", "lookup") else drafter, chooser=chooser, **WAYS[way]
+                )
+    return found
+
+
+def launched(folder: pathlib.Path, size: int, split: str, names: list[str], count: int, ways: list[str]) -> Any:
+    """The same texts of so many processes on this machine: of each of them, by the model's name."""
+    launcher = pathlib.Path(sys.executable).parent / "mlx.launch"
+    words = [str(folder), split, ",".join(names), str(count), *ways]
+    done = subprocess.run(
+        [str(launcher), *ring(size), "--", sys.executable, __file__, *words],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+    )
+    files = sorted(folder.glob("rank-*.json"))
+    assert len(files) == size, done.stdout + done.stderr
+    return [json.loads(file.read_text()) for file in files]
+
+
+def ring(size: int) -> list[str]:
+    """Flags of mlx.launch for so many processes on this machine, on ports that nobody has."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            start = random.randrange(20000, 60000)
+            with contextlib.suppress(OSError):
+                for port in range(start, start + size):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                return ["-n", str(size), "--backend", "ring", "--starting-port", str(start)]
+
+
+def main() -> None:
+    folder, split, names, count, *ways = sys.argv[1:]
+    # Costs that are each process's own, so that each would choose for itself; drafts pay for some, not for others.
+    rank = mx.distributed.init().rank()
+    session.measure = lambda *_: made_up(lambda rows: 1.0 if rows <= 8 - 3 * rank else 9.0, plain=9.0 - 8.5 * rank)
+    found = {}
+    for name in names.split(","):
+        found[name] = texts_of(name, int(count), ways, split)
+        print(rank, name, "done", flush=True)
+    (pathlib.Path(folder) / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
