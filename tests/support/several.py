@@ -93,18 +93,29 @@ def texts_of(name: str, count: int, ways: list[str], split: str | None = None) -
 
 def launched(folder: pathlib.Path, size: int, split: str, names: list[str], count: int, ways: list[str]) -> Any:
     """The same texts of so many processes on this machine: of each of them, by the model's name."""
-    launcher = pathlib.Path(sys.executable).parent / "mlx.launch"
     words = [str(folder), split, ",".join(names), str(count), *ways]
-    done = subprocess.run(
-        [str(launcher), *ring(size), "--", sys.executable, __file__, *words],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
-    )
+    done = together(size, [sys.executable, __file__, *words])
     files = sorted(folder.glob("rank-*.json"))
     assert len(files) == size, done.stdout + done.stderr
     return [json.loads(file.read_text()) for file in files]
+
+
+def together(size: int, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command in so many processes, as mlx.launch does it."""
+    launcher = pathlib.Path(sys.executable).parent / "mlx.launch"
+    typed, keyboard = os.pipe()  # nobody types; at the end of its input mlx.launch would keep a core busy
+    try:
+        return subprocess.run(
+            [str(launcher), *ring(size), "--", *command],
+            stdin=typed,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+        )
+    finally:
+        os.close(typed)
+        os.close(keyboard)
 
 
 def ring(size: int) -> list[str]:
