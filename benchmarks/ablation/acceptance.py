@@ -6,6 +6,8 @@ accepts what decoding would accept. Knows nothing of how a drafter was trained.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -13,10 +15,13 @@ import numpy as np
 from mlx_redrafter.benchmarks.ablation.texts import Text
 
 from mlx_redrafter.decoding.sampling import draft_temperature, greedy
+from mlx_redrafter.drafting.cached.eagle import EagleHead
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import Drafted, DraftShape
 from mlx_redrafter.target.acceptance import accept
+from mlx_redrafter.target.cache.kv_cache import KVCache
+from mlx_redrafter.target.cache.rows import keep
 from mlx_redrafter.target.model import Target
 
 AT_ONCE = 64  # positions
@@ -52,11 +57,15 @@ def accepted_at(target: Target, drafter: Drafter, text: Text, layers: tuple[int,
     if isinstance(drafter, RecurrentDrafter) and drafter.config.prefix_window:
         after = target.embed(mx.array(np.roll(text.tokens, -1)))
         prefix = drafter.prefix(contexts[None], after[None])[0]
+    if isinstance(drafter, EagleHead):
+        proposer.memory = _ReadText(drafter, contexts, text.tokens)
     ahead = np.concatenate([text.tokens, np.full(shape.num_draft_tokens + 2, -1, np.int32)])
     for first in range(text.start, len(text.tokens) - 1, AT_ONCE):
         roots = np.arange(first, min(first + AT_ONCE, len(text.tokens) - 1))
         if prefix is not None:
             proposer.prefix = _Read(prefix[mx.array(roots - 1)])
+        if isinstance(drafter, EagleHead):
+            proposer.memory.roots = mx.array(roots)
         tree = proposer.propose(contexts[mx.array(roots - 1)], mx.array(text.tokens[roots]), Drafted(shape))
         choices = mx.array(ahead[roots[:, None] + 1 + np.array(tree.depths)])
         found.append(np.array(accept(tree, choices).count))
@@ -71,3 +80,29 @@ class _Read:
 
     def last(self) -> mx.array:
         return self.rows
+
+
+class _ReadText:
+    """Stands for a `Memory` of many beginnings of one text, each as far as a root.
+
+    Attributes:
+        roots: (B,) the roots' places in the text.
+    """
+
+    roots: mx.array
+
+    def __init__(self, head: EagleHead, contexts: mx.array, tokens: np.ndarray):
+        self._head, self._text = head, head.make_cache()
+        self._hidden = head.rows(mx.array(np.roll(tokens, -1))[None], contexts[None], self._text)[0]
+
+    def last(self) -> tuple[mx.array, mx.array]:
+        hidden = self._hidden[self.roots - 1]
+        return hidden, self._head.scores(hidden)
+
+    @contextlib.contextmanager
+    def drafting(self) -> Iterator[KVCache]:
+        cache = KVCache(self._text.layers)
+        cache.begin_trees()
+        keep(cache, [0] * self.roots.size)
+        cache.length = self.roots
+        yield cache

@@ -37,8 +37,9 @@ mlx-lm {mlx_lm} and MLX {mlx}; as data: [architectures.json](architectures.json)
 A small random float32 instance of each module wrote 64 tokens greedily. *equal*: the text was mlx_lm's,
 token for token, without a drafter, with a random one and with one that knows the continuation, and
 mlx_lm wrote the same with the model afterwards. Windows had 16 tokens, so that all wrapped.
-*tokens per step* is with the drafter that knows the continuation (at most 5 here), *between layers* the same
-with one that finds its place in it by hidden states between layers; empty where these cannot be read.
+*tokens per step* is with the drafter that knows the continuation, whose place in it the last hidden state tells it
+(at most 5 here); *taps* the same by the hidden states behind a quarter, a half and three quarters of the layers,
+empty where these cannot be read.
 
 {table}
 """
@@ -90,7 +91,7 @@ def document(outcomes: list[Outcome]) -> str:
             *("" if steps is None else f"{steps:.2f}" for steps in (o.perfect, o.taps)), o.reason]
         for o in outcomes
     ]  # fmt: skip
-    columns = ["module", "capability", "equal", "layers", "tokens per step", "between layers", "reason"]
+    columns = ["module", "capability", "equal", "layers", "tokens per step", "taps", "reason"]
     table = Table("", columns, rows).markdown()
     versions = {"mlx": importlib.metadata.version("mlx"), "mlx_lm": mlx_lm.__version__}
     return INTRODUCTION.format(summary=summary(outcomes), table=table, **versions)

@@ -25,6 +25,7 @@ from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.equality import first_difference
 from mlx_redrafter.text.generate import stream_generate
 from mlx_redrafter.text.loading import EMBEDDED
+from mlx_redrafter.training.drafters.recipes import quarters
 
 TOKENS = 64
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
@@ -43,7 +44,7 @@ class Outcome:
         reason: why the capability is not "tree", or the texts differ.
         layers: "attention", "windows", "states", or several of them.
         perfect: tokens per step with the drafter that knows the continuation.
-        taps: the same with one that finds its place by hidden states between layers.
+        taps: the same with one that finds its place by hidden states between layers; None where they cannot be read.
     """
 
     module: str
@@ -82,9 +83,8 @@ def check(name: str) -> Outcome:
 
 
 def between(target: Target) -> tuple[int, ...]:
-    """Two layers in the middle of a model, by the number of layers passed; none where they cannot be read."""
-    last = target.num_layers
-    return tuple(n for n in (last // 2, last - 1) if n > 0)
+    """A quarter, a half and three quarters of the layers; none where hidden states between them cannot be read."""
+    return tuple(quarters(target.num_layers)[:-1])
 
 
 def plain(model: nn.Module) -> list[int]:

@@ -188,3 +188,41 @@ class DrafterBase(nn.Module):
         with replace_file(folder / "model.safetensors") as file:
             mx.save_safetensors(str(file), tensors(self), metadata={"format": "mlx"})
         write_json(folder / "config.json", self.config.to_dict())
+
+
+class ScoringDrafter(DrafterBase):
+    """A drafter with one output layer, of its own or the target's, for all tokens or some of them.
+
+    Attributes:
+        config: also with `scored`, `draft_vocab_size` and `tie_output`.
+    """
+
+    def add_output_layer(self, width: int) -> None:
+        """Adds what scores features of this width, and the ids of what is scored where that is not all."""
+        if not self.config.tie_output:
+            self.lm_head = nn.Linear(width, self.config.scored, bias=False)
+        if self.config.draft_vocab_size is not None:
+            self.vocab_map = mx.arange(self.config.draft_vocab_size, dtype=mx.int32)
+            self.freeze(keys=["vocab_map"], recurse=False)
+        # Not an item of the module: a tied layer is the target's, no parameter of the drafter.
+        object.__setattr__(self, "_tied", None)
+
+    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As nn.Module's, but the vocabulary map holds ids and never learns."""
+        super().unfreeze(*args, **kwargs)
+        if "vocab_map" in self:
+            self.freeze(keys=["vocab_map"], recurse=False)
+        return self
+
+    def tie(self, layer: nn.Module) -> None:
+        """Gives a drafter with `tie_output` its layer, (..., width) -> (..., scored), from `target.output_layer`."""
+        object.__setattr__(self, "_tied", layer)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the drafter has its output layer; one with `tie_output` waits for `tie`."""
+        return not self.config.tie_output or self._tied is not None
+
+    def bytes_tied(self) -> int:
+        """Bytes of a tied layer, the target's rows that are read."""
+        return 0 if self._tied is None else sum(value.nbytes for value in tensors(self._tied).values())

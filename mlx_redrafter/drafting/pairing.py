@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.head import ContextReader
+from mlx_redrafter.drafting.drafter_files import ScoringDrafter
 from mlx_redrafter.drafting.kinds import Drafter
-from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.output_layer import output_layer
@@ -20,7 +20,7 @@ def check_pair(target: Target, drafter: Drafter, name: str = "drafter") -> None:
     if isinstance(drafter, ContextReader):
         drafter.fit(target)
     check_sizes(target, drafter, name)
-    if isinstance(drafter, RecurrentDrafter):
+    if isinstance(drafter, ScoringDrafter):
         tie(drafter, target)
 
 
@@ -36,7 +36,7 @@ def check_sizes(target: Target, drafter: Drafter, name: str) -> None:
     target.check_layers(drafter.context_layers, name)
 
 
-def tie(drafter: RecurrentDrafter, target: Target) -> None:
+def tie(drafter: ScoringDrafter, target: Target) -> None:
     """Gives a drafter with `tie_output` the target's layer, once; others stay as they are.
 
     Raises:

@@ -28,7 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.drafting.drafter_files import (
-    DrafterBase,
+    ScoringDrafter,
     read_draft_vocab_size,
     read_notes,
     read_quantization,
@@ -159,7 +159,7 @@ class ResidualBlock(nn.Module):
         return z + nn.silu(self.linear(z))
 
 
-class RecurrentDrafter(DrafterBase):
+class RecurrentDrafter(ScoringDrafter):
     """The drafter's weights and its three pieces: context half, recurrence, head."""
 
     method = "redrafter"
@@ -180,33 +180,16 @@ class RecurrentDrafter(DrafterBase):
         self.blocks = [ResidualBlock(exit_dim) for _ in range(config.num_draft_layers)]
         if config.output_norm:
             self.output_norm = nn.RMSNorm(exit_dim, eps=1e-6)
-        if not config.tie_output:
-            self.lm_head = nn.Linear(exit_dim, config.scored, bias=False)
-        if config.draft_vocab_size is not None:
-            self.vocab_map = mx.arange(config.draft_vocab_size, dtype=mx.int32)
-            self.freeze(keys=["vocab_map"], recurse=False)
-        # Not an item of the module: a tied layer is the target's, no parameter of the drafter.
-        object.__setattr__(self, "_tied", None)
+        self.add_output_layer(exit_dim)
 
     @property
     def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.config.context_layers
 
-    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As nn.Module's, but the vocabulary map holds ids and never learns."""
-        super().unfreeze(*args, **kwargs)
-        if "vocab_map" in self:
-            self.freeze(keys=["vocab_map"], recurse=False)
-        return self
-
-    def tie(self, layer: nn.Module) -> None:
-        """Gives a drafter with `tie_output` its layer, (..., hidden_size) -> (..., scored), from `output_layer`."""
-        object.__setattr__(self, "_tied", layer)
-
     @property
-    def is_complete(self) -> bool:
-        """Whether the drafter has its output layer; one with `tie_output` waits for `tie`."""
-        return not self.config.tie_output or self._tied is not None
+    def output_layer(self) -> Any:
+        """O: (..., exit_dim) -> (..., config.scored)."""
+        return self._tied if self.config.tie_output else self.lm_head
 
     def target_ids(self, drafted: mx.array) -> mx.array:
         """The target's ids of draft tokens, same shape, int32; the tokens themselves where all can be drafted."""
@@ -220,7 +203,7 @@ class RecurrentDrafter(DrafterBase):
         """
         unread = ("vocab_map", "input_proj_context", "prefix.")
         own = sum(value.nbytes for name, value in tensors(self).items() if not name.startswith(unread))
-        return own + (0 if self._tied is None else sum(value.nbytes for value in tensors(self._tied).values()))
+        return own + self.bytes_tied()
 
     def project_context(self, context: mx.array) -> mx.array:
         """The part of the head that reads only the context h; once per step.
@@ -260,11 +243,6 @@ class RecurrentDrafter(DrafterBase):
             (..., config.scored), unnormalised.
         """
         return self.output_layer(self.features(projected_context, state))
-
-    @property
-    def output_layer(self) -> Any:
-        """O: (..., exit_dim) -> (..., config.scored)."""
-        return self._tied if self.config.tie_output else self.lm_head
 
     def features(self, projected_context: mx.array, state: mx.array) -> mx.array:
         """What O reads, (..., exit_dim); arguments as for `logits`."""

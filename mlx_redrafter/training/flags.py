@@ -73,14 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = functools.partial(parser.add_argument_group("drafter").add_argument, action=_Given)
     add("--method", choices=METHODS, default="redrafter", help="kind of drafter: a recurrent head (default), Medusa"
-        " heads, one per draft step, or a draft model for mlx_lm, an mlx-lm model given by --init")  # fmt: skip
+        " heads, one per draft step, an EAGLE-3 head, or a draft model for mlx_lm, one that --init names")  # fmt: skip
     add("--init", metavar="DRAFTER", help="begin from a drafter's weights, when its target has changed or there is more"
         " text; its shape is kept")  # fmt: skip
     add("--exit-dim", type=whole(1), help="width of the residual blocks (default: the target's hidden size)")
     add("--num-draft-layers", type=whole(0, 64), help="residual blocks (default: 2; of each Medusa head 1)")
     add("--no-rnn", nargs=0, default=False, help="sum embeddings in place of the gated recurrence")
     add("--context-layers", type=whole(1), nargs="+", metavar="N", help="hidden states of the target that a recurrent"
-        " head reads, by the number of layers passed (default: the last alone)")  # fmt: skip
+        " or EAGLE-3 head reads, by the number of layers passed (default: the last alone; of EAGLE-3 a quarter, a half"
+        " and all of the layers)")  # fmt: skip
     add("--prefix-window", type=whole(1), metavar="TOKENS", help="prefix attention: a recurrent head also reads so many"
         " tokens of the text (default: none)")  # fmt: skip
     add("--output-norm", nargs=0, default=False, help="normalise what a recurrent head's output layer reads")
@@ -212,7 +213,8 @@ def _check_steps(args: argparse.Namespace) -> None:
 
 def check_for(args: argparse.Namespace, target: Target) -> None:
     """Raises UserError for flags that do not fit the target."""
-    if args.teacher_top_k > target.vocab_size:
-        expected = f"expected at most {target.vocab_size}, the vocabulary"
-        raise UserError(f"--teacher-top-k is {args.teacher_top_k}, {expected}")
+    for name in ("teacher_top_k", "draft_vocab_size"):
+        if (getattr(args, name) or 0) > target.vocab_size:
+            expected = f"expected at most {target.vocab_size}, the vocabulary"
+            raise UserError(f"{flag(name)} is {getattr(args, name)}, {expected}")
     METHODS[args.method].check_for(args, target)

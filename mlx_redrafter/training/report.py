@@ -154,7 +154,7 @@ def _card(args: argparse.Namespace, drafter: Any, text: str, facts: dict[str, An
         f" {facts['tokens_per_second']:.0f} tokens per second, {facts['prefill_ratio']:.2f} of the target's own"
         " reading speed",
         "mean acceptance length": f"{facts['mean_acceptance_length']:.2f} ({facts['measured']})",
-        "command": f"`{command_line(arguments_of(args), defaults() | fixed(args.recipe))}`",
+        "command": f"`{command_line(arguments_of(args), defaults() | fixed(args.recipe, args.method))}`",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     words = (

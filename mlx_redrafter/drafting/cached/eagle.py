@@ -16,6 +16,7 @@ from mlx_lm.models.llama import MLP, Attention, ModelArgs
 
 from mlx_redrafter.drafting.cached.head import ContextReader
 from mlx_redrafter.drafting.drafter_files import (
+    ScoringDrafter,
     read_draft_vocab_size,
     read_notes,
     read_quantization,
@@ -46,6 +47,9 @@ class EagleConfig:
         own_embedding: the head has one; else the target's is read.
         output_norm: the layer's output is normalised before the output layer.
         norm_before_residual: the residual stream begins behind the context's norm.
+        unit_contexts: hidden states come at unit RMS, the last one behind the final norm, as recurrent heads read
+            them; else as the layers return them.
+        tie_output: the output layer is the target's own, or those of its rows that can be drafted; not stored.
         quantization, target_fingerprint, right_by_depth: as in `DrafterConfig`.
     """
 
@@ -57,6 +61,8 @@ class EagleConfig:
     own_embedding: bool = False
     output_norm: bool = True
     norm_before_residual: bool = False
+    unit_contexts: bool = False
+    tie_output: bool = False
     quantization: dict[str, int] | None = None
     target_fingerprint: dict[str, Any] | None = None
     right_by_depth: tuple[float, ...] = ()
@@ -81,7 +87,7 @@ class EagleConfig:
             whole_number(layer, key, 1, f"{source}: layer")
         if not isinstance(layer.get("rms_norm_eps"), float):
             raise UserError(f"{source}: layer: rms_norm_eps is {layer.get('rms_norm_eps')!r}, expected a number")
-        for key in ("own_embedding", "output_norm", "norm_before_residual"):
+        for key in ("own_embedding", "output_norm", "norm_before_residual", "unit_contexts", "tie_output"):
             values[key] = true_or_false(fields, key, key == "output_norm", source)
         values["draft_vocab_size"] = read_draft_vocab_size(fields, values["vocab_size"], source)
         layers = fields.get("context_layers") or []
@@ -89,9 +95,10 @@ class EagleConfig:
             layers and not (len(layers) == TAPS and all(type(n) is int and n > 0 for n in layers))
         ):
             raise UserError(f"{source}: context_layers is {layers!r}, expected {TAPS} numbers from 1 on")
-        if not values["own_embedding"] and layer["hidden_size"] != values["hidden_size"]:
+        shared = "embedding" if not values["own_embedding"] else "output layer" if values["tie_output"] else None
+        if shared and layer["hidden_size"] != values["hidden_size"]:
             raise UserError(
-                f"{source}: the head is {layer['hidden_size']} wide, the target's embedding {values['hidden_size']}"
+                f"{source}: the head is {layer['hidden_size']} wide, the target's {shared} {values['hidden_size']}"
             )
         config = cls(**values, layer=layer, context_layers=tuple(layers), **read_notes(fields, source))
         config.quantization = read_quantization(fields, config.widths(), source)
@@ -142,7 +149,7 @@ class EagleLayer(nn.Module):
         return result
 
 
-class EagleHead(ContextReader):
+class EagleHead(ScoringDrafter, ContextReader):
     """The head's weights, and what its memory asks of it (see `cached.memory.Reader`)."""
 
     method = "eagle3"
@@ -157,10 +164,8 @@ class EagleHead(ContextReader):
         self.layer = EagleLayer(args, config.norm_before_residual)
         if config.output_norm:
             self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.lm_head = nn.Linear(args.hidden_size, config.scored, bias=False)
-        if config.draft_vocab_size is not None:
-            self.vocab_map = mx.arange(config.draft_vocab_size, dtype=mx.int32)
-        self._layers = RawLayers(config.context_layers)
+        self.add_output_layer(args.hidden_size)
+        self._layers = self._numbers(config.context_layers)
 
     @property
     def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -171,7 +176,15 @@ class EagleHead(ContextReader):
         self.take("embed", self.embed_tokens if self.config.own_embedding else target.embed)
         if not self.config.context_layers:
             count = target.num_layers
-            self._layers = RawLayers((2, count // 2, count - 3))
+            self._layers = self._numbers((2, count // 2, count - 3))
+
+    def _numbers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        return layers if self.config.unit_contexts else RawLayers(layers)
+
+    @property
+    def output_layer(self) -> Any:
+        """O: (..., width) -> (..., config.scored)."""
+        return self._tied if self.config.tie_output else self.lm_head
 
     def target_ids(self, drafted: mx.array) -> mx.array:
         """The target's ids of draft tokens, same shape, int32; the tokens themselves where all can be drafted."""
@@ -180,9 +193,10 @@ class EagleHead(ContextReader):
     def bytes_per_draft_step(self) -> int:
         """Bytes of weights that one level of drafts reads; `fc` is read once per step, of an embedding a few rows."""
         unread = ("vocab_map", "fc.", "embed_tokens.")
-        return sum(value.nbytes for name, value in tensors(self).items() if not name.startswith(unread))
+        own = sum(value.nbytes for name, value in tensors(self).items() if not name.startswith(unread))
+        return own + self.bytes_tied()
 
-    def _rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
+    def rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
         assert contexts is not None
         if contexts.shape[-1] == TAPS * self.config.hidden_size:
             contexts = self.fc(contexts)
@@ -191,6 +205,10 @@ class EagleHead(ContextReader):
         rows: mx.array = self.layer(self.embed(tokens).astype(contexts.dtype), contexts, mask, layer)
         return rows
 
-    def _scores(self, hidden: mx.array) -> mx.array:
-        scores: mx.array = self.lm_head(self.norm(hidden) if self.config.output_norm else hidden)
+    def scores(self, hidden: mx.array) -> mx.array:
+        scores: mx.array = self.output_layer(self.features(hidden))
         return scores
+
+    def features(self, hidden: mx.array) -> mx.array:
+        """What the output layer reads of rows' outputs."""
+        return self.norm(hidden) if self.config.output_norm else hidden

@@ -31,11 +31,11 @@ class ContextReader(DrafterBase, abc.ABC):
         """Takes what the head leaves to its target."""
 
     @abc.abstractmethod
-    def _rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
+    def rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
         """The rows' outputs (B, M, width); arguments as for `prefill`."""
 
     @abc.abstractmethod
-    def _scores(self, hidden: mx.array) -> mx.array:
+    def scores(self, hidden: mx.array) -> mx.array:
         """Scores of the next token (B, M, scored) from the rows' outputs."""
 
     def take(self, name: str, module: Any) -> None:
@@ -51,8 +51,8 @@ class ContextReader(DrafterBase, abc.ABC):
 
     def prefill(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> tuple[mx.array, mx.array]:
         """Reads rows as a prompt; arguments as for `read`. Gives the last row's output and scores."""
-        hidden = self._rows(tokens, contexts, cache)[:, -1:]
-        return hidden, self._scores(hidden)
+        hidden = self.rows(tokens, contexts, cache)[:, -1:]
+        return hidden, self.scores(hidden)
 
     def read(
         self, tree: CandidateTree, contexts: mx.array | None, cache: KVCache, at: mx.array | None = None
@@ -68,7 +68,7 @@ class ContextReader(DrafterBase, abc.ABC):
             the rows' outputs (B, M, width), and their scores of the next token (B, M, scored).
         """
         with cache.reading(tree, chain=tree.in_order) as positions, positions_per_row(positions):
-            hidden = self._rows(tree.tokens, contexts, cache)
+            hidden = self.rows(tree.tokens, contexts, cache)
         if at is not None:
             hidden = mx.take_along_axis(hidden, at[:, None, None], axis=1)
-        return hidden, self._scores(hidden)
+        return hidden, self.scores(hidden)

@@ -135,13 +135,13 @@ class MtpHead(ContextReader):
     def make_cache(self) -> KVCache:
         return KVCache(make_prompt_cache(self._family))
 
-    def _rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
+    def rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
         assert contexts is not None
         embedding = self.embedding_norm(self.embed(tokens).astype(contexts.dtype))
         both = mx.concatenate([embedding, self.context_norm(contexts)], axis=-1)
         rows: mx.array = self.body(self.fc(both), cache.layers)
         return rows
 
-    def _scores(self, hidden: mx.array) -> mx.array:
+    def scores(self, hidden: mx.array) -> mx.array:
         scores: mx.array = self._output(hidden)
         return scores

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import argparse
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.target.fingerprint import fingerprint
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.output_layer import rows_of
 from mlx_redrafter.text.loading import find_drafter
 from mlx_redrafter.training.acceptance_length import acceptance_length
 from mlx_redrafter.training.batches import BatchMaker, WholeRows
@@ -96,9 +97,10 @@ class Method(abc.ABC):
     def settle(self, args: argparse.Namespace, drafter: Any, target: Target, rows: Rows) -> None:  # noqa: B027
         """Chooses what is not learned by gradients, once the weights are there."""
 
-    @abc.abstractmethod
     def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
         """What is drafted where drafters are measured, 12 tokens at most, and the same in words."""
+        shape = DraftShape(4, args.beam_length, min(12, 4 * (args.beam_length - 1)))
+        return shape, f"W = 4, L = {args.beam_length}, {shape.num_draft_tokens} draft tokens, best-first"
 
     def acceptance(
         self, args: argparse.Namespace, drafter: Any, target: Target, prompts: list[list[int]], tokens: int
@@ -126,6 +128,23 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def architecture(self, drafter: Any, coverage: float) -> str:
         """A drafter in a few words; `coverage` is the share of held-out text that it can draft."""
+
+
+def scorer(output: Any, batch: Batch) -> Callable[[mx.array], mx.array]:
+    """What turns features into scores: an output layer, or those of its rows that the batch asks for."""
+    if not batch.candidates:
+        return output  # type: ignore[no-any-return]
+    rows = rows_of(output, batch.candidates[0])
+    return lambda features: features @ rows.T
+
+
+def output_in_words(config: Any, coverage: float) -> str:
+    """The output layer of a `ScoringDrafter`; `coverage` as for `Method.architecture`."""
+    output = "the target's own (tied)" if config.tie_output else f"{config.scored:,} rows"
+    if config.draft_vocab_size:
+        output += f", the {config.draft_vocab_size:,} most frequent of {config.vocab_size:,} tokens"
+        output += f" ({coverage:.1%} of held-out text)"
+    return output
 
 
 def flag(name: str) -> str:

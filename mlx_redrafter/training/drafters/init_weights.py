@@ -56,12 +56,16 @@ def new_drafter(
     if config.prefix_window:  # says nothing yet
         drafter.prefix.output.weight = mx.zeros_like(drafter.prefix.output.weight)
     if config.output_norm and text is not None:  # hidden states that pass through come out as they were
-        hidden, _ = target.forward(mx.array(text), [None] * len(target.model.layers))
-        assert hidden is not None  # the command refuses targets that give none
-        size = mx.sqrt(mx.mean(mx.square(hidden.astype(mx.float32))))
-        drafter.output_norm.weight = size * mx.ones_like(drafter.output_norm.weight)
+        drafter.output_norm.weight = hidden_rms(target, text) * mx.ones_like(drafter.output_norm.weight)
     mx.eval(drafter.parameters())
     return drafter
+
+
+def hidden_rms(target: Target, text: np.ndarray) -> mx.array:
+    """How large the target's last hidden states are, the root of the mean of their squares; text as above."""
+    hidden, _ = target.forward(mx.array(text), [None] * len(target.model.layers))
+    assert hidden is not None  # the command refuses targets that give none
+    return mx.sqrt(mx.mean(mx.square(hidden.astype(mx.float32))))
 
 
 def _pass(drafter: RecurrentDrafter, target: Target, passed: np.ndarray) -> None:

@@ -26,7 +26,9 @@ def quarters(layers: int) -> list[int]:
 
 
 def _quarters(args: argparse.Namespace, target: Target) -> list[int] | None:
-    """Those of a target's layers; None where hidden states between them hide."""
+    """Those of a target's layers; None where hidden states between them hide, or the method has its own."""
+    if args.method == "eagle":
+        return None
     layers = quarters(target.num_layers)
     try:
         target.check_layers(tuple(layers), "")
@@ -37,7 +39,7 @@ def _quarters(args: argparse.Namespace, target: Target) -> list[int] | None:
 
 def _tied(args: argparse.Namespace, target: Target) -> str | None:
     """The target's own output layer, where the drafter can have it."""
-    return "tied" if args.method == "redrafter" and args.exit_dim in (None, target.hidden_size) else None
+    return "tied" if args.method in ("redrafter", "eagle") and args.exit_dim in (None, target.hidden_size) else None
 
 
 def _shares(*first: float) -> Callable[[argparse.Namespace, Target], list[float]]:
@@ -86,6 +88,7 @@ def follow(args: argparse.Namespace, target: Target | None = None) -> None:
             setattr(args, name, value(args, target) if callable(value) else value)
 
 
-def fixed(recipe: str) -> dict[str, Any]:
-    """What a recipe takes whatever the target."""
-    return {name: value for name, value in RECIPES[recipe].items() if not callable(value)}
+def fixed(recipe: str, method: str) -> dict[str, Any]:
+    """What a recipe takes for a method, whatever the target."""
+    foreign = METHODS[method].foreign
+    return {name: value for name, value in RECIPES[recipe].items() if not callable(value) and name not in foreign}

@@ -13,12 +13,10 @@ import mlx.core as mx
 
 from mlx_redrafter.drafting.drafter_files import check_widths
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, are_layers
-from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.output_layer import rows_of
 from mlx_redrafter.training.batches import BatchMaker
-from mlx_redrafter.training.drafters.base import Method, flag
+from mlx_redrafter.training.drafters.base import Method, flag, output_in_words, scorer
 from mlx_redrafter.training.drafters.init_weights import FROM_TARGET, TIED, new_drafter
 from mlx_redrafter.training.drafters.vocabulary import frequent_tokens
 from mlx_redrafter.training.loss import Batch
@@ -41,9 +39,6 @@ class ReDrafter(Method):
 
     def check_for(self, args: argparse.Namespace, target: Target) -> None:
         target.check_layers(tuple(args.context_layers or ()), flag("context_layers"))
-        if args.draft_vocab_size is not None and args.draft_vocab_size > target.vocab_size:
-            expected = f"expected at most {target.vocab_size}, the vocabulary"
-            raise UserError(f"{flag('draft_vocab_size')} is {args.draft_vocab_size}, {expected}")
         exit_dim = args.exit_dim or target.hidden_size
         if args.output_layer == TIED and exit_dim != target.hidden_size:
             raise UserError(f"--output-layer tied needs --exit-dim {target.hidden_size}, the target's hidden size")
@@ -83,25 +78,15 @@ class ReDrafter(Method):
         if batch.whole:
             contexts, after, at = batch.whole
             context = context + drafter.prefix(contexts, after).reshape(-1, context.shape[-1])[at]
-        output, state = drafter.output_layer, None
-        if batch.candidates:
-            output = rows_of(output, batch.candidates[0])
+        score, state = scorer(drafter.output_layer, batch), None
         for embedding in batch.embeddings:
             rows = embedding.shape[0]
             state = drafter.advance(embedding, None if state is None else state[:rows])
-            features = drafter.features(context[:rows], state)
-            yield features @ output.T if batch.candidates else output(features)
-
-    def shape(self, args: argparse.Namespace) -> tuple[DraftShape, str]:
-        shape = DraftShape(4, args.beam_length, min(12, 4 * (args.beam_length - 1)))
-        return shape, f"W = 4, L = {args.beam_length}, {shape.num_draft_tokens} draft tokens, best-first"
+            yield score(drafter.features(context[:rows], state))
 
     def architecture(self, drafter: RecurrentDrafter, coverage: float) -> str:
         config = drafter.config
-        output = "the target's own (tied)" if config.tie_output else f"{config.scored:,} rows"
-        if config.draft_vocab_size:
-            output += f", the {config.draft_vocab_size:,} most frequent of {config.vocab_size:,} tokens"
-            output += f" ({coverage:.1%} of held-out text)"
+        output = output_in_words(config, coverage)
         recurrence = "rnn" if config.rnn else "sum of embeddings"
         blocks = f"{config.num_draft_layers} residual blocks"
         layers = f"context of layers {', '.join(map(str, config.context_layers))}, " if config.context_layers else ""

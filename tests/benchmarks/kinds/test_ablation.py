@@ -28,7 +28,9 @@ def ablation(work, text, out, *flags):
     return code_of("bench", "ablation", "--model", str(DATA / "tiny"), *where, *small, *flags)
 
 
-@pytest.mark.parametrize("names", [["medusa", OWN], pytest.param(["old", "norm", "tied", OWN], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "names", [["medusa", "eagle", OWN], pytest.param(["old", "norm", "tied", OWN], marks=pytest.mark.slow)]
+)
 def test_recipes_differ_in_what_they_say(names, tmp_path, text, capsys):
     """If this fails, the table of what each choice is worth compares drafters that are not what it calls them."""
     work, out = tmp_path / "work", tmp_path / "out"
@@ -41,7 +43,8 @@ def test_recipes_differ_in_what_they_say(names, tmp_path, text, capsys):
     assert of["mine"].num_draft_layers == 0 and of["mine"].context_layers == (1, 3) and of["mine"].scored == 200
     assert "| mine | --loss lk --num-draft-layers 0" in (out / "ablation.md").read_text()
     if "medusa" in of:
-        assert of["medusa"].scored == 512
+        assert of["medusa"].scored == 512 and of["eagle"].scored == 200
+        assert of["eagle"].tie_output and of["eagle"].unit_contexts and of["eagle"].context_layers == (1, 2, 3)
     else:
         old, norm = of["old"], of["norm"]
         assert (old.context_layers, old.prefix_window, old.output_norm, old.draft_vocab_size) == ((), 0, False, 200)
