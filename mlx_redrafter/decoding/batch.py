@@ -2,26 +2,30 @@
 
 Knows nothing of words, nor of what a step costs. Every text is written as though it were
 alone: what a row reads depends on its own text, and a seed's noise on seed and position.
-Prompts are read alone and in chunks between the steps, so that running texts go on.
+Prompts are read in chunks between the steps, so that running texts go on; those of similar length together.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.batch_step import Arrived, BatchStep, arriving, in_mlx_lms_form
+from mlx_redrafter.decoding.batch_step import Arrival, Arrived, BatchStep, in_mlx_lms_form
 from mlx_redrafter.decoding.batch_text import BatchText, TextStep
 from mlx_redrafter.decoding.loop import wait_for
 from mlx_redrafter.decoding.planner import BatchPlanner, StepRead
 from mlx_redrafter.decoding.sampling import Chooser
 from mlx_redrafter.decoding.step import Produced, Submitted
 from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.target.cache import rows
+from mlx_redrafter.target.cache.kv_cache import cached
 from mlx_redrafter.target.verification import Verifier
+
+PASS = 64  # rows of a prompt that take as long as one more pass over the weights, or less
 
 
 class Batch:
@@ -54,7 +58,7 @@ class Batch:
         self.most_texts, self.chunk, self.most_prompts = most_texts, chunk, most_prompts
         self.waiting: deque[BatchText] = deque()
         self.prompt_seconds = 0.0
-        self._arrival: Generator[None, None, Arrived] | None = None  # of the first one that waits
+        self._arrival: Arrival | None = None  # of the first one that waits, and others
         self._step: BatchStep | None = None
         self._ahead: tuple[list[BatchText], Submitted] | None = None  # on its way, with the texts it is for
 
@@ -72,9 +76,10 @@ class Batch:
     def remove(self, text: BatchText) -> None:
         """A text leaves, whatever it was at; nothing happens if it has left."""
         if text in self.waiting:
-            if text is self.waiting[0]:
-                self._arrival = None
+            text.finish_reason = "removed"
             self.waiting.remove(text)
+            if self._arrival is not None and self._arrival.ended:
+                self._arrival = None
         elif text in self.running:
             self._leave([text])
 
@@ -150,9 +155,9 @@ class Batch:
             text.finish_reason = text.finish_reason or "removed"
         if not texts or self._step is None:
             return
-        rows = [row for row, text in enumerate(self._step.texts) if not text.ended]
-        if rows:
-            self._step.keep(rows)
+        places = [place for place, text in enumerate(self._step.texts) if not text.ended]
+        if places:
+            self._step.keep(places)
         else:
             self._step = self._ahead = None
         mx.clear_cache()
@@ -160,34 +165,58 @@ class Batch:
     def _read_prompts(self) -> list[TextStep]:
         """Reads on in the prompts of texts that there is room for; those read to the end join."""
         found: list[TextStep] = []
-        left = self.chunk
-        while left > 0 and self.waiting and len(self.running) < self.most_texts and len(found) < self.most_prompts:
-            text = self.waiting[0]
+        left, prompts = self.chunk, self.most_prompts
+        while left > 0 and prompts > 0 and (self._arrival or (self.waiting and len(self.running) < self.most_texts)):
             if self._arrival is None:
-                proposer = None if self.proposer_for is None else self.proposer_for(text.options.choose)
-                self._arrival = arriving(self.verifier, proposer, text)
-            left -= min(len(text.prompt), text.options.prefill_step_size)
-            arrived: Arrived | None = None
-            try:
-                next(self._arrival)
-                continue
-            except StopIteration as done:
-                arrived = done.value
-            except Exception as error:  # whatever a caller's function raises
-                text.fail(error)
-            self._arrival = None
-            self.waiting.popleft()
-            if arrived is None:
+                self._arrival = self._next_arrival(prompts)
+            arrival = self._arrival
+            left -= arrival.read()
+            arrived = arrival.arrived() if arrival.done else None
+            for text in arrival.failed:
+                self.waiting.remove(text)
                 found.append(TextStep(text, None))
-                continue
+            arrival.failed = []
+            if arrival.done or arrival.ended:
+                self._arrival = None
+                prompts -= len(arrival.texts)
+            if arrived is not None:
+                for text in arrived.texts:
+                    self.waiting.remove(text)
+                found += self._join(arrived)
+        return found
+
+    def _next_arrival(self, most: int) -> Arrival:
+        """The first prompt that waits, with others whose padding takes less than passes of their own would."""
+        room = min(most, self.most_texts - len(self.running))
+        texts, others = [self.waiting[0]], list(self.waiting)[1:]
+        for text in others:
+            lengths = [len(each.prompt) for each in (*texts, text)]
+            padding = max(lengths) * len(lengths) - sum(lengths)
+            if len(texts) < room and padding <= PASS * len(texts) and self._can_pad([*texts, text]):
+                texts.append(text)
+        proposers = None
+        if self.proposer_for is not None:
+            proposers = [self.proposer_for(text.options.choose) for text in texts]
+        return Arrival(self.verifier, texts, proposers)
+
+    def _can_pad(self, texts: list[BatchText]) -> bool:
+        begin = all(len(text.prompt) > 1 and not cached(text.prompt_cache or []) for text in texts)
+        longest = max(len(text.prompt) for text in texts)
+        return begin and rows.can_pad(self.verifier.make_cache(), longest)
+
+    def _join(self, arrived: Arrived) -> list[TextStep]:
+        found = []
+        if arrived.logits is not None:  # of one text
+            [text] = arrived.texts
             text.take(wait_for(arrived.root))
-            found.append(TextStep(text, Produced(list(text.tokens), arrived.logits, [False], from_prompt=True)))
+            found = [TextStep(text, Produced(list(text.tokens), arrived.logits, [False], from_prompt=True))]
             if text.ended:
                 if text.wants_cache:
                     arrived.cache.end_trees(text.known)
                     text.cache = in_mlx_lms_form(self.verifier, arrived.cache)
-            elif self._step is None:
-                self._step = BatchStep(self.verifier, text, arrived)
-            else:
-                self._step.join(text, arrived)
+                return found
+        if self._step is None:
+            self._step = BatchStep(self.verifier, arrived)
+        else:
+            self._step.join(arrived)
         return found

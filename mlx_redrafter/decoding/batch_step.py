@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Generator
 from typing import Any
 
 import mlx.core as mx
@@ -15,9 +14,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.logits_processors import process, process_tree
-from mlx_redrafter.decoding.options import DecodingOptions, Progress
+from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import choose_each
-from mlx_redrafter.decoding.step import SpeculativeStep, prefill
+from mlx_redrafter.decoding.step import SpeculativeStep
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.target.cache import rows
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached, leaves
@@ -28,54 +27,129 @@ from mlx_redrafter.target.verification import Verifier
 
 @dataclasses.dataclass
 class Arrived:
-    """A text whose prompt has been read: a batch of one, before its first step.
+    """Texts before their first step in the batch: a cache of their own, and what a step begins with.
 
     Attributes:
-        contexts: (1, m, context_size) the target's hidden states at the end of the prompt.
-        root: (1,) int32 its first token.
-        logits: (1, vocab_size) that the root was chosen from.
+        context: (B, context_size) the target's hidden states before the root; zeros where nobody drafts.
+        root: (B,) int32 the last token of the prompt, or the one after it.
+        logits: (1, vocab_size) that the root was chosen from; None where the prompt ends with it.
     """
 
+    texts: list[BatchText]
     cache: KVCache
     proposer: Proposer | None
-    contexts: mx.array
+    context: mx.array
     root: mx.array
-    logits: mx.array
+    logits: mx.array | None = None
 
 
-def arriving(verifier: Verifier, proposer: Proposer | None, text: BatchText) -> Generator[None, None, Arrived]:
-    """Reads a text's prompt and chooses its first token; yields between chunks."""
-    cache, text.prompt_cache = verifier.make_cache(text.prompt_cache), None
-    prompt = mx.array([text.prompt], mx.int32)
-    text.start = text.length = cached(cache.layers) + prompt.shape[1]
-    layers, last = ((), 1) if proposer is None else (proposer.context_layers, proposer.prefix_window)
-    total, size = prompt.shape[1], text.options.prefill_step_size
-    contexts: list[mx.array] = []
-    for read in range(0, total, size):
-        if read:
-            yield
-        options = text.options
-        if options.progress is not None:
-            options = dataclasses.replace(options, progress=functools.partial(_shifted, options.progress, read, total))
-        hidden, logits = prefill(verifier.target, prompt[:, read : read + size], cache.layers, options, layers, last)
-        assert hidden is not None
-        contexts = [mx.concatenate([*contexts, hidden], axis=1)[:, -last:]]
-    [hidden] = contexts
-    cache.begin_trees(length=text.length)
-    assert cache.length is not None
-    if text.options.processors:
-        logits = process(text.options.processors, prompt[0], logits)
-    root = text.options.choose(logits[:, None], cache.length[:, None])[:, 0]
-    if (ranks := verifier.target.ranks) is not None:
-        root = ranks.agree(root)
-    if proposer is not None:
-        proposer.begin(prompt, root, hidden)
-    mx.async_eval(root, hidden, *cache.arrays(), *([] if proposer is None else proposer.arrays()))
-    return Arrived(cache, proposer, hidden, root, logits)
+class Arrival:
+    """Reads the prompts of some texts together, part by part.
 
+    Shorter prompts are padded on the right: no row sees those behind it, and what is behind a text's length
+    counts as nothing. The last token of a prompt is left to the texts' first step, which needs no pass of its own.
 
-def _shifted(progress: Progress, before: int, total: int, read: int, _: int) -> None:
-    progress(before + read, total)
+    Args:
+        texts: several where `rows.can_pad` says so; one of any kind.
+        proposers: of each; None drafts nothing.
+
+    Attributes:
+        failed: texts that one of their own functions has ended, since this was last emptied.
+    """
+
+    def __init__(self, verifier: Verifier, texts: list[BatchText], proposers: list[Proposer] | None):
+        self.verifier, self.texts, self.proposers = verifier, texts, proposers
+        self.cache = verifier.make_cache(texts[0].prompt_cache if len(texts) == 1 else None)
+        self.failed: list[BatchText] = []
+        self._lengths = [max(1, len(text.prompt) - 1) for text in texts]  # that are read here
+        self._read = 0
+        longest = max(self._lengths)
+        padded = [text.prompt[:longest] + [0] * (longest - len(text.prompt)) for text in texts]
+        self._tokens = mx.array(padded, mx.int32)
+        self._hidden: list[mx.array] = []
+        for text in texts:
+            text.prompt_cache = None
+            text.start = cached(self.cache.layers) + len(text.prompt)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody waits for these prompts any more."""
+        return all(text.ended for text in self.texts)
+
+    def read(self) -> int:
+        """Reads one part of the prompts, and says how many rows it was."""
+        self._tell(self._read)
+        batch, total = self._tokens.shape
+        size = max(1, min(text.options.prefill_step_size for text in self.texts) // batch)
+        part = self._tokens[:, self._read : self._read + size]
+        layers = () if self.proposers is None else self.proposers[0].context_layers
+        hidden, self._logits = self.verifier.target.forward(part, self.cache.layers, context_layers=layers)
+        self._read += part.shape[1]
+        if self.proposers is not None:
+            assert hidden is not None
+            last = self.proposers[0].prefix_window + total - min(self._lengths)
+            self._hidden = [mx.concatenate([*self._hidden, hidden], axis=1)[:, -last:]]
+        mx.eval([layer.state for layer in self.cache.layers], self._hidden)
+        mx.clear_cache()
+        return part.size
+
+    @property
+    def done(self) -> bool:
+        return self._read == self._tokens.shape[1]
+
+    def arrived(self) -> Arrived | None:
+        """The texts that have not ended, once all is read; None where there are none."""
+        self._tell(self._read)
+        places = [place for place, text in enumerate(self.texts) if not text.ended]
+        if not places:
+            return None
+        for text, read in zip(self.texts, self._lengths):
+            text.length = text.start - len(text.prompt) + read
+        self.cache.begin_trees(lengths=[text.length for text in self.texts])
+        if len(places) < len(self.texts):
+            rows.keep(self.cache, places)
+        texts = [self.texts[place] for place in places]
+        logits, root = None, mx.array([text.prompt[-1] for text in texts], mx.int32)
+        if len(texts[0].prompt) == 1:  # there is no context before it to draft from
+            logits, options = self._logits[:, -1], texts[0].options
+            if options.processors:
+                logits = process(options.processors, self._tokens[0], logits)
+            assert self.cache.length is not None
+            root = options.choose(logits[:, None], self.cache.length[:, None])[:, 0]
+            if (ranks := self.verifier.target.ranks) is not None:
+                root = ranks.agree(root)
+        proposer, context = self._proposer(places, root)
+        mx.async_eval(root, context, *self.cache.arrays(), *([] if proposer is None else proposer.arrays()))
+        return Arrived(texts, self.cache, proposer, context, root, logits)
+
+    def _proposer(self, places: list[int], root: mx.array) -> tuple[Proposer | None, mx.array]:
+        """Who drafts for the texts in these places, and the contexts of the tokens before their roots."""
+        target = self.verifier.target
+        if self.proposers is None:
+            return None, mx.zeros((len(places), target.context_size(())), target.dtype)
+        [hidden] = self._hidden
+        before, contexts = self._tokens.shape[1] - hidden.shape[1], []
+        for n, place in enumerate(places):
+            proposer, length = self.proposers[place], self._lengths[place]
+            end = length - before
+            mine = hidden[place : place + 1, max(0, end - proposer.prefix_window) : end]
+            proposer.begin(self._tokens[place : place + 1, :length], root[n : n + 1], mine)
+            contexts.append(mine[:, -1])
+            if n:
+                self.proposers[places[0]].join(proposer)
+        return self.proposers[places[0]], mx.concatenate(contexts)
+
+    def _tell(self, read: int) -> None:
+        """Calls who follows the reading of a prompt; one that fails ends its text alone."""
+        for text in self.texts:
+            total = len(text.prompt)
+            if text.options.progress is None or text.ended:
+                continue
+            try:
+                text.options.progress(total if read == self._tokens.shape[1] else min(read, total), total)
+            except Exception as error:  # whatever a caller's function raises
+                text.fail(error)
+                self.failed.append(text)
 
 
 def in_mlx_lms_form(verifier: Verifier, cache: KVCache) -> list[Any]:
@@ -92,9 +166,10 @@ class BatchStep(SpeculativeStep):
         texts: in the order of the batch axis.
     """
 
-    def __init__(self, verifier: Verifier, text: BatchText, arrived: Arrived):
-        super().__init__(verifier, arrived.proposer, text.options, arrived.cache, arrived.contexts, arrived.root)
-        self._set([text])
+    def __init__(self, verifier: Verifier, arrived: Arrived):
+        context = arrived.context[:, None]
+        super().__init__(verifier, arrived.proposer, DecodingOptions(), arrived.cache, context, arrived.root)
+        self._set(arrived.texts)
         self._states = any(isinstance(layer, RecurrentCache) for layer in leaves(arrived.cache.layers))
 
     @property
@@ -105,14 +180,14 @@ class BatchStep(SpeculativeStep):
         """
         return not self._states and not self.options.processors
 
-    def join(self, text: BatchText, arrived: Arrived) -> None:
-        """One more text; it takes part from the next step on."""
+    def join(self, arrived: Arrived) -> None:
+        """More texts; they take part from the next step on."""
         rows.join(self.cache, arrived.cache)
         if self.proposer is not None and arrived.proposer is not None:
             self.proposer.join(arrived.proposer)
-        self.context = mx.concatenate([self.context, arrived.contexts[:, -1]])
+        self.context = mx.concatenate([self.context, arrived.context])
         self.root = mx.concatenate([self.root, arrived.root])
-        self._set([*self.texts, text])
+        self._set([*self.texts, *arrived.texts])
 
     def keep(self, places: list[int]) -> None:
         """Keeps the texts in these places, at least one."""
@@ -145,7 +220,7 @@ class BatchStep(SpeculativeStep):
         text = self.texts[place]
         if not text.options.processors:
             return logits
-        history = mx.array(text.prompt + text.tokens[:-1], mx.int32)
+        history = mx.array((text.prompt + text.tokens)[:-1], mx.int32)
         mine = dataclasses.replace(tree, tokens=tree.tokens[place : place + 1], parents=tree.parents[place : place + 1])
         try:
             return process_tree(text.options.processors, history, mine, logits)

@@ -36,7 +36,8 @@ class BatchText:
 
     Attributes:
         tokens: so far.
-        start, length: tokens in the KV cache after the prompt, and after the last step that was read.
+        start, length: tokens of the prompt, those cached before it included, and in the KV cache after the last step
+            that was read.
         known: tokens that its caches hold: the prompt, what was cached before it, and all tokens but the last.
         finish_reason: "stop", "length", "removed" or "error" once it has ended.
         error: what ended it, if one of its own functions did.
@@ -65,7 +66,7 @@ class BatchText:
 
     @property
     def known(self) -> int:
-        return self.start + max(0, len(self.tokens) - 1)
+        return max(0, self.start + len(self.tokens) - 1)
 
     def fail(self, error: Exception) -> None:
         """Ends the text where one of its own functions has failed."""

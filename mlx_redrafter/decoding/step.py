@@ -28,7 +28,7 @@ class Produced:
         tokens: the new tokens, at least one.
         logits: (len(tokens) or more, vocab_size) the target's, row i for tokens[i]; lazy.
         drafted: whether tokens[i] had been drafted; all but the last of a speculative step.
-        from_prompt: True for the token that follows the prompt, which no step made.
+        from_prompt: True for a token that follows the prompt and that no step made.
         last: False for a part of a step's tokens that more of them follow.
         plan: what the step drafted.
     """

@@ -124,7 +124,7 @@ def responses(
         for produced in source:
             [token] = produced.tokens
             made += 1
-            if produced.from_prompt:
+            if made == 1:
                 prompt_tps = prompt_tokens / max(time.perf_counter() - tic, 1e-9)
                 tic = time.perf_counter()
             statistics.count(produced)

@@ -163,6 +163,41 @@ def test_long_prompts_are_read_between_steps(model):
     assert first.finish_reason == "removed" and batch.running in ([], [second])
 
 
+def test_prompts_of_like_length_are_read_together(model, monkeypatch):
+    """If this fails, each prompt takes a pass over the weights of its own, or padding takes more than that."""
+    calls, forward = [], Target.forward
+
+    def counted(self, tokens, *args, **named):
+        calls.append(tokens.shape)
+        return forward(self, tokens, *args, **named)
+
+    monkeypatch.setattr(Target, "forward", counted)
+    prompts = [[5] * 40, [6] * 300, [7] * 20, [8] * 9]
+    texts = [BatchText(prompt, DecodingOptions(max_tokens=1 + n)) for n, prompt in enumerate(prompts)]
+    batch = batch_of(model, make_drafter(), PLAIN)
+    for text in texts:
+        batch.add(text)
+    batch.step()
+    assert calls[0] == (3, 39) and calls[1] == (1, 299)  # and the steps read the last tokens
+    assert set(calls[2:]) == {(4, 1)}
+    assert all(text.tokens for text in texts)
+
+
+def test_one_leaves_while_prompts_are_read(model):
+    """If this fails, who hangs up while prompts are read together takes others with it, or stays."""
+    texts = [BatchText([n] * 30, DecodingOptions(max_tokens=6, prefill_step_size=24)) for n in (1, 2, 3)]
+    batch = batch_of(model, make_drafter(), chunk=24)
+    for text in texts:
+        batch.add(text)
+    batch.step()
+    assert not batch.running
+    batch.remove(texts[0])
+    while len(batch):
+        batch.step()
+    assert [len(text.tokens) for text in texts] == [0, 6, 6] and texts[0].finish_reason == "removed"
+    assert texts[2].tokens == plainly(model, texts[2].prompt, 6)
+
+
 def test_an_end_inside_a_step(model):
     """If this fails, a text gets tokens after its end."""
     expected = plainly(model, PROMPTS[0], 20)

@@ -1,5 +1,6 @@
 """Texts that are decoded together are those that are decoded alone and plainly, whoever joins and leaves, and when."""
 
+import dataclasses
 import functools
 
 import mlx.core as mx
@@ -74,7 +75,10 @@ class Knows(Proposer):
     def __init__(self, module, prompt, chooser):
         said = alone(module, prompt, chooser) + [0] * 16
         self.said = mx.array([[(token + (n % 5 == 4)) % 97 for n, token in enumerate(said)]], mx.int32)
-        self.at = mx.zeros((1,), mx.int32)
+        self.prompt = PROMPTS[prompt]
+
+    def begin(self, text, root, contexts):
+        self.at = mx.array([0 if text.shape[1] == len(self.prompt) else -1])  # of the root, in what is said
 
     def propose(self, context, root, plan, chain_only=False):
         depth = plan.shape.as_chain().num_draft_tokens
@@ -124,11 +128,14 @@ def schedules(draw, plans):
 def run(module, schedule):
     size, chunk, right, turns, wanted = schedule
     model, verifier, drafter, plans = pair(module)
-    coming = iter([(prompt, chooser) for prompt, chooser, *_ in wanted])  # prompts are read in this order
+    own = [
+        functools.partial(greedy) if chooser == 0 else dataclasses.replace(CHOOSERS[chooser])
+        for _, chooser, *_ in wanted
+    ]
+    whose = {id(choose): text for choose, text in zip(own, wanted, strict=True)}  # prompts are read in any order
 
     def proposer(choose):
-        prompt, chooser = next(coming)
-        assert choose is CHOOSERS[chooser]
+        prompt, chooser, *_ = whose[id(choose)]
         return Knows(module, prompt, chooser) if right else proposer_for(drafter, verifier.target.embed)
 
     batch = Batch(
@@ -139,8 +146,8 @@ def run(module, schedule):
         chunk=chunk,
     )
     waiting = []
-    for prompt, chooser, limit, pause, leaves in wanted:
-        options = DecodingOptions(CHOOSERS[chooser], limit, prefill_step_size=chunk)
+    for choose, (prompt, _, limit, pause, leaves) in zip(own, wanted, strict=True):
+        options = DecodingOptions(choose, limit, prefill_step_size=chunk)
         waiting.append((pause, leaves, BatchText(list(PROMPTS[prompt]), options, wants_cache=True)))
     texts, given_out, pause = [text for _, _, text in waiting], {}, 0
     leaves_at = {id(text): leaves for _, leaves, text in waiting}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -59,14 +59,16 @@ class KVCache:
                 else:
                     with_contents(theirs, ours)
 
-    def begin_trees(self, batch_size: int = 1, length: int | None = None) -> None:
+    def begin_trees(self, batch_size: int = 1, length: int | None = None, lengths: Sequence[int] | None = None) -> None:
         """Hands the prompt's length to the device; the prompt's rows must be there.
 
         Args:
             length: of the prompt; needed where no layer counts (they all have states).
+            lengths: of each text's, where they differ: the rows behind them count as nothing.
         """
-        self.bound = self.low = cached(self.layers) or length or 0
-        self.length = mx.array([self.bound] * batch_size, mx.int32)
+        known = list(lengths or [cached(self.layers) or length or 0] * batch_size)
+        self.bound, self.low = max(known), min(known)
+        self.length = mx.array(known, mx.int32)
         self._plain = False
         for cache in leaves(self.layers):
             if isinstance(cache, WindowCache):

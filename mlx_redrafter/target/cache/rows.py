@@ -14,10 +14,21 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
-from mlx_redrafter.target.cache.attention import TreeRows
+from mlx_redrafter.target.cache.attention import LayerCache, TreeRows, WindowCache
 from mlx_redrafter.target.cache.frame import map_arrays
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves
 from mlx_redrafter.target.cache.recurrent import RecurrentCache
+
+
+def can_pad(cache: KVCache, length: int) -> bool:
+    """Whether prompts of up to so many tokens can be read into this cache together, shorter ones padded.
+
+    A state would have read the padding, and a window have lost rows for it.
+    """
+    return all(
+        type(layer) is LayerCache or (isinstance(layer, WindowCache) and length <= layer.max_size)
+        for layer in leaves(cache.layers)
+    )
 
 
 def join(cache: KVCache, other: KVCache) -> None:

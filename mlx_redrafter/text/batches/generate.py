@@ -188,6 +188,7 @@ def _run(
     """Decodes all texts; log-probabilities of their tokens, where asked for, and figures."""
     found: dict[BatchText, list[float]] = {text: [] for text in texts}
     stats, done, begin = BatchStats(prompt_tokens=sum(len(text.prompt) for text in texts)), 0, time.perf_counter()
+    stepped = 0  # tokens that steps brought
     for text in texts:
         batch.add(text)
     with wired_limit(model):
@@ -198,7 +199,8 @@ def _run(
                 if part.produced is None:
                     assert part.text.error is not None
                     raise part.text.error
-                stats.steps += not part.produced.from_prompt
+                if not part.produced.from_prompt:
+                    stats.steps, stepped = stats.steps + 1, stepped + len(part.produced.tokens)
                 if logprobs:
                     found[part.text] += _logprobs(part.produced)
                 if part.text.ended:
@@ -212,7 +214,7 @@ def _run(
     stats.generation_time = time.perf_counter() - begin - batch.prompt_seconds
     stats.peak_memory = mx.get_peak_memory() / 1e9
     if stats.steps:
-        stats.mean_acceptance_length = (stats.generation_tokens - len(texts)) / stats.steps
+        stats.mean_acceptance_length = stepped / stats.steps
     return list(found.values()), stats
 
 
