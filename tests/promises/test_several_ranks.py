@@ -1,8 +1,12 @@
 """A model that is split over several processes writes what one process writes, whatever each of them measures."""
 
+import random
+
 import pytest
+from mlx_redrafter.benchmarks.architectures import small_models
 from support import several
 from support.costs import made_up
+from support.hybrids import write_pair
 
 from mlx_redrafter.tuning import session
 
@@ -33,3 +37,39 @@ def test_two_processes_write_what_one_does(tmp_path, monkeypatch):
 def test_every_way_to_split(tmp_path, monkeypatch, size, split):
     """If this fails, one of the ways to split, choose and draft gives another text."""
     check(tmp_path, monkeypatch, size, split, NAMES[split], 32, [*several.WAYS, "turns", "batch"])
+
+
+def generating(folder, size, monkeypatch):
+    """The words of a long text by a model that so many processes can divide."""
+    for key, value in several.WIDTHS.items():
+        monkeypatch.setitem(small_models.CONFIGS["common"], key, value)
+    pair = write_pair("qwen2", folder, monkeypatch)
+    return ["generate", *pair, "--prompt", "import", "-m", "480", "--num-draft-tokens", "3", "--ignore-chat-template"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_process_that_dies_ends_the_others(tmp_path, monkeypatch, size):
+    """If this fails, a Mac that goes leaves the others waiting for ever, or nobody says which it was."""
+    words, chance = generating(tmp_path, size, monkeypatch), random.Random(size)
+    for _ in range(10):
+        running, victim = several.started(tmp_path, [words] * size), chance.randrange(size)
+        running[0].stdout.read(chance.randrange(1, 40))  # a text is under way
+        running[victim].kill()
+        said = "".join(process.communicate(timeout=10)[1] for process in running)
+        assert said == f"mlx-redrafter: error: rank {victim} of {size} is gone, " + (
+            "it cannot go on\n" if size == 2 else "the others cannot go on\n"
+        )
+        assert [p.returncode for p in running] == [-9 if rank == victim else 1 for rank in range(size)]
+
+
+@pytest.mark.slow
+def test_processes_that_differ_stop(tmp_path, monkeypatch):
+    """If this fails, machines with different settings write a text that neither of them would write alone."""
+    words = generating(tmp_path, 2, monkeypatch)
+    running = several.started(tmp_path, [words, [*words, "--seed", "3"]])
+    assert [process.communicate(timeout=100)[1] for process in running] == [
+        "mlx-redrafter: error: rank 1: --seed is 3, expected 0, as on rank 0\n",
+        "",
+    ]
+    assert [process.returncode for process in running] == [2, 2]

@@ -118,6 +118,23 @@ def together(size: int, command: list[str]) -> subprocess.CompletedProcess[str]:
         os.close(keyboard)
 
 
+def started(folder: pathlib.Path, words: list[list[str]]) -> list[subprocess.Popen[str]]:
+    """A process of `mlx-redrafter` for each list of words, without mlx.launch, which ends all when one has ended."""
+    start = int(ring(len(words))[-1])
+    (folder / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{start + rank}"] for rank in range(len(words))]))
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "MLX_HOSTFILE": str(folder / "hosts.json")}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "mlx_redrafter.cli.main", *own],
+            env=environment | {"MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, own in enumerate(words)
+    ]
+
+
 def ring(size: int) -> list[str]:
     """Flags of mlx.launch for so many processes on this machine, on ports that nobody has."""
     with contextlib.ExitStack() as stack:
