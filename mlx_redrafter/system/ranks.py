@@ -28,8 +28,10 @@ T = TypeVar("T")
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by mlx.launch, Open MPI and MPICH for their processes
 CONNECT = 30.0  # seconds that processes have to find each other
-# After so many seconds of silence a machine is asked whether it is there, so often, and so many times in vain.
-SILENT, AGAIN, TRIES = 2, 1, 4
+# A machine without power closes no connection. After so many seconds of silence it is asked whether it is there, so
+# often, and so many times in vain; or it has so many milliseconds to confirm what was sent.
+ALIVE = {"KEEPIDLE": 2, "KEEPINTVL": 1, "KEEPCNT": 4, "USER_TIMEOUT": 6000}
+ALIVE_MACOS = {0x10: 2, 0x80: 6}  # its TCP_KEEPALIVE and TCP_RXT_CONNDROPTIME, in seconds
 LONGEST_CARD = 1024  # bytes that say where the first process listens
 VALUE, DONE, FAILED = "value", "done", "failed"
 NOTHING_MORE = object()  # comes from a process that is done
@@ -197,9 +199,9 @@ class _Link:
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine without power closes no connection: its silence has to tell. macOS has another name for the first.
-        for name, value in (("KEEPIDLE", SILENT), ("KEEPALIVE", SILENT), ("KEEPINTVL", AGAIN), ("KEEPCNT", TRIES)):
-            if (option := getattr(socket, f"TCP_{name}", None)) is not None:
+        options = {getattr(socket, f"TCP_{name}", None): value for name, value in ALIVE.items()}
+        for option, value in (options | (ALIVE_MACOS if sys.platform == "darwin" else {})).items():
+            if option is not None:
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._out = connection.makefile("wb")
         threading.Thread(target=self._read, name=f"rank {rank}", daemon=True).start()
