@@ -39,19 +39,27 @@ def drafters(target, texts):
     yield "eagle", eagle
 
 
-def test_known_texts_tell_what_decoding_accepts(stories_pair, tmp_path):
-    """If this fails, recipes are compared by figures that no user would see."""
+@pytest.fixture(scope="module")
+def known(stories_pair, tmp_path_factory):
+    """A target, prompts, and its texts of them."""
     model, _, tokenizer = stories_pair
     target = Target.of(model)
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "There was a little girl", "The dog")]
-    texts = own_texts(target, prompts, 24, set(), (1, 3), tmp_path / "texts.safetensors")
+    texts = own_texts(target, prompts, 24, set(), (1, 3), tmp_path_factory.mktemp("known") / "texts.safetensors")
     assert [len(text.tokens) - text.start for text in texts] == [24] * 3
-    for name, drafter in drafters(target, texts):
-        drafter.set_dtype(mx.float32)
-        for shape in SHAPES:
-            real = acceptance_length(target, drafter, prompts, shape, 24)
-            assert acceptance_on(target, drafter, texts, (1, 3), shape) == pytest.approx(real), (name, shape)
-        assert real > 1 or name not in ("trained", "eagle")
+    return target, prompts, texts
+
+
+@pytest.mark.parametrize("name", ["trained", "two layers, prefix attention", "medusa", "eagle"])
+def test_known_texts_tell_what_decoding_accepts(name, known):
+    """If this fails, recipes are compared by figures that no user would see."""
+    target, prompts, texts = known
+    drafter = dict(drafters(target, texts))[name]
+    drafter.set_dtype(mx.float32)
+    for shape in SHAPES:
+        real = acceptance_length(target, drafter, prompts, shape, 24)
+        assert acceptance_on(target, drafter, texts, (1, 3), shape) == pytest.approx(real), shape
+    assert real > 1 or name not in ("trained", "eagle")
 
 
 def test_texts_are_kept(stories_pair, tmp_path, monkeypatch):
