@@ -16,8 +16,8 @@ OLD = ("--step-shares", "1", "0.48", "0.29", "0.19")
 TAPS = (*OLD, "--context-layers", LAYERS)
 PREFIX = (*TAPS, "--prefix-window", "256")
 NORM = (*PREFIX, "--output-norm")
-FAST = ("--learn-prompts", "--loss-vocab", "4096")
-PROMPTS = (*NORM, *FAST)
+PROMPTS = (*NORM, "--learn-prompts", "--loss-vocab", "4096")
+RICH = ("--recipe", "rich")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,8 @@ RECIPES = (
     Recipe("tied", (*PROMPTS, "--output-layer", "tied"), "prompts with the target's own output layer"),
     Recipe("no-rnn", (*NORM, "--no-rnn"), "norm without recurrence"),
     Recipe("medusa", ("--method", "medusa"), "Medusa heads"),
-    Recipe("eagle", ("--method", "eagle", *OLD, *FAST, "--output-layer", "tied"), "EAGLE-3 head, learned as tied"),
+    Recipe("rich", RICH, "what `train` takes by default"),
+    Recipe("eagle", ("--method", "eagle", *RICH), "EAGLE-3 head, learned as rich"),
 )
 
 
