@@ -9,6 +9,7 @@ from mlx_redrafter.decoding.planner import BatchPlanner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
+from mlx_redrafter.drafting.cached.mtp import MtpConfig, MtpHead
 from mlx_redrafter.drafting.kinds import proposer_for
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
@@ -46,6 +47,14 @@ def eagle_head():
     return head
 
 
+def own_layer():
+    fields = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    fields |= {"num_attention_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 97}
+    layer = MtpHead(MtpConfig(97, 32, fields))
+    layer.fit(Target(make_model()))
+    return layer
+
+
 def batch_of(model, drafter, plan=TREE, **options):
     verifier = verifier_of(model)
     who = None if drafter is None else lambda _: proposer_for(drafter, verifier.target.embed)
@@ -68,6 +77,7 @@ def finish(batch, texts):
         pytest.param(MedusaHeads(MedusaConfig(97, 32, 3, 1)), id="medusa"),
         pytest.param(DraftModel(make_model(seed=1), None), id="model"),
         pytest.param(eagle_head(), id="eagle"),
+        pytest.param(own_layer(), id="mtp"),
         pytest.param(None, id="plain"),
     ],
 )

@@ -61,6 +61,7 @@ def test_what_does_not_fit_changes_nothing(provider, parrot):
         (DEFAULT, None, "/nowhere"),
         (DEFAULT, None, str(parrot / "drafter")),
         (DEFAULT, "/nowhere", None),
+        (DEFAULT, None, "mtp"),
     ):
         with pytest.raises(NoSuchModel):
             provider.load(*names)

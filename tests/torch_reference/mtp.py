@@ -21,6 +21,8 @@ FAMILIES = {
     "deepseek_v3": ("deepseek_v3", "DeepseekV3", "model.layers.4.", "", "eh_proj", "enorm", "hnorm",
         "shared_head.norm"),
     "glm4_moe": ("glm4_moe", "Glm4Moe", "model.layers.4.", "", "eh_proj", "enorm", "hnorm", "shared_head.norm"),
+    "glm4_moe_lite": ("glm4_moe_lite", "Glm4MoeLite", "model.layers.4.", "", "eh_proj", "enorm", "hnorm",
+        "shared_head.norm"),
     "qwen3_next": ("qwen3_next", "Qwen3Next", "mtp.", "layers.0.", "fc", "pre_fc_norm_embedding",
         "pre_fc_norm_hidden", "norm"),
     "qwen3_5": ("qwen3_5", "Qwen3_5", "mtp.", "layers.0.", "fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden",
@@ -47,12 +49,13 @@ class Mtp(nn.Module):
         rope = fields.pop("rope_parameters", {}) | {"rope_theta": fields["rope_theta"], "rope_type": "default"}
         if share := fields.get("partial_rotary_factor"):
             rope["partial_rotary_factor"] = share
-        layers = {"layer_types": ["full_attention"]} if family.startswith("qwen3") else {}
-        dense = {"first_k_dense_replace": 0} if "first_k_dense_replace" in fields else {}
+        layers: dict[str, Any] = {"layer_types": ["full_attention"]} if family.startswith("qwen3") else {}
+        if "first_k_dense_replace" in fields:
+            layers |= {"first_k_dense_replace": 0, "mlp_layer_types": ["sparse"]}
         if "kv_lora_rank" in fields:  # each head has keys of its own
-            dense["num_key_value_heads"] = fields["num_attention_heads"]
+            layers["num_key_value_heads"] = fields["num_attention_heads"]
         same = {"num_hidden_layers": 1, "rope_parameters": rope, "attn_implementation": "eager"}
-        self.config = getattr(module, f"{start}{text}Config")(**fields | layers | dense | same)
+        self.config = getattr(module, f"{start}{text}Config")(**fields | layers | same)
         norm = getattr(module, f"{start}RMSNorm")
         size, eps = self.config.hidden_size, self.config.rms_norm_eps
         self.embedding_norm, self.hidden_norm, self.norm = (norm(size, eps=eps) for _ in range(3))

@@ -2,19 +2,24 @@
 
 import json
 import shutil
+from unittest.mock import create_autospec
 
 import mlx.core as mx
 import pytest
 from mlx_redrafter.benchmarks.architectures import small_models
+from mlx_redrafter.convert.drafter import convert_drafter
 from support import make_model
 from support.commands import code_of
 from support.hybrids import write_pair
+from support.serving import parsed
 
 from mlx_redrafter import UserError
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.drafting.cached.mtp import MtpConfig, MtpHead
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.server.provider import DEFAULT, Provider
+from mlx_redrafter.system import hub
 from mlx_redrafter.system.files import read_safetensors
 from mlx_redrafter.system.weights import tensors
 from mlx_redrafter.target.model import Target
@@ -91,6 +96,33 @@ def test_models_without_a_layer(model, tmp_path, capsys):
     assert code_of("convert", "drafter", "--hf-path", str(model), "--mlx-path", str(tmp_path / "new")) == 2
     assert "is a model without a multi-token-prediction layer, not a drafter" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_of_a_repository_only_the_layer_is_downloaded(model, tmp_path, monkeypatch):
+    """If this fails, a hundred files of a model are downloaded for the one that is read."""
+    copy = tmp_path / "hub"
+    copy.mkdir()
+
+    def download(repo, repo_type=None, allow_patterns=None):
+        for file in model.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, copy)
+        return str(copy)
+
+    monkeypatch.setattr(hub, "snapshot_download", create_autospec(hub.snapshot_download, side_effect=download))
+    convert_drafter("owner/model", str(tmp_path / "mlx"))
+    files = {"config.json", "model.safetensors.index.json", "model-00002-of-00002.safetensors"}
+    assert {file.name for file in copy.iterdir()} == files and open_drafter(tmp_path / "mlx").method == "mtp"
+
+
+def test_a_server_drafts_with_it(model):
+    """If this fails, `serve --draft mtp` does not start, or looks for a directory of that name."""
+    provider = Provider(parsed("--model", str(model), "--draft", "mtp", "--num-draft-tokens", "3"))
+    provider.load_default()
+    layer = provider.drafter
+    provider.load(DEFAULT, None, "none")
+    provider.load(DEFAULT, None, "mtp")
+    assert layer.method == "mtp" and provider.drafter is layer
 
 
 MISTAKES = {

@@ -7,7 +7,9 @@ import mlx_redrafter  # isort: skip # noqa: F401 (before torch and mlx: it puts 
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_redrafter.benchmarks.architectures import small_models
 from mlx_redrafter.benchmarks.architectures.check import PROMPT
 from mlx_redrafter.convert.drafter import convert_drafter
@@ -25,6 +27,8 @@ from mlx_redrafter.system.weights import tensors
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.generate import stream_generate
+from mlx_redrafter.text.loading import fit_drafter
+from mlx_redrafter.tuning.session import session_for
 
 torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
 
@@ -84,6 +88,42 @@ def test_logits_and_beams(family, tmp_path):
     for token, parent in zip(tree.tokens[0].tolist()[1:], tree.parents[0].tolist()[1:]):
         paths.append((*paths[parent], token))
     assert set(paths[1:]) == {path for beam in theirs.beams(rows, text, 3, 5) for path in beam}
+
+
+def test_a_quantised_target(tokenizer, tmp_path):
+    """If this fails, a target of packed weights cannot share its embedding or its output layer."""
+    model, *_ = converted(tmp_path, "mimo")
+    nn.quantize(model, 32, 4)
+    again = open_drafter(tmp_path / "mlx")
+    fit_drafter(again, model, tokenizer, "it")
+    texts = [
+        [r.token for r in stream_generate(model, tokenizer, PROMPT, drafter, max_tokens=12, shape=shape)]
+        for drafter, shape in ((None, "auto"), (again, DraftShape(2, 4, 5)))
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_conversation_reads_on(tokenizer, tmp_path, monkeypatch):
+    """If this fails, a layer sees nothing of earlier turns, or rows that were taken back."""
+    model, theirs, ours = converted(tmp_path, "mimo")
+    cache, text, seen, last = make_prompt_cache(model), [], [], Memory.last
+
+    def spied(memory):
+        found = last(memory)
+        seen.append(found[1])
+        return found
+
+    session_for(verifier_of(model), ours)  # measures, with a memory of its own
+    monkeypatch.setattr(Memory, "last", spied)
+    for turn in (PROMPT[:5], PROMPT[5:9], PROMPT[9:]):
+        seen.clear()
+        options = {"max_tokens": 8, "shape": DraftShape(3, 4, 7), "prompt_cache": cache}
+        known = [*text, *turn]
+        stream = stream_generate(model, tokenizer, turn, ours, cached_tokens=text, **options)
+        text = [*known, *[response.token for response in stream][:8]]
+        hidden, _ = Target.of(model).forward(mx.array([text]), [None] * 4)
+        contexts, rows = torch.from_numpy(to_numpy(hidden[0])), len(known)
+        assert worst(seen[0][0], theirs.logits(contexts[:rows], text[1 : rows + 1])) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["mimo", "glm4_moe", "qwen3_next"])
