@@ -136,6 +136,10 @@ class DrafterBase(nn.Module):
         widest: int = self.config.scored
         return widest
 
+    def is_quantizable(self, path: str, module: nn.Module) -> bool:
+        """Whether a module's matrix is one that quantisation takes."""
+        return hasattr(module, "to_quantized")
+
     def quantize(self, group_size: int = 64, bits: int = 4) -> None:
         """Quantises all matrices in place with mlx's affine scheme and notes it in the config.
 
@@ -144,7 +148,7 @@ class DrafterBase(nn.Module):
         """
         check_quantization(bits, group_size)
         check_widths(self.config.widths(), group_size)
-        nn.quantize(self, group_size=group_size, bits=bits)
+        nn.quantize(self, group_size, bits, class_predicate=self.is_quantizable)
         self.config.quantization = {"group_size": group_size, "bits": bits}
 
     def dequantize(self) -> None:
@@ -161,7 +165,8 @@ class DrafterBase(nn.Module):
                 holds no ids of the target.
         """
         if self.config.quantization is not None:
-            nn.quantize(self, self.config.quantization["group_size"], self.config.quantization["bits"])
+            sizes = self.config.quantization["group_size"], self.config.quantization["bits"]
+            nn.quantize(self, *sizes, class_predicate=self.is_quantizable)
         expected = tensors(self)
         for name, value in expected.items():
             if name not in weights:

@@ -128,6 +128,11 @@ class MtpHead(ContextReader):
         super().set_dtype(dtype, *given)
         self.update(tree_unflatten(list(kept.items())))
 
+    def is_quantizable(self, path: str, module: nn.Module) -> bool:
+        """Routers stay whole, which mlx-lm gives more bits than it gives experts."""
+        wanted = getattr(self._family, "quant_predicate", None)
+        return super().is_quantizable(path, module) and (wanted is None or wanted(path, module) is True)
+
     def bytes_per_draft_step(self) -> int:
         """Bytes of weights that one level of drafts reads, all experts and the target's output layer among them."""
         return sum(value.nbytes for part in (self, self._output or nn.Identity()) for value in tensors(part).values())

@@ -144,6 +144,11 @@ def test_texts(family, tokenizer, tmp_path):
             "body.layers.0.mlp.gate.e_score_correction_bias"
         }
         ours.set_dtype(mx.float32)
+    if family == "qwen3_next":
+        again = open_drafter(tmp_path / "mlx")
+        again.quantize(32, 8)
+        whole = {name for name, m in again.named_modules() if hasattr(m, "to_quantized")}
+        assert whole == {"body.layers.0.mlp.gate", "body.layers.0.mlp.shared_expert_gate"}
     sampled = position_keyed(0.8, seed=3)
     assert written(ours, DraftShape(3, 4, 7), chooser=sampled) == written(None, chooser=sampled)
     asked, propose = [], CachedProposer.propose
