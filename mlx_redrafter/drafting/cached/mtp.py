@@ -133,10 +133,6 @@ class MtpHead(ContextReader):
         wanted = getattr(self._family, "quant_predicate", None)
         return super().is_quantizable(path, module) and (wanted is None or wanted(path, module) is True)
 
-    def bytes_per_draft_step(self) -> int:
-        """Bytes of weights that one level of drafts reads, all experts and the target's output layer among them."""
-        return sum(value.nbytes for part in (self, self._output or nn.Identity()) for value in tensors(part).values())
-
     def make_cache(self) -> KVCache:
         return KVCache(make_prompt_cache(self._family))
 
