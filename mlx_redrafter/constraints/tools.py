@@ -1,21 +1,21 @@
-"""Writes the grammar of a text with tool calls in it: anything, a tag, JSON that the tool's schema allows.
+"""Writes the grammar of a text with tool calls in it: anything, a tag, arguments that the tool's schema allows.
 
-Knows nothing of requests. The formats are those of mlx-lm's tool parsers that read JSON.
+Knows nothing of requests, nor of how a call is written between its tags.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_redrafter.constraints.constraint import Constraint, for_guidance, lark
+from mlx_redrafter.constraints.constraint import Constraint, lark
+from mlx_redrafter.constraints.tool_formats import FORMATS, Rules
 from mlx_redrafter.constraints.vocabulary import vocabulary
 from mlx_redrafter.errors import UserError
-
-HELD = "json_tools"  # of mlx-lm's parsers; what others read is no JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +43,11 @@ class ToolCalls:
         """
         parser = tokenizer.tool_parser
         name = "none" if parser is None else parser.__module__.rpartition(".")[2]
-        if name != HELD:
-            raise UserError(f"tools: calls are held to a schema with the tool parser {HELD}, found {name}")
-        return lark(self._grammar(tokenizer, size, thinking), "tools")
+        if name not in FORMATS:
+            raise UserError(f"tools: the tool parser is {name}, expected one of {', '.join(FORMATS)} to keep a schema")
+        return lark(self._grammar(name, tokenizer, size, thinking), "tools")
 
-    def _grammar(self, tokenizer: TokenizerWrapper, size: int, thinking: bool) -> str:
+    def _grammar(self, parser: str, tokenizer: TokenizerWrapper, size: int, thinking: bool) -> str:
         known, ends = vocabulary(tokenizer, size), tokenizer.eos_token_ids
         special = {
             text: token
@@ -57,6 +57,10 @@ class ToolCalls:
 
         def piece(text: str) -> str:
             return f"<[{special[text]}]>" if text in special else json.dumps(text)
+
+        def spell(text: str) -> str:
+            parts = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
+            return " ".join(piece(part) for part in parts if part) or '""'
 
         def free(*without: str | None) -> str:
             """Text, and the special tokens but these."""
@@ -68,22 +72,20 @@ class ToolCalls:
         if think in special and thought in special:
             thoughts = rf"{free(start, think, thought)} FREE {piece(thought)} /\s{{0,2}}/"
             opening = f"{thoughts} {opening}" if thinking else f"({piece(think)} {thoughts})? {opening}"
-        tools = "\n  | ".join(
-            f"{_literal(name)} %json {json.dumps(for_guidance(schema, name))} " + json.dumps("}")
-            for name, schema in self.schemas.items()
-        )
+        rules = Rules(parser, spell)
+        tools = [rules.rule(FORMATS[parser](rules, name, schema)) for name, schema in self.schemas.items()]
+        end = tokenizer.tool_call_end
+        calls = f"{'opening call' if self.forced else ''} (tag call)* {free(start)} FREE"
+        if not end:  # a call goes on to the end of the text
+            begun = "opening" if self.forced else "tag"
+            calls = f"{begun} call ({piece(start)} call)*" + ("" if self.forced else f" | {free(start)} FREE")
         return "\n".join((
-            f"start: {'opening call' if self.forced else ''} (tag call)* {free(start)} FREE",
+            f"start: {calls}",
             f"opening: {opening}",
             f"tag: {free(start)} " + (f"FREE {piece(start)}" if start in special else "last"),
             f"last[lazy]: ANY {json.dumps(start)}",
-            rf"call: /\n?/ tool /\n?/ {piece(tokenizer.tool_call_end)}",
-            f"tool: {tools}",
+            f"call: ({' | '.join(tools)}) {spell(end)}",
+            *rules.lines,
             f"FREE: ANY & ~(ANY {json.dumps(start)} ANY)",
             "ANY: /(?s:.*)/",
         ))  # fmt: skip
-
-
-def _literal(name: str) -> str:
-    """How a call of a tool begins, in Lark's form."""
-    return json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
-from mlx_lm.tool_parsers import json_tools, pythonic
+from mlx_lm.tool_parsers import json_tools, kimi_k3
 
 from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.constraints.tools import ToolCalls
@@ -93,8 +93,8 @@ def test_thoughts_come_before_a_call_that_is_required():
 
 def test_other_formats_are_named():
     """If this fails, calls that no grammar holds are taken as though one did."""
-    for parser, name in ((pythonic, "pythonic"), (None, "none")):
+    for parser, name in ((kimi_k3, "kimi_k3"), (None, "none")):
         tokenizer = wrapped() if parser is None else wrapped((), parser)
         tokenizer._tool_parser = parser and parser.parse_tool_call
-        with pytest.raises(UserError, match=f"json_tools, found {name}$"):
+        with pytest.raises(UserError, match=f"the tool parser is {name}, expected one of json_tools, "):
             ToolCalls(SCHEMAS).constraint(tokenizer, 4096)

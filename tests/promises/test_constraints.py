@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tool_parsers import json_tools
+from mlx_lm.tool_parsers import json_tools, minimax_m2, pythonic
 from support.schemas import SCHEMAS
 
 from mlx_redrafter import DraftShape, stream_generate
@@ -163,23 +163,22 @@ def test_the_public_schemas(stories_pair, draft):
 def test_calls_are_the_same_with_drafts(named):
     """If this fails, drafts change what a model does with its tools, or a strict tool gets what it cannot take."""
     name, pair = named
-    tokenizer = TokenizerWrapper(
-        pair[2]._tokenizer,
-        tool_call_start=json_tools.tool_call_start,
-        tool_call_end=json_tools.tool_call_end,
-        tool_parser=json_tools.parse_tool_call,
-    )
     schemas = {title: SCHEMAS[title] for title in ("light", "sensor")}
+    tools = [{"function": {"name": title, "parameters": schema}} for title, schema in schemas.items()]
     made, most = 0, 72 if name == "pair" else 160  # the smaller vocabulary spells letter by letter
-    cases = [(True, CHOOSERS[1]), (False, CHOOSERS[0]), (True, CHOOSERS[0])][: 1 if name == "pair" else 3]
-    for i, (forced, chooser) in enumerate(cases):
+    cases = [(json_tools, True, 1), (json_tools, False, 0), (pythonic, True, 0), (minimax_m2, True, 2)]
+    for i, (parser, forced, chosen) in enumerate(cases[: 1 if name == "pair" else None]):
+        start, end, read = parser.tool_call_start, parser.tool_call_end, parser.parse_tool_call
+        tags = {"tool_call_start": start, "tool_call_end": end}
+        tokenizer = TokenizerWrapper(pair[2]._tokenizer, **tags, tool_parser=read)
         constraint = ToolCalls(schemas, forced).constraint(tokenizer, Target.of(pair[0]).vocab_size)
-        found = [text_of(pair, name, constraint, way, chooser, max_tokens=most)[:2] for way in (None, WAYS[2 - i])]
+        ways = (None, WAYS[(2 - i) % len(WAYS)])
+        found = [text_of(pair, name, constraint, way, CHOOSERS[chosen], max_tokens=most)[:2] for way in ways]
         assert found[0] == found[1]
-        calls = re.findall(r"<tool_call>(.*?)</tool_call>", found[0][1], re.DOTALL)
+        calls = re.findall(f"{re.escape(start)}(.*?){re.escape(end)}", found[0][1], re.DOTALL)
         assert forced or not calls
         made += len(calls)
-        for call in map(json.loads, calls):
+        for call in (read(inside, tools) for inside in calls):
             jsonschema.validate(call["arguments"], schemas[call["name"]])
     assert made
 

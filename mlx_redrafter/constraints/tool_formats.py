@@ -1,0 +1,252 @@
+"""Writes a call of a tool as each of mlx-lm's tool parsers reads it, in llguidance's form of Lark.
+
+Knows nothing of the text around a call. What a parser would read as something else is not allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import keyword
+from collections.abc import Callable
+from typing import Any
+
+from mlx_redrafter.constraints.constraint import for_guidance
+from mlx_redrafter.constraints.raw_text import raw_text
+from mlx_redrafter.errors import UserError
+
+BESIDE = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "title", "description",
+    "$schema", "$comment", "default", "examples"}  # fmt: skip
+SCALARS = {"string", "integer", "number", "boolean", "null"}
+
+
+@dataclasses.dataclass
+class Rules:
+    """The grammar's rules beside those of the text, and how literal text is written.
+
+    Args:
+        parser: the name of mlx-lm's parser.
+        spell: text in Lark's form, special tokens in it as such.
+    """
+
+    parser: str
+    spell: Callable[[str], str]
+    lines: list[str] = dataclasses.field(default_factory=list)
+
+    def rule(self, body: str, lazy: bool = False, terminal: bool = False) -> str:
+        """The name of a new rule."""
+        name = f"{'T' if terminal else 'r'}{len(self.lines)}"
+        self.lines.append(f"{name}{'[lazy]' if lazy else ''}: {body}")
+        return name
+
+    def json(self, schema: Any, where: str) -> str:
+        return self.rule(f"%json {json.dumps(for_guidance(schema, f'tools: {where}'))}")
+
+    def text(self, schema: dict[str, Any], end: str, where: str, stripped: bool, without: tuple[str, ...] = ()) -> str:
+        """Text without quotes, and what ends it."""
+        content = self.rule(raw_text(schema, (end, *without), f"tools: {where}", self.parser, stripped), terminal=True)
+        if (closing := self.spell(end)) == json.dumps(end):
+            return self.rule(f"{content} {closing}", lazy=True)
+        return f"{content} {closing}"
+
+    def refuse(self, where: str, what: str) -> UserError:
+        return UserError(f"tools: {where}: {what} cannot be kept with the tool parser {self.parser}")
+
+
+Value = Callable[[Rules, str, dict[str, Any], str], str]  # rules, where, a property's schema, what follows it
+Call = Callable[[Rules, str, dict[str, Any]], str]  # rules, the tool's name, its schema
+
+
+def _json_call(begin: str, end: str) -> Call:
+    def call(rules: Rules, name: str, schema: dict[str, Any]) -> str:
+        return f"{rules.spell(begin.replace('NAME', name))} {rules.json(schema, name)} {rules.spell(end)}"
+
+    return call
+
+
+def _quoted_call(rules: Rules, name: str, schema: dict[str, Any]) -> str:
+    call = _json_call('{"name": NAME, "arguments": ', "}")(rules, json.dumps(name), schema)
+    return rf"/\n?/ {call} /\n?/"
+
+
+def _tagged(begin: str, before: str, after: str, end: str, value: Value) -> Call:
+    """Arguments one after the other, each between tags; `before` has the KEY."""
+
+    def call(rules: Rules, name: str, schema: dict[str, Any]) -> str:
+        parts = []
+        for key, (needed, part) in _properties(rules, name, schema).items():
+            one = f"{rules.spell(before.replace('KEY', key))} {value(rules, f'{name}: {key}', part, after)}"
+            parts.append(f"({one}){'' if needed else '?'}")
+        if not parts and schema.get("additionalProperties", True) is not False:
+            opening, closing = (rules.spell(text) for text in before.split("KEY"))
+            parts = [rf"({opening} /[\w-]+/ {closing} {rules.text({}, after, name, True)})*"]
+        return f"{rules.spell(begin.replace('NAME', name))} {' '.join(parts)} {rules.spell(end)}"
+
+    return call
+
+
+def _separated(begin: str, equals: str, comma: str, end: str, value: Value) -> Call:
+    """Arguments with commas between them."""
+
+    def call(rules: Rules, name: str, schema: dict[str, Any]) -> str:
+        if not all(part.isidentifier() and not keyword.iskeyword(part) for part in name.split(".")):
+            raise rules.refuse(name, "this name")
+        parts = []
+        for key, (needed, part) in _properties(rules, name, schema).items():
+            if not key.isidentifier() or keyword.iskeyword(key):
+                raise rules.refuse(f"{name}: {key}", "this name")
+            parts.append((needed, f"{rules.spell(key + equals)} {value(rules, f'{name}: {key}', part, '')}"))
+        arguments = _listed(rules, parts, comma)
+        if not parts and schema.get("additionalProperties", True) is not False:
+            one = rules.rule(rf"/[a-z]\w*_/ {rules.spell(equals)} {value(rules, name, {'type': 'string'}, '')}")
+            arguments = f"({one} ({json.dumps(comma)} {one})*)?"
+        return f"{rules.spell(begin.replace('NAME', name))} {arguments} {rules.spell(end)}"
+
+    return call
+
+
+def _listed(rules: Rules, parts: list[tuple[bool, str]], comma: str) -> str:
+    """Parts in their order, with commas between those that are there."""
+    first = later = '""'
+    for needed, part in reversed(parts):
+        one = rules.rule(part)
+        first = rules.rule(f"{one} {later}" + ("" if needed else f" | {first}"))
+        later = rules.rule(f"{json.dumps(comma)} {one} {later}" + ("" if needed else f" | {later}"))
+    return first
+
+
+def _properties(rules: Rules, name: str, schema: dict[str, Any]) -> dict[str, tuple[bool, dict[str, Any]]]:
+    """Whether each property is required, and its schema, which brings along the definitions."""
+    if word := next((word for word in schema if word not in BESIDE and not word.startswith("x-")), None):
+        raise rules.refuse(name, word)
+    required, properties = schema.get("required", []), dict(schema.get("properties", {}))
+    properties |= {key: {} for key in required if key not in properties}
+    definitions = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
+    found = {}
+    for key, part in properties.items():
+        if '"$ref": "#"' in (text := json.dumps(part)) or '"$ref": "#/properties' in text:
+            raise rules.refuse(f"{name}: {key}", "a reference to the arguments")
+        found[key] = key in required, ({} if part is True else part) | definitions
+    return found
+
+
+def _kinds(schema: dict[str, Any]) -> set[str]:
+    """The types that a schema names, in itself or in what it chooses from."""
+    kinds = schema.get("type", [])
+    found = set(kinds if isinstance(kinds, list) else [kinds])
+    if not found and (values := schema.get("enum") or ([schema["const"]] if "const" in schema else [])):
+        names = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+        found = {names.get(type(value), "null") for value in values}
+    return found.union(*(_kinds(part) for part in schema.get("anyOf", ()) if isinstance(part, dict)))
+
+
+def _string_of(schema: dict[str, Any]) -> dict[str, Any]:
+    """Of a schema that allows text or null, the part about text."""
+    return next((part for part in schema.get("anyOf", ()) if "string" in _kinds(part)), schema)
+
+
+def _fenced(schema: Any) -> Any:
+    """A schema whose texts, in the JSON of one argument, hold no tag."""
+    if isinstance(schema, list):
+        return [_fenced(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {word: part if word in ("enum", "const") else _fenced(part) for word, part in schema.items()}
+    if schema.get("type") == "string" and "enum" not in schema:
+        found["allOf"] = [*found.get("allOf", ()), {"pattern": "^[^<]*$"}]
+    return found
+
+
+def _as_json(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
+    return f"{rules.json(_fenced(schema) if after else schema, where)} {rules.spell(after) if after else ''}"
+
+
+def _by_declared_type(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
+    """As glm47 reads it: text where the type is string, else JSON."""
+    if schema.get("type") == "string":
+        return rules.text(schema, after, where, stripped=True)
+    return _as_json(rules, where, schema, after)
+
+
+def _by_kind(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
+    """As minimax_m2 reads it: what says null is null, and text is only what can be nothing else."""
+    kinds = _kinds(schema)
+    if kinds - {"null"} == {"string"} or not schema:
+        text = rules.text(_string_of(schema), after, where, stripped=True)
+        return f"({text} | {rules.spell('null' + after)})" if "null" in kinds else text
+    if not kinds or "string" in kinds:
+        raise rules.refuse(where, "a value that may be text and something else" if kinds else "a value without a type")
+    return _as_json(rules, where, schema, after)
+
+
+def _by_one_type(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
+    """As qwen3_coder reads it: by a type that stands in the schema itself, or where there is none, text."""
+    kinds, declared = _kinds(schema), schema.get("type")
+    if isinstance(declared, list) and (kinds - SCALARS or "boolean" in kinds):
+        raise rules.refuse(where, "a list of these types")
+    if not isinstance(declared, list) and kinds - {"null"} == {"string"}:
+        text = rules.text(_string_of(schema), after, where, stripped=False)
+        return f"({text} | {rules.spell('null' + after)})" if "null" in kinds else text
+    if declared is None and (not kinds or kinds - {"object", "array", "null"}):
+        raise rules.refuse(where, "a value without a type")
+    if declared in ("number", "integer"):  # of which the parser makes a whole number, if it has no fraction
+        schema = {"minimum": -(2**53), "maximum": 2**53} | schema
+    return _as_json(rules, where, schema, after)
+
+
+def _gemma(quote: str, nested: bool) -> Value:
+    """Text between quotes of their own, everything else as JSON has it, names without quotes."""
+
+    def value(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
+        kinds, inner = _kinds(schema), {"$defs", "definitions"}
+        if kinds - {"null"} == {"string"}:
+            braces = () if nested else ("}",)
+            text = f"{rules.spell(quote)} {rules.text(_string_of(schema), quote, where, False, braces)}"
+            return f"({text} | {json.dumps('null')})" if "null" in kinds else text
+        if kinds and kinds <= SCALARS - {"string"}:
+            return rules.json(schema, where)
+        if nested and kinds == {"object"}:
+            parts = []
+            for key, (needed, part) in _properties(rules, where, schema).items():
+                if not key.isidentifier():
+                    raise rules.refuse(f"{where}: {key}", "this name")
+                parts.append((needed, f"{json.dumps(key + ':')} {value(rules, f'{where}: {key}', part, '')}"))
+            return f'"{{" {_listed(rules, parts, ",")} "}}"'
+        if nested and kinds == {"array"} and not set(schema) - inner - BESIDE - {"items", "minItems", "maxItems"}:
+            items = schema.get("items", {"type": "string"}) | {word: schema[word] for word in inner & set(schema)}
+            one, least, most = (
+                rules.rule(value(rules, where, items, "")),
+                schema.get("minItems", 0),
+                schema.get("maxItems"),
+            )
+            more = f'("," {one}){{{max(0, least - 1)},{"" if most is None else max(0, most - 1)}}}'
+            return '"[" "]"' if most == 0 else f'"[" ({one} {more}){"" if least else "?"} "]"'
+        raise rules.refuse(where, f"a value of type {' or '.join(sorted(kinds)) or 'any'}")
+
+    return value
+
+
+FORMATS: dict[str, Call] = {
+    "json_tools": _quoted_call,
+    "longcat": _quoted_call,  # it reads both, and a call without arguments only so
+    "mistral": _json_call("NAME[ARGS]", ""),
+    "kimi_k2": _json_call("<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+    "qwen3_coder": _tagged(
+        "\n<function=NAME>\n", "<parameter=KEY>\n", "\n</parameter>\n", "</function>\n", _by_one_type
+    ),
+    "glm47": _tagged("NAME\n", "<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>", "\n", _by_declared_type),
+    "minimax_m2": _tagged(
+        '\n<invoke name="NAME">\n', '<parameter name="KEY">', "</parameter>", "\n</invoke>\n", _by_kind
+    ),
+    "minicpm5": _tagged('"NAME">', '<param name="KEY">', "</param>", "", _by_kind),
+    "muse_spark": _tagged(
+        '\n<atem:invoke name="NAME">\n',
+        '<atem:parameter name="KEY">',
+        "</atem:parameter>",
+        "\n</atem:invoke>\n",
+        _as_json,
+    ),
+    "pythonic": _separated("[NAME(", "=", ", ", ")]", _as_json),
+    "function_gemma": _separated("call:NAME{", ":", ",", "}", _gemma("<escape>", nested=False)),
+    "gemma4": _separated("call:NAME{", ":", ",", "}", _gemma('<|"|>', nested=True)),
+}

@@ -1,0 +1,146 @@
+"""A call written as each tool parser of mlx-lm has it is read by that parser as arguments that are valid."""
+
+import functools
+import importlib
+
+import jsonschema
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from mlx_redrafter.constraints.matcher import Matcher
+from mlx_redrafter.constraints.tool_formats import FORMATS
+from mlx_redrafter.constraints.tools import ToolCalls
+from mlx_redrafter.errors import UserError
+from mlx_redrafter.text.loading import EMBEDDED
+
+FLAT = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 6},
+        "unit": {"type": "string", "enum": ["C", "F"]},
+        "code": {"type": "string", "pattern": "^[a-z]{2}(-x)?$"},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+        "height": {"type": "number"},
+        "wind": {"type": "boolean"},
+    },
+    "required": ["city", "days", "wind"],
+    "additionalProperties": False,
+}
+DEEP = {
+    "type": "object",
+    "$defs": {"at": {"type": "object", "properties": {"x": {"type": "integer", "maximum": 99}}, "required": ["x"]}},
+    "properties": {
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
+        "at": {"type": "object", "properties": {"x": {"type": "integer", "maximum": 99}, "on": {"type": "boolean"}},
+            "required": ["x"], "additionalProperties": False},
+    },
+    "required": ["at", "tags"],
+}  # fmt: skip
+OPTIONAL = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
+MAYBE = {
+    "type": "object",
+    "properties": {"note": {"anyOf": [{"type": "string", "maxLength": 5}, {"type": "null"}]}},
+    "required": ["note"],
+}
+ANYTHING = {"type": "object"}
+CANNOT = {("function_gemma", "deep")}  # an object has a brace, behind which that parser does not read
+SCHEMAS = {"flat": FLAT, "deep": DEEP, "optional": OPTIONAL, "maybe": MAYBE, "anything": ANYTHING}
+
+
+PARSERS = {parser: importlib.import_module(f"mlx_lm.tool_parsers.{parser}") for parser in FORMATS}
+INSIDE = ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<|tool_call_begin|>", "<|tool_call_end|>",
+    "<|tool_call_argument_begin|>", "[ARGS]", "<escape>", '<|"|>']  # fmt: skip
+TAGS = {tag for module in PARSERS.values() for tag in (module.tool_call_start, module.tool_call_end) if tag}
+
+
+@functools.cache
+def embedded(special):
+    """The embedded tokenizer, to which all tags are text, or tokens."""
+    inner = load_tokenizer(EMBEDDED / "target")._tokenizer
+    inner.add_tokens(sorted({*INSIDE, *TAGS} - {"<function name="}) if special else [])
+    return inner
+
+
+def tokenizer_of(parser, special):
+    module = PARSERS[parser]
+    tags = {"tool_call_start": module.tool_call_start, "tool_call_end": module.tool_call_end}
+    return TokenizerWrapper(embedded(special), **tags, tool_parser=module.parse_tool_call)
+
+
+@functools.cache
+def likings(special):
+    """Of each token, by a model that likes short tokens, what ends something, and the end best."""
+    inner = embedded(special)
+    texts = [inner.decode([token]) for token in range(len(inner))]
+    found = np.array([(30.0 if text[-1:] in set('"}<>|\n') else 1.0) / max(1, len(text)) for text in texts])
+    found[inner.eos_token_id] = 1e6
+    return found
+
+
+def at_random(matcher, special, seed):
+    """A text that is allowed; None where it does not end."""
+    inner, liking, random, text = embedded(special), likings(special), np.random.default_rng(seed), []
+    for _ in range(300):
+        allowed = np.unpackbits(matcher.allowed([0], [0]).view(np.uint8), bitorder="little")[: len(inner)] * liking
+        token = int(random.choice(len(inner), p=allowed / allowed.sum()))
+        matcher.take([token])
+        if token == inner.eos_token_id:
+            return inner.decode(text, skip_special_tokens=False)
+        text.append(token)
+    return None
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["tokens", "text"])
+@pytest.mark.parametrize("parser", FORMATS)
+def test_calls_are_read_as_they_were_meant(parser, special):
+    """If this fails, a strict tool gets arguments that it cannot take, or a call is lost."""
+    tokenizer, finished = tokenizer_of(parser, special), 0
+    start, end, size = tokenizer.tool_call_start, tokenizer.tool_call_end, len(embedded(special))
+    for seed, (name, schema) in enumerate(SCHEMAS.items()):
+        if (parser, name) in CANNOT:
+            continue
+        constraint = ToolCalls({name: schema}, forced=True).constraint(tokenizer, size)
+        text = at_random(Matcher(constraint, tokenizer, size), special, seed)
+        if text is None:
+            continue
+        finished += 1
+        assert text.startswith(start)
+        inside = text.removeprefix(start).partition(end)[0] if end else text.removeprefix(start)
+        calls = tokenizer.tool_parser(inside, [{"function": {"name": name, "parameters": schema}}])
+        for call in calls if isinstance(calls, list) else [calls]:
+            assert call["name"] == name, inside
+            jsonschema.validate(call["arguments"], schema)
+    assert finished >= 2
+
+
+@pytest.mark.parametrize(
+    ("parser", "part", "words"),
+    [
+        ("qwen3_coder", {"anyOf": [{"type": "integer"}, {"type": "null"}]}, "a value without a type"),
+        ("qwen3_coder", {"type": ["boolean", "string"]}, "a list of these types"),
+        ("glm47", {"type": "string", "format": "date"}, "format of text"),
+        ("glm47", {"type": "string", "pattern": "a|b"}, 'the pattern "a|b" of text'),
+        ("minimax_m2", {"type": ["string", "integer"]}, "a value that may be text and something else"),
+        ("minimax_m2", {"type": "string", "enum": ["null"]}, 'the value "null" of text'),
+        ("function_gemma", {"type": "array"}, "a value of type array"),
+    ],
+)
+def test_what_a_format_cannot_keep_is_named(parser, part, words):
+    """If this fails, a call is held to less than its schema says."""
+    tokenizer = tokenizer_of(parser, False)
+    with pytest.raises(UserError, match="tools: f: a: ") as refused:
+        ToolCalls({"f": {"type": "object", "properties": {"a": part}}}).constraint(tokenizer, 4096)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_names_and_words_beside_the_properties():
+    for parser, name, schema, words in (
+        ("pythonic", "a b", {}, "a b: this name"),
+        ("gemma4", "f", {"properties": {"a-b": {}}}, "f: a-b: this name"),
+        ("glm47", "f", {"anyOf": [{}]}, "f: anyOf"),
+        ("glm47", "f", {"properties": {"a": {"$ref": "#"}}}, "f: a: a reference to the arguments"),
+    ):
+        with pytest.raises(UserError, match=f"tools: {words} cannot be kept with the tool parser {parser}"):
+            ToolCalls({name: {"type": "object"} | schema}).constraint(tokenizer_of(parser, False), 4096)
