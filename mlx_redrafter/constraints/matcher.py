@@ -67,34 +67,54 @@ class Matcher:
         return found[: min(end, most)]
 
     def grow(
-        self, tokens: Sequence[int], parents: Sequence[int], rows: int, chain: bool = False
+        self,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        rows: int,
+        chain: bool = False,
+        right: Sequence[float] = (0.5,),
+        least: Sequence[float] = (),
+        known: int = 0,
     ) -> tuple[list[int], list[int]]:
-        """A tree without what the constraint forbids, and with what it forces in the place of that.
+        """A tree without what the constraint forbids, and with what it forces in the place of that and behind it.
 
         Args:
             tokens, parents: of each row, the root first, which was taken already, a parent before its children.
-            rows: that the result may have.
+            rows: that the result may have in any case.
             chain: it has to stay a chain.
+            right: how often the best draft of a depth is right, from depth 1 on.
+            least: from how probable a token on, what is forced may have a row more, by rows before it.
+            known: rows behind the root that are forced themselves; depths count from the last of them.
 
         Returns:
-            tokens and parents of as many rows, a parent before its children, and siblings in the same order.
+            tokens and parents of the rows, a parent before its children, and siblings in the same order.
         """
-        kept, above, forced = [tokens[0]], [0], list[tuple[int, int, list[int]]]()
-        seats = {0: 0}
+        kept, above, forced = [tokens[0]], [0], list[tuple[float, int, list[int]]]()
+        seats, odds, left, needed = {0: 0}, {0: 1.0}, dict[int, float](), dict[int, int]()
 
         def note(row: int, depth: int) -> None:
             if row:
+                parent = parents[row]
+                share = 1.0 if needed.get(parent) == tokens[row] else right[max(1, min(depth - known, len(right))) - 1]
+                odds[row] = odds[parent] * left.get(parent, 1.0) * share
+                left[parent] = left.get(parent, 1.0) * (1 - share)  # for its later children
                 kept.append(tokens[row])
-                above.append(seats[parents[row]])
+                above.append(seats[parent])
                 seats[row] = len(kept) - 1
-            forced.append((depth, seats[row], self.forced(rows)))
+            if more := self.forced(max(rows, len(least))):
+                needed[row] = more[0]
+                forced.append((odds[row], seats[row], more))
 
         self._walk(tokens, parents, note)
-        for _, seat, more in [max(forced, key=lambda one: one[0])] if chain else sorted(forced, key=lambda one: one[0]):
+        order = sorted(forced, key=lambda one: -one[0])
+        if chain:
+            order = [one for one in order if one[1] == len(kept) - 1]
+        for probable, seat, more in order:
             for token in more:
                 there = [i for i in range(1, len(kept)) if above[i] == seat and kept[i] == token]
                 if not there:
-                    if len(kept) >= rows:
+                    taken = len(kept)
+                    if taken >= rows and (taken >= len(least) or probable < least[taken]):
                         break
                     kept.append(token)
                     above.append(seat)

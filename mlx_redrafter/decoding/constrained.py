@@ -6,40 +6,66 @@ device verifies. As with logits processors, a step can be built only when the la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.constraints.matcher import Matcher
-from mlx_redrafter.drafting.shape import Forced, Plain, Plan
+from mlx_redrafter.decoding.planner import Odds
+from mlx_redrafter.drafting.shape import Drafted, Forced, Plain, Plan
 from mlx_redrafter.target.tree import CandidateTree
 
 FARTHEST = 15  # forced tokens in one step
-FAR = 4  # so many need no drafter: its chains are seldom accepted farther
+FAR = 4  # so many need no drafter that cannot draft behind them: its chains are seldom accepted farther
 
 
-def jump(matcher: Matcher, plan: Plan) -> Plan:
-    """What was planned, or what the grammar forces where that is far, or nothing else was planned."""
+def jump(matcher: Matcher, plan: Plan, behind: bool, odds: Odds) -> Plan:
+    """What was planned, or what the grammar forces where that is far, or nothing else was planned.
+
+    Args:
+        behind: what is drafted can be drafted behind what is forced.
+        odds: of the step's rows.
+    """
     forced = len(matcher.forced(FARTHEST))
+    if forced and behind and isinstance(plan, Drafted):
+        pays = 1 + forced < len(odds.least) and odds.right[0] >= odds.least[1 + forced]
+        return Drafted(plan.shape) if pays else Forced(forced)
     return Forced(forced) if forced >= (1 if isinstance(plan, Plain) else FAR) else plan
 
 
-def prune(matcher: Matcher, tree: CandidateTree, plan: Plan, chain: bool) -> CandidateTree:
+def prune(
+    matcher: Matcher,
+    tree: CandidateTree,
+    plan: Plan,
+    chain: bool,
+    odds: Odds,
+    root: mx.array,
+    certain: Sequence[int] = (),
+) -> CandidateTree:
     """The rows that the grammar allows, and what it forces in the place of the others (batch size 1).
 
     Args:
         tree: as drafted; the host waits for it.
         plan: says how many rows there may be.
         chain: the target can verify only consecutive positions.
+        odds: of its rows.
+        root: (1,) the step's.
+        certain: forced tokens behind the root, of which the last is the root of the tree.
     """
     tokens, parents, valid = (_host(array) for array in (tree.tokens, tree.parents, tree.valid))
-    seats = {row: i for i, row in enumerate(row for row in range(tree.rows) if valid[row])}
+    first = [*_host(root[None]), *certain[:-1]] if certain else []
+    before = len(first)
+    seats = {row: before + i for i, row in enumerate(row for row in range(tree.rows) if valid[row])}
     kept = matcher.grow(
-        [tokens[row] for row in seats],
-        [seats[parents[row]] for row in seats],
-        max(tree.rows, 1 + plan.num_draft_tokens),
+        [*first, *(tokens[row] for row in seats)],
+        [*(max(0, i - 1) for i in range(before + 1)), *(seats[parents[row]] for row in seats if row)],
+        before + max(tree.rows, 1 + plan.num_draft_tokens),
         chain,
+        odds.right,
+        odds.least,
+        before,
     )
     return CandidateTree.static(mx.array([kept[0]], mx.int32), tuple(kept[1]))
 

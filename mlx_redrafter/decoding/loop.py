@@ -70,12 +70,14 @@ def speculative(
 
     def submit(waiting: bool) -> Submitted | None:
         """The next step; None where it is better built when the one before has been read."""
-        plan = planner.plan() if ranks is None else ranks.share(planner.plan())
-        if matcher is not None:
-            plan = jump(matcher, plan)
+        plan, odds = planner.plan(), None if matcher is None else planner.odds()
+        if ranks is not None:
+            plan, odds = ranks.share((plan, odds))
+        if matcher is not None and odds is not None:
+            plan = jump(matcher, plan, proposer is not None and proposer.from_any_root, odds)
         if isinstance(plan, Plain) and not cache.plain_rows(length if waiting else None):
             return None
-        return step.submit(plan)
+        return step.submit(plan, odds)
 
     if max_tokens != 1 and not waits:
         ahead = submit(waiting=True)
@@ -100,10 +102,12 @@ def speculative(
         cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
         if proposer is not None:
             proposer.learn(tokens)
-        read = StepRead(current.plan, tokens, length, most=current.most)
+        own = tokens[current.certain :]  # without what no drafter drafted
+        read = StepRead(current.plan, own, length, most=current.most - current.certain)
         if current.path is not None and current.parents is not None:
-            read.path, read.parents = wait_for(current.path)[0][: len(tokens)], wait_for(current.parents)[0]
-        if isinstance(current.plan, Forced):
+            path = wait_for(current.path)[0][: len(tokens)]
+            read.path, read.parents = path[current.certain :], wait_for(current.parents)[0]
+        if isinstance(current.plan, Forced) or not own:
             planner.begin()  # nothing was planned; the next step's time counts from here
         else:
             planner.learn(read)

@@ -31,6 +31,19 @@ class StepRead:
     most: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Odds:
+    """How probable drafts are, and when one more row pays.
+
+    Attributes:
+        right: how often the best draft of a depth is right, from depth 1 on; the last holds for those below.
+        least: from how probable a token on a row pays, by rows before it; of those beyond, none does.
+    """
+
+    right: tuple[float, ...] = (0.65,)
+    least: tuple[float, ...] = (0.25,) * 16
+
+
 class Planner:
     """Drafts the same in every step.
 
@@ -47,6 +60,10 @@ class Planner:
     def plan(self) -> Plan:
         """What the next step drafts; may be asked more than once for a step."""
         return self.always
+
+    def odds(self) -> Odds:
+        """Of the next step, for what a grammar adds to its drafts."""
+        return Odds()
 
     def learn(self, step: StepRead) -> None:
         """Is told of every step as soon as it has been read."""

@@ -7,11 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.constrained import mask_tree, prune
+from mlx_redrafter.decoding.constrained import FARTHEST, mask_tree, prune
 from mlx_redrafter.decoding.logits_processors import process_tree
 from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import Odds
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import PLAIN, Forced, Plain, Plan
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, Forced, Plain, Plan
 from mlx_redrafter.system.partial_submit import submit_part
 from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
@@ -46,7 +47,7 @@ class Submitted:
     """A step's results while the device is still at it.
 
     `most` is the largest count it can have; `path` and `parents` are those of a tree, and
-    None where rows lie in order.
+    None where rows lie in order. The first `certain` rows behind the root were forced, and nobody's drafts.
     """
 
     count: mx.array
@@ -56,6 +57,7 @@ class Submitted:
     plan: Plan
     path: mx.array | None
     parents: mx.array | None
+    certain: int = 0
 
 
 def prefill(
@@ -131,19 +133,22 @@ class SpeculativeStep:
         self.verifier, self.proposer, self.options, self.cache = verifier, proposer, options, cache
         self.context, self.root, self.history = contexts[:, -1], root, history
 
-    def __call__(self, plan: Plan) -> Submitted:
+    def __call__(self, plan: Plan, odds: Odds | None = None) -> Submitted:
         cache, proposer = self.cache, self.proposer
         assert cache.length is not None
         matcher, chain_only = self.options.matcher, self.verifier.capability == CHAIN
-        ranks = self.verifier.target.ranks
+        ranks, certain = self.verifier.target.ranks, list[int]()
         if isinstance(plan, Plain | Forced) or proposer is None:
             tree = CandidateTree.chain(self.root[:, None].astype(mx.int32))
         else:
-            tree = proposer.propose(self.context, self.root, plan, chain_only=chain_only)
+            if matcher is not None and proposer.from_any_root and isinstance(plan, Drafted):
+                certain = matcher.forced(FARTHEST)
+            root = mx.array(certain[-1:]) if certain else self.root
+            tree = proposer.propose(self.context, root, plan, chain_only=chain_only)
             if ranks is not None:
                 tree = tree.agreed(ranks)
         if matcher is not None and not isinstance(plan, Plain):
-            tree = prune(matcher, tree, plan, chain_only)
+            tree = prune(matcher, tree, plan, chain_only, odds or Odds(), self.root, certain)
         submit_part(tree.tokens, tree.ancestors)
         hidden, logits = self.verifier(tree, cache, () if proposer is None else proposer.context_layers)
         if self.options.processors:
@@ -164,16 +169,16 @@ class SpeculativeStep:
         if not tree.in_order:
             logits = mx.take_along_axis(logits, accepted.path[..., None], axis=1)
         path, parents = (None, None) if tree.in_order else (accepted.path, tree.parents)
-        return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents)
+        return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents, len(certain))
 
     def process(self, tree: CandidateTree, logits: mx.array) -> mx.array:
         """Logits (B, 1 + N, vocab) after the logits processors."""
         assert self.history is not None
         return process_tree(self.options.processors, self.history, tree, logits)
 
-    def submit(self, plan: Plan) -> Submitted:
-        """Builds a step and sends it to the device."""
-        submitted = self(plan)
+    def submit(self, plan: Plan, odds: Odds | None = None) -> Submitted:
+        """Builds a step and sends it to the device; under a constraint it goes by the odds."""
+        submitted = self(plan, odds)
         arrays = [submitted.count, submitted.tokens, self.root, self.context, *self.cache.arrays()]
         if submitted.path is not None and submitted.parents is not None:
             # Of a tree's logits no choice was made in this form.

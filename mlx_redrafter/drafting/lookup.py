@@ -133,6 +133,7 @@ class LookupProposer(Proposer):
         self.inner, self.index = inner, index
         if inner is not None:
             self.context_layers, self.prefix_window = inner.context_layers, inner.prefix_window
+            self.from_any_root = inner.from_any_root
         self.text: TextBuffer | None = None  # while it is needed
         self._unused = 0  # steps since it was
         self._root: mx.array | None = None  # until the host has read it

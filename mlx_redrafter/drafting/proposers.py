@@ -31,11 +31,13 @@ class Proposer(abc.ABC):
     Attributes:
         context_layers: the target's layers whose hidden states are the context, as `Target.forward` takes them.
         prefix_window: committed tokens before the first step whose contexts it reads, if they are there.
+        from_any_root: it can propose behind a token further on than the root, by the context that there is.
         projected: (B, exit_dim) what the head made of the context of the last step, for a recurrent head.
     """
 
     context_layers: tuple[int, ...] = ()
     prefix_window = 1
+    from_any_root = False
     projected: mx.array | None = None
 
     @abc.abstractmethod
@@ -114,6 +116,8 @@ class RecurrentProposer(Proposer):
         embed: the target's embedding.
         temperature: of the drafter's probabilities, by which nodes are chosen.
     """
+
+    from_any_root = True
 
     def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
         self.drafter, self.embed, self.temperature = drafter, embed, temperature

@@ -8,10 +8,11 @@ cost a small share of all time, and one that did not help is waited for twice as
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
-from mlx_redrafter.decoding.planner import Planner, StepRead
+from mlx_redrafter.decoding.planner import Odds, Planner, StepRead
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, LookedUp, Plan
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import LookupController, LookupMemory
@@ -25,6 +26,7 @@ SHARE, ALLOWANCE = 0.01, 2.0  # of all time that trials may cost, beside so many
 FIRST_GAP, LARGEST_GAP = 32, 4096  # steps between two trials of one shape
 EARLY, USUAL = 4, 16  # steps between reviews, at first and later
 TIMES, TRUSTED = 32, 5  # measured times of a shape that count, and those from which on no others do
+MOST_ROWS = 24  # of a step with what a grammar forces
 COARSE = 64  # tokens of context that make no difference to a step's time
 
 
@@ -97,6 +99,13 @@ class PairMemory:
     def speed(self, length: int) -> float:
         """Expected tokens per second of the arm in use."""
         return self.rate(self.current, length)
+
+    def odds(self, length: int) -> Odds:
+        """When one more row pays behind so many tokens: where it brings more tokens per second than the arm in use."""
+        slow, speed = self._drift.value(1.0, TRUSTED), self.speed(length)
+        seconds = [self.costs.verify_seconds(rows, length) * slow for rows in range(1, MOST_ROWS + 1)]
+        least = tuple(max(0.0, more - less) * speed for less, more in itertools.pairwise(seconds))
+        return Odds(tuple(self.acceptance.shares()[0]), (0.0, *least))
 
     def note(self, step: StepRead, seconds: float | None) -> None:
         """A step, and its time where that says something."""
@@ -176,6 +185,9 @@ class Controller(Planner):
         found = plan if self.lookup is None else self.lookup.plan(plan, self._length)
         # A trial is of the drafter's own steps: in a text that repeats itself it would never end otherwise.
         return plan if self._trial is not None and isinstance(found, Drafted) else found
+
+    def odds(self) -> Odds:
+        return self.memory.odds(self._length)
 
     def learn(self, step: StepRead) -> None:
         memory, now = self.memory, self.clock()

@@ -1,5 +1,7 @@
 """The tree and the logits of a step under a constraint."""
 
+from unittest.mock import create_autospec
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import pytest
 from mlx_redrafter.constraints.constraint import regex
 from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.decoding.batch_text import BatchText
-from mlx_redrafter.decoding.constrained import jump, masked, prune
+from mlx_redrafter.decoding.constrained import jump, mask_tree, masked, prune
 from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import Odds
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Forced
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.tree import CandidateTree
@@ -29,6 +32,18 @@ def test_masks_are_bits():
     assert np.array_equal(np.array(found[0])[allowed], np.array(logits[0])[allowed])
 
 
+def test_masks_are_made_while_the_device_verifies(monkeypatch):
+    """If this fails, the device waits for the host in every step."""
+    logits, events = mx.zeros((1, 2, 70)), []
+    matcher = create_autospec(Matcher, instance=True)
+    matcher.allowed.side_effect = lambda *_: events.append("masks") or np.full((2, 3), 1, np.uint32)
+    submit = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: events.append(arrays[0] is logits) or submit(*arrays))
+    found = mask_tree(matcher, CandidateTree.chain(mx.array([[1, 2]])), logits)
+    assert events == [True, "masks"]
+    assert np.isfinite(np.array(found)).sum() == 2 * 3
+
+
 def test_rows_that_fill_the_shape_go(pair, letters):
     """If this fails, a row that is no candidate is verified as one."""
     a, b, c = (letters[name] for name in "abc")
@@ -37,22 +52,52 @@ def test_rows_that_fill_the_shape_go(pair, letters):
     tree = CandidateTree.from_parents(
         mx.array([[a, b, c]]), mx.array([[0, 0, 0]]), 1, valid=mx.array([[True, False, True]])
     )
-    pruned = prune(matcher, tree, Drafted(DraftShape(2, 2, 2)), chain=False)
+    pruned = prune(matcher, tree, Drafted(DraftShape(2, 2, 2)), False, Odds(), mx.array([a]))
     assert pruned.tokens.tolist() == [[a, c]] and pruned.in_order
 
 
 def test_far_jumps_need_no_drafter(pair, letters):
     """If this fails, the drafter drafts what is known, or a plain step leaves out what is forced."""
     drafted = Drafted(DraftShape())
+    poor = Odds(right=(0.2,))
+
+    def jumps(matcher):
+        """Of a plain step, one of a drafter that knows one root alone, one that drafts behind, and one that is poor."""
+        ways = ((PLAIN, False, Odds()), (drafted, False, Odds()), (drafted, True, Odds()), (drafted, True, poor))
+        return [jump(matcher, plan, behind, odds) for plan, behind, odds in ways]
+
     matcher = Matcher(regex("a(b|c)xyxyxyxyxy"), pair[2], 4096)
     matcher.take([letters["a"]])
-    assert (jump(matcher, drafted), jump(matcher, PLAIN)) == (drafted, PLAIN)
+    assert jumps(matcher) == [PLAIN, drafted, drafted, drafted]
     matcher.take([letters["b"]])
-    far = jump(matcher, drafted)
-    assert isinstance(far, Forced) and far.num_draft_tokens >= 4
+    far = Forced(len(matcher.forced(99)))
+    assert far.num_draft_tokens >= 4 and jumps(matcher) == [far, far, drafted, far]
     matcher = Matcher(regex("a#(c|d)"), pair[2], 4096)
     matcher.take([letters["a"]])
-    assert (jump(matcher, drafted), jump(matcher, PLAIN)) == (drafted, Forced(1))
+    assert jumps(matcher) == [Forced(1), drafted, drafted, Forced(1)]
+
+
+def test_drafts_stand_behind_what_is_forced(pair, letters):
+    """If this fails, a step ends with what is forced, or what was drafted behind it is lost."""
+    a, b, c = (letters[name] for name in "abc")
+    matcher = Matcher(regex("a##(b|c)##[a-d]*"), pair[2], 4096)
+    matcher.take([a])
+    certain = matcher.forced(99)
+    assert pair[2].decode(certain) == "##"
+    tree = CandidateTree.static(mx.array([[certain[-1], b, a, c]], mx.int32), (0, 0, 0, 0))
+    plan, known = Drafted(DraftShape(2, 3, 3)), len(certain)
+
+    def rows(**odds):
+        pruned = prune(matcher, tree, plan, False, Odds(**odds), mx.array([a]), certain)
+        return pruned.tokens[0].tolist(), pruned.parents[0].tolist()
+
+    chain = [0, *range(known)]
+    tokens, parents = rows(least=())  # the row of the wrong draft goes to what is forced behind the first
+    assert tokens == [a, *certain, b, c, certain[0]] and parents == [*chain, known, known, known + 1]
+    tokens, _ = rows(right=(0.5,), least=(0.3,) * 99)
+    assert tokens == [a, *certain, b, c, *certain]  # behind the second one it is not probable enough
+    tokens, _ = rows(right=(0.5,), least=(0.2,) * 99)
+    assert tokens == [a, *certain, b, c, *certain, *certain]
 
 
 def test_no_batches(pair):

@@ -213,6 +213,14 @@ def test_a_tree_ends_before_the_step_in_its_cost():
     assert new_memory(costs).current.plan == Drafted(DraftShape(4, 5, 12))
 
 
+def test_rows_of_a_grammar_end_before_the_step_too():
+    """If this fails, what a grammar forces takes rows that cost more than they bring, or leaves out those that pay."""
+    memory = new_memory(made_up(lambda rows: 1 + 0.02 * rows + (rows > 15)))
+    odds = Controller(memory).odds()
+    assert all(0 < least < 0.1 for least in odds.least[1:12]) and min(odds.least[12:16]) > 0.4  # 12 to 16 is one slope
+    assert odds.right == tuple(memory.acceptance.shares()[0])
+
+
 def state(memory):
     return (
         memory.acceptance.to_dict(),
