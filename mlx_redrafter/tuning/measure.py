@@ -117,7 +117,8 @@ def _cache(verifier: Verifier, tokens: int, texts: int = 1) -> KVCache:
     """A cache that holds so many rows; zeros where that can be, for their content is of no matter to the time."""
     cache = verifier.make_cache()
     prompt = mx.zeros((texts, 1 if cache.can_rewind else tokens), mx.int32)
-    prefill(verifier.target, prompt, cache.layers, DecodingOptions())
+    _, logits = prefill(verifier.target, prompt, cache.layers, DecodingOptions())
+    mx.eval(logits, cache.arrays())  # the next process of a pipeline waits for what this one computes
     if cache.can_rewind:
         room = -(-(tokens + 4 * max(ROWS)) // BLOCK) * BLOCK
         for layer in leaves(cache.layers):
