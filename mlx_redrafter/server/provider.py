@@ -105,8 +105,10 @@ class Provider(ModelProvider):
         return self.model, self.tokenizer
 
     def _take(self, model: str, adapter: str | None, draft: str | None, own: bool) -> None:
-        if draft is not None and draft not in (MTP, *self._drafters):
-            read_config(find_drafter(draft))  # before the current target goes
+        if draft == MTP:  # this and the next look before the current target goes
+            open_draft(draft, self._target_folder(model, own))
+        elif draft is not None and draft not in self._drafters:
+            read_config(find_drafter(draft))
         if self.model_key != (model, adapter, None):
             self._load_target(model, adapter, own)
         self.drafter = None if draft is None else self._open_drafter(draft)

@@ -62,6 +62,7 @@ def test_what_does_not_fit_changes_nothing(provider, parrot):
         (DEFAULT, None, str(parrot / "drafter")),
         (DEFAULT, "/nowhere", None),
         (DEFAULT, None, "mtp"),
+        (str(parrot), None, "mtp"),
     ):
         with pytest.raises(NoSuchModel):
             provider.load(*names)
