@@ -76,11 +76,13 @@ def summary(outcomes: list[Outcome]) -> str:
     drafting = sum(o.capability in (TREE, CHAIN) for o in decoding)
     trees = sum(o.capability == TREE for o in attention)
     equal = sum(bool(o.equal) for o in decoding)
+    taps = sum(o.taps is not None for o in decoding)
     return (
         f"{len(outcomes)} modules, {len(decoding)} of which decode on the machine that made the table;"
         f" of those {drafting} can be drafted for ({drafting / len(decoding):.0%})."
         f" Of the {len(attention)} without states {trees} verify trees ({trees / max(1, len(attention)):.0%})."
         f" All texts were equal for {equal} of {len(decoding)}."
+        f" Heads can read hidden states between the layers of {taps} of the {drafting}."
     )
 
 
