@@ -96,7 +96,7 @@ class Batch:
 
     def step(self) -> list[TextStep]:
         """Reads on in prompts, decodes one step, and says what each text got of it."""
-        begin = time.perf_counter()
+        begin, reads_prompts = time.perf_counter(), self._reads_prompts
         found = self._read_prompts()
         self.prompt_seconds += time.perf_counter() - begin
         if not self.running:
@@ -128,7 +128,7 @@ class Batch:
             produced = Produced(new, current.logits[row], drafted, plan=current.plan)
             found.append(TextStep(text, produced))
         self._tighten()
-        self.planner.learn(reads)
+        self.planner.learn(reads, timed=not reads_prompts)
         ended = [text for text in self.running if text.ended]
         for text in ended:
             if text.wants_cache and text.error is None:
@@ -162,11 +162,15 @@ class Batch:
             self._step = self._ahead = None
         mx.clear_cache()
 
+    @property
+    def _reads_prompts(self) -> bool:
+        return self._arrival is not None or (bool(self.waiting) and len(self.running) < self.most_texts)
+
     def _read_prompts(self) -> list[TextStep]:
         """Reads on in the prompts of texts that there is room for; those read to the end join."""
         found: list[TextStep] = []
         left, prompts = self.chunk, self.most_prompts
-        while left > 0 and prompts > 0 and (self._arrival or (self.waiting and len(self.running) < self.most_texts)):
+        while left > 0 and prompts > 0 and self._reads_prompts:
             if self._arrival is None:
                 self._arrival = self._next_arrival(prompts)
             arrival = self._arrival

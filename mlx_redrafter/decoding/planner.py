@@ -83,5 +83,9 @@ class BatchPlanner:
         """What the next step drafts for each of so many texts, of which the longest has so many tokens."""
         return self.always
 
-    def learn(self, steps: list[StepRead]) -> None:
-        """Is told how a step went for each of its texts that goes on or ends with it."""
+    def learn(self, steps: list[StepRead], timed: bool = True) -> None:
+        """Is told how a step went for each of its texts that goes on or ends with it.
+
+        Args:
+            timed: whether nothing but steps has been done since it was told of the last one.
+        """

@@ -1,9 +1,10 @@
 """Chooses what the steps of a batch draft: the more texts there are, the fewer drafts each of them gets.
 
 Knows nothing of text. A step of B texts reads B x (1 + N) rows in one call of the model, all
-texts equally many. What such a step costs is measured when so many texts first run together,
-and corrected by what steps take from then on; the plan with the most expected tokens per
-second is in use, and plain decoding is one of them.
+texts equally many. What such a step costs is computed from what steps of one text cost, and
+corrected by what steps take; nothing waits for a measurement. The plan with the most expected
+tokens per second is in use, and plain decoding is one of them. Now and then the next best plan
+is tried for a few steps; where that does not help, it is waited for twice as long.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Plan
 from mlx_redrafter.target.verification import Verifier
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
-from mlx_redrafter.tuning.measure import measure_batch
-from mlx_redrafter.tuning.running import RecentMedian
+from mlx_redrafter.tuning.running import Slowness
 from mlx_redrafter.tuning.session import Session, session_for
+from mlx_redrafter.tuning.step_costs import Costs
 
-TRIAL = 64  # steps after which a batch that decodes plainly drafts once: texts change
-TIMES, TRUSTED = 32, 5  # measured times of a plan that count, and those from which on no others do
-
-Seconds = dict[str, float]
+MOST_ROWS = 64  # of all texts together, from which on no device reads more of them for little
+BETTER = 1.02  # by how much another plan has to be faster to take over
+CLOSE = 0.8  # of the speed in use, from which on a plan is worth a trial; beside plain steps the best one always is
+BURST, LONGER = 4, 12  # steps of a trial, and steps more if they went better than what is in use
+FIRST_GAP, LARGEST_GAP = 32, 512  # steps between two trials
+COARSE = 64  # tokens of context that make no difference to a step's time
 
 
 class BatchController(BatchPlanner):
@@ -32,7 +35,8 @@ class BatchController(BatchPlanner):
     Args:
         acceptance: how often the drafter was right.
         plans: to choose from, besides plain decoding.
-        measured: seconds of a step of so many texts together, by the plans that it can have.
+        costs: of the steps of one text.
+        slowness: of steps of several, by how many texts and by plan; outlives batches.
         clock: seconds; not the machine's in tests.
     """
 
@@ -40,54 +44,91 @@ class BatchController(BatchPlanner):
         self,
         acceptance: AcceptanceModel,
         plans: Sequence[Drafted],
-        measured: Callable[[int], Seconds],
+        costs: Costs,
+        slowness: Slowness,
         clock: Callable[[], float] = time.perf_counter,
     ):
         super().__init__(PLAIN)
-        self.acceptance, self.plans, self.measured, self.clock = acceptance, plans, measured, clock
-        self._slowness: dict[tuple[int, Plan], RecentMedian] = {}
-        self._drift = RecentMedian(2 * TIMES)  # of all plans, which holds for those that were not in use
-        self._plain = 0  # steps since something was drafted
+        self.acceptance, self.plans, self.clock = acceptance, [PLAIN, *plans], clock
+        self.costs, self.slowness = costs, slowness
+        self._table: dict[tuple[int, Plan, int], float] = {}
+        self._best: Plan | None = None
+        self._steps, self._due, self._gap = 0, FIRST_GAP, FIRST_GAP
+        self._trial: Plan | None = None
+        self._tried: dict[Plan, int] = {}  # when
+        self._left = self._unread = 0  # steps of the trial that are to be asked for, and to be read
+        self._made = self._read = 0  # tokens of those that were read, and for how many texts
+        self._prolonged = False
         self._last: tuple[int, Plan] | None = None
         self._read_at = 0.0
 
     def plan(self, texts: int, length: int) -> Plan:
-        size = rounded(texts)
-        seconds = self.measured(size)
-        found: list[Plan] = [plan for plan in self.plans if str(plan) in seconds]
-        if not found:
-            return PLAIN
-        best = max(found, key=lambda plan: self._rate(plan, size))
-        self._plain += 1
-        if self._plain <= TRIAL and self._rate(PLAIN, size) >= self._rate(best, size):
-            return PLAIN
-        self._plain = 0
-        return best
+        fit = [plan for plan in self.plans if plan == PLAIN or texts * (1 + plan.num_draft_tokens) <= MOST_ROWS]
+        rates = {plan: self._rate(plan, texts, length) for plan in fit}
+        if self._trial in rates and self._left > 0:
+            self._left -= 1
+            return self._trial
+        best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == self._best else 1.0))
+        if best != self._best:
+            self._best, self._gap, self._due = best, FIRST_GAP, min(self._due, self._steps + FIRST_GAP)
+        self._steps += 1
+        if self._steps < self._due:
+            return best
+        others = sorted(rates.keys() - {best}, key=lambda plan: -rates[plan])
+        others = [plan for plan in others if rates[plan] > CLOSE * rates[best]] or others[: best == PLAIN]
+        if not others:
+            return best
+        self._trial, self._prolonged = min(others, key=lambda plan: self._tried.get(plan, -1)), False
+        self._tried[self._trial] = self._steps
+        self._left, self._unread, self._made, self._read = BURST - 1, BURST, 0, 0
+        self._gap = min(2 * self._gap, LARGEST_GAP)
+        self._due = self._steps + self._gap
+        return self._trial
 
-    def _rate(self, plan: Plan, size: int) -> float:
+    def _seconds(self, plan: Plan, texts: int, length: int) -> float:
+        key = texts, plan, length // COARSE
+        if key not in self._table:
+            self._table[key] = self.costs.batch_seconds(plan, texts, length)
+        return self._table[key]
+
+    def _rate(self, plan: Plan, texts: int, length: int) -> float:
         """Expected tokens per second of each text."""
         tokens = 1 + self.acceptance.expected(plan.shape) if isinstance(plan, Drafted) else 1.0
-        drift, slowness = self._drift.value(1.0, TRUSTED), self._slowness.get((size, plan))
-        return tokens / (self.measured(size)[str(plan)] * (slowness.value(drift, TRUSTED) if slowness else drift))
+        return tokens / (self._seconds(plan, texts, length) * self.slowness.value(rounded(texts), plan))
 
-    def learn(self, steps: list[StepRead]) -> None:
+    def learn(self, steps: list[StepRead], timed: bool = True) -> None:
         now = self.clock()
         if steps:
-            kind = rounded(len(steps)), steps[0].plan
+            texts, plan, length = len(steps), steps[0].plan, max(step.length for step in steps)
             # A step behind one of another kind, or of other texts, has waited for more than itself.
-            if kind == self._last and (table := self.measured(kind[0]).get(str(kind[1]))):
-                ratio = (now - self._read_at) / table
-                self._slowness.setdefault(kind, RecentMedian(TIMES)).learn(ratio)
-                self._drift.learn(ratio)
-            self._last = kind
-            if isinstance(kind[1], Drafted):
+            if timed and self._last == (texts, plan):
+                expected = self._seconds(plan, texts, length)
+                self.slowness.learn(rounded(texts), plan, (now - self._read_at) / expected)
+            self._last = texts, plan
+            if isinstance(plan, Drafted):
                 for step in steps:
                     self.acceptance.learn(step)
+            if plan == self._trial:
+                self._made, self._read = self._made + sum(len(step.tokens) for step in steps), self._read + texts
+                self._unread -= 1
+                if not self._unread:
+                    self._end_trial(plan, texts, length)
         self._read_at = now
+
+    def _end_trial(self, plan: Plan, texts: int, length: int) -> None:
+        """Ends a trial, or goes on with one that went better than what is in use."""
+        seconds = self._seconds(plan, texts, length) * self.slowness.value(rounded(texts), plan)
+        better = self._best is not None and self._made / self._read / seconds > self._rate(self._best, texts, length)
+        if self._prolonged or plan == PLAIN or not better:
+            self._trial = None
+            return
+        self.acceptance.fade(0.25)  # what was seen long ago would take long to outvote
+        self._left = self._unread = LONGER
+        self._prolonged = True
 
 
 def rounded(texts: int) -> int:
-    """The number of texts whose costs stand for these: the next power of two."""
+    """The number of texts whose slowness stands for that of these: the next power of two."""
     return 1 << (texts - 1).bit_length()
 
 
@@ -103,14 +144,6 @@ def batch_planner(
     """
     if drafter is None or shape is not None:
         return BatchPlanner(PLAIN if drafter is None or shape is None else Drafted(shape)), None
-    session, pair = session_for(verifier, drafter), drafter
+    session = session_for(verifier, drafter)
     plans = [arm.plan for arm in session.memory.arms if isinstance(arm.plan, Drafted)]
-
-    def measured(texts: int) -> Seconds:
-        known = session.costs.batch
-        if texts not in known:
-            known[texts] = measure_batch(verifier, pair, texts, [PLAIN, *plans])
-            session.keep()
-        return known[texts]
-
-    return BatchController(session.memory.acceptance, plans, measured), session
+    return BatchController(session.memory.acceptance, plans, session.costs, session.batches), session

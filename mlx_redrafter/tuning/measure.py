@@ -8,7 +8,7 @@ is hidden here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +27,6 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 LONG_ROWS = (1, 4, 16, 32)  # a long context changes the time of rows smoothly
 SHORT, LONG = 128, 2048  # tokens of context
 WIDTHS, LENGTHS = (1, 2, 4, 8), (2, 5)
-BATCH_ROWS = 64  # of all texts of a batch together, from which on no device reads more of them for little
 NODES = 8  # that the steps verify by which drafting is measured
 SECONDS = 2.0  # no new round is begun after so long
 LONG_BYTES = 512e6  # that a long context may take
@@ -91,32 +90,16 @@ def clock_for(verifier: Verifier) -> Clock:
     return time.perf_counter if verifier.target.ranks is None else verifier.target.ranks.clock
 
 
-def measure_batch(
-    verifier: Verifier, drafter: Drafter, texts: int, plans: Iterable[Plan], clock: Clock | None = None
-) -> dict[str, float]:
-    """Seconds of a step of so many texts together by plan, of those whose rows are not too many; fastest of two."""
-    clock = clock or clock_for(verifier)
-    short = min(SHORT, (verifier.target.context_length or SHORT) // 2)
-    cache = _cache(verifier, short, texts)
-    plans = [plan for plan in plans if plan == PLAIN or texts * (1 + plan.num_draft_tokens) <= BATCH_ROWS]
-    runs = {str(plan): _steps(verifier, drafter, cache, plan, short, clock, texts) for plan in plans}
-    for run in runs.values():
-        run()
-    times = {name: min(run(), run()) for name, run in runs.items()}
-    mx.clear_cache()
-    return times
-
-
 def _shapes(verifier: Verifier, drafter: Drafter) -> dict[tuple[int, int], DraftShape]:
     """The shapes whose steps are measured, by beam width and length."""
     widths = [w for w in WIDTHS if w == 1 or (verifier.capability != CHAIN and w <= drafter.widest)]
     return {(w, n): DraftShape(w, n, min(w * (n - 1), NODES)) for w in widths for n in LENGTHS}
 
 
-def _cache(verifier: Verifier, tokens: int, texts: int = 1) -> KVCache:
+def _cache(verifier: Verifier, tokens: int) -> KVCache:
     """A cache that holds so many rows; zeros where that can be, for their content is of no matter to the time."""
     cache = verifier.make_cache()
-    prompt = mx.zeros((texts, 1 if cache.can_rewind else tokens), mx.int32)
+    prompt = mx.zeros((1, 1 if cache.can_rewind else tokens), mx.int32)
     _, logits = prefill(verifier.target, prompt, cache.layers, DecodingOptions())
     mx.eval(logits, cache.arrays())  # the next process of a pipeline waits for what this one computes
     if cache.can_rewind:
@@ -124,7 +107,7 @@ def _cache(verifier: Verifier, tokens: int, texts: int = 1) -> KVCache:
         for layer in leaves(cache.layers):
             layer.map(lambda b: mx.zeros((*b.shape[:2], room, b.shape[3]), b.dtype))
             layer.offset = tokens
-    cache.begin_trees(texts, length=tokens)
+    cache.begin_trees(length=tokens)
     mx.eval(cache.arrays())
     return cache
 
@@ -151,19 +134,19 @@ def _verification(verifier: Verifier, cache: KVCache, rows: int, clock: Clock) -
 
 
 def _steps(
-    verifier: Verifier, drafter: Drafter | None, cache: KVCache, plan: Plan, context: int, clock: Clock, texts: int = 1
+    verifier: Verifier, drafter: Drafter | None, cache: KVCache, plan: Plan, context: int, clock: Clock
 ) -> Callable[[], float]:
     """Times whole greedy steps of a plan, two of them as the loop submits them."""
     proposer = None if drafter is None else proposer_for(drafter, verifier.target.embed)
     size = verifier.target.context_size(() if drafter is None else drafter.context_layers)
-    state = mx.zeros((texts, 1, size), verifier.target.dtype)
-    root = mx.zeros((texts,), mx.int32)
+    state = mx.zeros((1, 1, size), verifier.target.dtype)
+    root = mx.zeros((1,), mx.int32)
 
     def run() -> float:
-        if plan == PLAIN and texts == 1:
+        if plan == PLAIN:
             cache.plain_rows(context)
         if proposer is not None:
-            proposer.begin(mx.zeros((texts, 1), mx.int32), root, state)
+            proposer.begin(mx.zeros((1, 1), mx.int32), root, state)
         step = SpeculativeStep(verifier, proposer, DecodingOptions(), cache, state, root)
         begin = clock()
         for _ in range(2):
@@ -171,9 +154,8 @@ def _steps(
         mx.eval(submitted.count, submitted.tokens, step.root, step.context)
         seconds = (clock() - begin) / 2
         if cache.can_rewind:  # back to where it was
-            if texts == 1:
-                cache.plain_rows(context)
-            cache.begin_trees(texts)
+            cache.plain_rows(context)
+            cache.begin_trees()
         else:
             assert cache.length is not None
             length: Any = mx.max(cache.length).item()

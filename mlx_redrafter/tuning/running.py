@@ -1,4 +1,4 @@
-"""Averages that follow what changes: a share that starts from an assumption, a median of the last few.
+"""Averages that follow what changes: a share that starts from an assumption, medians of the last few.
 
 Knows nothing of what is averaged.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Hashable
+
+SHARED = 0.75  # of what is slow (as a power) that is taken to be slow of everything beside it, too
 
 
 class RunningShare:
@@ -58,3 +61,31 @@ class RecentMedian:
             self._median = statistics.median(self.values)
         trust = min(1.0, len(self.values) / trusted)
         return trust * self._median + (1 - trust) * assumed
+
+
+class Slowness:
+    """How much slower than expected several kinds of things are, in groups that are slow or fast together.
+
+    Args:
+        size: values of a kind that count.
+        trusted: from so many on a kind, or a group, goes by its own alone.
+    """
+
+    def __init__(self, size: int, trusted: int):
+        self.size, self.trusted = size, trusted
+        self._seen: dict[tuple[Hashable, ...], RecentMedian] = {}
+
+    def learn(self, group: Hashable, kind: Hashable, ratio: float) -> None:
+        """Takes a measured over an expected value."""
+        for key in ((), (group,), (group, kind)):
+            self._seen.setdefault(key, RecentMedian(self.size)).learn(ratio)
+
+    def value(self, group: Hashable, kind: Hashable) -> float:
+        """As lately measured; while that is little, as for the group, and then for all."""
+        found = 1.0
+        for key in ((), (group,)):
+            if key in self._seen:
+                found = self._seen[key].value(found, self.trusted)
+        found **= SHARED
+        own = self._seen.get((group, kind))
+        return found if own is None else own.value(found, self.trusted)

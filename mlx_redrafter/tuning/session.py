@@ -28,7 +28,8 @@ from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import DEEPEST, LookupController
 from mlx_redrafter.tuning.measure import measure
 from mlx_redrafter.tuning.pair_key import key_of, weights_digest
-from mlx_redrafter.tuning.shape_controller import Controller, PairMemory
+from mlx_redrafter.tuning.running import Slowness
+from mlx_redrafter.tuning.shape_controller import TIMES, TRUSTED, Controller, PairMemory
 from mlx_redrafter.tuning.step_costs import Costs
 
 # Few shapes that serve drafters of any quality on devices of any kind: chains, and trees from
@@ -60,6 +61,7 @@ class Session:
 
     Attributes:
         memory: what choosing goes by.
+        batches: how much slower than computed steps of several texts are.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Session:
         self.verifier, self.key, self.drafter_digest = verifier, key, drafter_digest
         self.costs, self.measured_now = costs, measured_now
         self.memory = PairMemory(costs, acceptance, [PLAIN, *map(Drafted, shapes)])
+        self.batches = Slowness(TIMES, TRUSTED)
         self._structured: PairMemory | None = None
         self._fixed: dict[tuple[DraftShape, bool], PairMemory] = {}
         self._saved = acceptance.steps

@@ -24,13 +24,11 @@ class Costs:
         plain: of a plain step, by tokens of context.
         draft: what a step takes beyond its rows (drafting, choosing nodes, accepting, moving
             rows together), by beam width, then by beam length; empty without a drafter.
-        batch: of a step of several texts together, by how many, then by what it drafts; as far as it was asked for.
     """
 
     verify: Times
     plain: dict[int, float]
     draft: Times
-    batch: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def verify_seconds(self, rows: int, context: int) -> float:
         """Of one verification of so many rows."""
@@ -51,6 +49,20 @@ class Costs:
         if not self.draft:
             return verifying
         return verifying + max(0.0, _line(self.draft[min(self.draft)], 1, before=True))
+
+    def batch_seconds(self, plan: Plan, texts: int, context: int) -> float:
+        """Of a step of several texts, each behind so many tokens, computed from those of one text.
+
+        All rows go through the weights together, and each text's through its own context. A drafter's beam over
+        B texts is as wide as B beams.
+        """
+        rows, short = 1 + plan.num_draft_tokens, min(self.verify)
+        times = self.verify[short]
+        seconds = _between(times, texts * rows) + _beyond(times, texts * rows)
+        seconds += texts * (self.verify_seconds(rows, context) - self.verify_seconds(rows, short))
+        if isinstance(plan, Drafted) and self.draft:
+            seconds += self.draft_seconds(texts * plan.shape.beam_width, plan.shape.beam_length)
+        return seconds
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -73,17 +85,19 @@ class Costs:
         draft = {int(width): table(times) for width, times in fields["draft"].items()}
         if not verify:
             raise ValueError("no rows were measured")
-        together = fields.get("batch", {}).items()
-        batch = {int(texts): {str(plan): float(s) for plan, s in times.items()} for texts, times in together}
-        if not all(0 < seconds < float("inf") for times in batch.values() for seconds in times.values()):
-            raise ValueError(f"no times: {batch}")
-        return cls(verify, table(fields["plain"]), draft, batch)
+        return cls(verify, table(fields["plain"]), draft)
 
 
 def _between(times: dict[int, float], at: int) -> float:
     """On straight lines between measured points; as the nearest one outside of them."""
     points = sorted(times)
     return float(np.interp(at, points, [times[point] for point in points]))
+
+
+def _beyond(times: dict[int, float], at: int) -> float:
+    """What more rows than were measured take beyond the most that were: as much each as the last ones."""
+    low, high = sorted(times)[-2:] if len(times) > 1 else (0, max(times))
+    return max(0, at - high) * (times[high] - times.get(low, 0.0)) / (high - low)
 
 
 def _line(times: dict[int, float], at: int, before: bool = False) -> float:

@@ -5,10 +5,9 @@ import pytest
 from mlx.utils import tree_flatten
 from support import make_drafter, make_model
 
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import CHAIN
-from mlx_redrafter.tuning.measure import BATCH_ROWS, LENGTHS, LONG_ROWS, ROWS, WIDTHS, measure, measure_batch
+from mlx_redrafter.tuning.measure import LENGTHS, LONG_ROWS, ROWS, WIDTHS, measure
 
 
 def ticking():
@@ -67,18 +66,3 @@ def test_rounds_go_on_until_the_time_is_over(small_model, monkeypatch):
     assert len(runs) > 4 and costs.plain[128] == 3.0  # the first of those that count, after one that does not
     with pytest.raises(KeyError):
         costs.verify[128][32]
-
-
-@pytest.mark.parametrize("window", [None, 24])
-def test_steps_of_a_batch(window):
-    """If this fails, what several texts cost together cannot be measured, or time goes to what no batch will do."""
-    layers = (
-        {} if window is None else {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": window}
-    )
-    verifier, chains = verifier_of(make_model(**layers)), [Drafted(DraftShape(1, n + 1, n)) for n in (1, 7)]
-    tree = Drafted(DraftShape(2, 4, 4))
-    four = measure_batch(verifier, make_drafter(), 4, [PLAIN, *chains, tree])
-    assert list(four) == ["plain", "chain of 1", "chain of 7", "tree of 4 (2 x 4)"]
-    assert all(0 < seconds < 5 for seconds in four.values())
-    many = measure_batch(verifier, make_drafter(), BATCH_ROWS // 2, [PLAIN, *chains], clock=ticking())
-    assert many == {"plain": 0.5, "chain of 1": 0.5}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_redrafter.tuning.running import RecentMedian, RunningShare
+from mlx_redrafter.tuning.running import SHARED, RecentMedian, RunningShare, Slowness
 
 
 def test_a_share_goes_from_assumed_to_seen():
@@ -47,3 +47,15 @@ def test_a_median_of_the_last_few():
     for _ in range(5):
         median.learn(7.0)
     assert median.value(1.0, trusted=4) == 7.0 and list(median.values) == [7.0] * 5
+
+
+def test_slowness_of_a_kind_of_its_group_and_of_all():
+    """If this fails, what was never measured is taken to be as fast as ever on a busy machine, or far too slow."""
+    slowness = Slowness(size=8, trusted=2)
+    assert slowness.value("a", 1) == 1.0
+    for ratio in (2.0, 2.0):
+        slowness.learn("a", 1, ratio)
+    assert slowness.value("a", 1) == 2.0
+    assert slowness.value("a", 2) == slowness.value("b", 1) == pytest.approx(2.0**SHARED)
+    slowness.learn("b", 1, 4.0)
+    assert slowness.value("a", 1) == 2.0 < slowness.value("b", 2) < slowness.value("b", 1) < 4.0

@@ -34,9 +34,19 @@ def test_a_lookup_costs_what_a_chain_does_less_its_drafting():
     assert alone.step_seconds(LookedUp(3), 128) == pytest.approx(1.4) and alone.step_seconds(PLAIN, 0) == 1.0
 
 
+def test_several_texts():
+    """If this fails, what several texts cost together is not what their rows, contexts and drafts cost."""
+    costs = made_up(lambda rows: 1 + 0.1 * rows, lambda w, n: 0.2 * w * (n - 1))
+    chain = Drafted(DraftShape(1, 3, 2))
+    assert costs.batch_seconds(PLAIN, 4, 128) == pytest.approx(1.4)
+    assert costs.batch_seconds(PLAIN, 40, 128) == pytest.approx(5.0)  # beyond what was measured
+    assert costs.batch_seconds(chain, 4, 128) == pytest.approx(1 + 1.2 + 0.2 * 4 * 2)
+    costs.verify[256] = {rows: seconds + 0.5 for rows, seconds in costs.verify[128].items()}
+    assert costs.batch_seconds(PLAIN, 4, 256) == pytest.approx(1.4 + 4 * 0.5)
+
+
 def test_there_and_back():
     costs = made_up(lambda rows: 1.0 + rows)
-    costs.batch[4] = {"plain": 1.5}
     assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
 
 
@@ -52,7 +62,6 @@ def test_there_and_back():
         {"verify": {}},
         {"verify": None},
         {"draft": []},
-        {"batch": {"4": {"plain": 0}}},
     ],
     ids=str,
 )

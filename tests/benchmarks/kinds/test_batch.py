@@ -5,14 +5,13 @@ from mlx_redrafter.benchmarks.kinds import batch
 from support.bench import SHORT, bench
 from support.costs import made_up
 
-from mlx_redrafter.tuning import batch_controller, session
+from mlx_redrafter.tuning import session
 
 
 @pytest.fixture(autouse=True)
 def drafting_pays(monkeypatch):
     """Steps cost the same, whatever they draft."""
     monkeypatch.setattr(session, "measure", lambda *_: made_up(lambda rows: 1.0))
-    monkeypatch.setattr(batch_controller, "measure_batch", lambda *a: {str(plan): 1.0 for plan in a[3]})
 
 
 def test_batch(tmp_path, capsys):

@@ -9,7 +9,7 @@ import mlx_redrafter
 from mlx_redrafter import DraftShape, UserError, batch_generate, stream_generate
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
-from mlx_redrafter.tuning import batch_controller, session
+from mlx_redrafter.tuning import session
 
 PROMPTS = ["import os\n", "def f(x):\n    return", "class A:\n"]
 
@@ -24,7 +24,6 @@ def made_up_costs(tmp_path, monkeypatch):
     """Steps cost the same, whatever they draft."""
     monkeypatch.setenv("MLX_REDRAFTER_TUNING", str(tmp_path))
     monkeypatch.setattr(session, "measure", lambda *_: made_up(lambda rows: 1.0))
-    monkeypatch.setattr(batch_controller, "measure_batch", lambda *a: {str(plan): 1.0 for plan in a[3]})
 
 
 def test_texts_tokens_and_logprobs_are_mlx_lms(pair):
