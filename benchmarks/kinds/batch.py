@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> Report:
                 chosen = [(turn * size + i) % len(texts) for i in range(size)]
                 for name in turn_order(METHODS, turn):
                     one = _round(methods[name], [texts[i] for i in chosen], [alone[i] for i in chosen])
-                    if turn:  # the first round warms up, and measures what steps of so many texts cost
+                    if turn:  # the first round warms up, and learns what steps of so many texts cost
                         runs[size][name].append(one)
                     bar.update()
     ratios = {size: _ratios(found) for size, found in runs.items()}
