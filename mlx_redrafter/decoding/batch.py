@@ -149,6 +149,8 @@ class Batch:
         more = 0 if self._ahead is None else 1 + self._ahead[1].most
         lengths = [text.length for text in self._step.texts]
         self._step.cache.tighten(max(lengths) + more, min(lengths) + more)
+        if self._step.proposer is not None:
+            self._step.proposer.tighten(1 + max(lengths) + more)  # and the root, which the cache does not hold
 
     def _leave(self, texts: list[BatchText]) -> None:
         for text in texts:

@@ -87,6 +87,9 @@ class Proposer(abc.ABC):
     def learn(self, tokens: list[int]) -> None:  # noqa: B027
         """Called once the host has read a step (batch size 1): first the root after the prompt, then each step."""
 
+    def tighten(self, longest: int) -> None:  # noqa: B027
+        """Is told that no text is longer than so many tokens, those of a step on its way included (any batch size)."""
+
     def join(self, other: Proposer) -> None:  # noqa: B027
         """Takes the texts of another proposer of the same drafter behind those of this one."""
 

@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.server import ModelProvider, load_processor
 
-from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
 from mlx_redrafter.errors import UserError, one_line
@@ -163,8 +162,8 @@ class Provider(ModelProvider):
             session_for(verifier, self.drafter)
 
     def _can_batch(self) -> bool:
-        """Whether texts can be written together: draft models, lookup alone and quantised caches are for one."""
-        alone = isinstance(self.drafter, DraftModel) or (self.drafter is None and (self.lookup or OFF) != OFF)
+        """Whether texts can be written together: lookup alone and quantised caches are for one."""
+        alone = self.drafter is None and (self.lookup or OFF) != OFF
         if alone or self.cli_args.kv_bits is not None or self.cli_args.decode_concurrency == 1:
             return False
         return verifier_for(self.model, self.drafter).capability != NONE

@@ -49,7 +49,8 @@ class BatchController(BatchPlanner):
         clock: Callable[[], float] = time.perf_counter,
     ):
         super().__init__(PLAIN)
-        self.acceptance, self.plans, self.clock = acceptance, [PLAIN, *plans], clock
+        self.acceptance, self.clock = acceptance, clock
+        self.plans: list[Plan] = [PLAIN, *plans]
         self.costs, self.slowness = costs, slowness
         self._table: dict[tuple[int, Plan, int], float] = {}
         self._best: Plan | None = None
@@ -65,7 +66,7 @@ class BatchController(BatchPlanner):
     def plan(self, texts: int, length: int) -> Plan:
         fit = [plan for plan in self.plans if plan == PLAIN or texts * (1 + plan.num_draft_tokens) <= MOST_ROWS]
         rates = {plan: self._rate(plan, texts, length) for plan in fit}
-        if self._trial in rates and self._left > 0:
+        if self._trial is not None and self._trial in rates and self._left > 0:
             self._left -= 1
             return self._trial
         best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == self._best else 1.0))
@@ -74,16 +75,16 @@ class BatchController(BatchPlanner):
         self._steps += 1
         if self._steps < self._due:
             return best
-        others = sorted(rates.keys() - {best}, key=lambda plan: -rates[plan])
+        others = sorted((plan for plan in fit if plan != best), key=lambda plan: -rates[plan])
         others = [plan for plan in others if rates[plan] > CLOSE * rates[best]] or others[: best == PLAIN]
         if not others:
             return best
-        self._trial, self._prolonged = min(others, key=lambda plan: self._tried.get(plan, -1)), False
-        self._tried[self._trial] = self._steps
+        trial = min(others, key=lambda plan: self._tried.get(plan, -1))
+        self._trial, self._tried[trial], self._prolonged = trial, self._steps, False
         self._left, self._unread, self._made, self._read = BURST - 1, BURST, 0, 0
         self._gap = min(2 * self._gap, LARGEST_GAP)
         self._due = self._steps + self._gap
-        return self._trial
+        return trial
 
     def _seconds(self, plan: Plan, texts: int, length: int) -> float:
         key = texts, plan, length // COARSE

@@ -31,7 +31,7 @@ class Noted(BatchPlanner):
         self.asked.append((texts, length))
         return self.always
 
-    def learn(self, steps):
+    def learn(self, steps, timed=True):
         self.learnt.append(steps)
 
 
@@ -94,8 +94,23 @@ def test_a_model_reads_each_text(model):
     """If this fails, a draft model reads another text's rows where texts join and leave: drafts get worse."""
     planner = Noted(Drafted(DraftShape()))
     texts = [BatchText(prompt, DecodingOptions(max_tokens=9 + 4 * n)) for n, prompt in enumerate(PROMPTS)]
-    finish(batch_of(model, DraftModel(make_model(), None), planner, most_texts=3), texts)
+    batch = batch_of(model, DraftModel(make_model(), None), planner, most_texts=3)
+    finish(batch, texts)
     assert all(len(read.tokens) == 4 for reads in planner.learnt for read in reads)
+
+
+def test_a_drafters_cache_is_as_long_as_its_texts(model):
+    """If this fails, drafters with a cache read more and more rows that were rejected long ago, and keep them."""
+    for drafter in (DraftModel(make_model(seed=1), None), eagle_head()):  # hardly ever right
+        batch = batch_of(model, drafter, Drafted(DraftShape(1, 5, 4)))
+        for n, prompt in enumerate(PROMPTS[:3]):
+            batch.add(BatchText(prompt, DecodingOptions(max_tokens=60 + n)))
+        while len(batch):
+            texts = batch.running
+            batch.step()
+            if texts and batch.running:
+                longest, cache = max(text.length for text in texts), batch._step.proposer.memory.cache
+                assert cache.bound <= longest + 2 * 5
 
 
 def test_what_prefix_attention_drafts_is_what_it_drafts_alone(model):

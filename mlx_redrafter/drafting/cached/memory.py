@@ -95,6 +95,11 @@ class Memory:
         exact = rows[:count]
         rows.tokens, rows.contexts, rows.count = exact.tokens, exact.contexts, None
 
+    def tighten(self, longest: int) -> None:
+        """Is told that no text has more tokens, and so no more rows."""
+        if self.cache is not None and self._begun:
+            self.cache.bound = min(self.cache.bound, longest)
+
     def last(self) -> tuple[mx.array | None, mx.array]:
         """Reads what waits, and gives what the last row says: contexts for rows behind it, (B, width), and scores."""
         found, self._found = self._found, None

@@ -113,6 +113,9 @@ class CachedProposer(Proposer):
         if isinstance(memory, Memory) and memory.reader is self.drafter and known == tokens:
             self.memory, [self._rows], self._before = memory, rows, context
 
+    def tighten(self, longest: int) -> None:
+        self.memory.tighten(longest)
+
     def join(self, other: Proposer) -> None:
         assert isinstance(other, CachedProposer)
         self.memory.join(other.memory)

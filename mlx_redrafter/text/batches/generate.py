@@ -23,7 +23,6 @@ from mlx_redrafter.decoding.logits_processors import LogitsProcessor
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import Chooser, draft_temperature, from_sampler, greedy
 from mlx_redrafter.decoding.step import Produced
-from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
@@ -140,8 +139,6 @@ def batch_generate(
         if len(values) != count:
             raise UserError(f"{name} has {len(values)} entries, expected one for each of the {count} prompts")
     fixed, _ = what_to_draft(drafter, shape, OFF)
-    if isinstance(drafter, DraftModel):
-        raise UserError("a draft model drafts for one text at a time: batch_generate takes heads, or no drafter")
     texts = []
     with TURNS:
         for prompt, limit, choose, cache in zip(prompts, limits, choosers, caches):
