@@ -93,6 +93,14 @@ class Ranks:
             link.send(VALUE, value)
         return value
 
+    def first_of(self, problem: str) -> str:
+        """A problem that any of them has, on all of them; empty where none has one."""
+        if not self.first:
+            self._links[0].send(VALUE, problem)
+            return self._links[0].value()
+        found = [problem, *(link.value() for _, link in sorted(self._links.items()))]
+        return self.share(next(filter(None, found), ""))
+
     def clock(self) -> float:
         """Seconds by the clock of rank 0, for loops that all leave together."""
         return self.share(time.perf_counter())

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache, make_prompt_cache
 
+from mlx_redrafter.system.partial_submit import in_one_piece
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves, refused
 from mlx_redrafter.target.cache.recurrent import AT_ONCE, ROW_BY_ROW
 from mlx_redrafter.target.cache.replay import find_mixers
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.tree import CandidateTree
 from mlx_redrafter.target.verification import CHAIN, NONE, TREE, Capability, Verifier
+
+T = TypeVar("T")
 
 PROMPT = 12  # tokens read before the first tree
 WINDOW = 16  # of the layers that have one, during the probe
@@ -48,8 +53,11 @@ def probe(target: Target) -> Capability:
         kinds = make_prompt_cache(target.model)
         if names := refused(kinds):
             return Capability(NONE, f"its layers with a {names} cannot take back rejected tokens")
+        if problem := _apart(target, kinds):
+            return Capability(NONE, problem)
         recurrent = any(isinstance(cache, ArraysCache) for cache in leaves(kinds))
-        mixers = find_mixers(target.model, KVCache(kinds).layers) if recurrent else ()
+        with in_one_piece():  # nobody computes it
+            mixers = find_mixers(target.model, KVCache(kinds).layers) if recurrent else ()
         tolerance, noise = _rounding(target)
         if noise > tolerance:
             return Capability(NONE, "batched and token-by-token logits differ in mlx-lm itself")
@@ -132,7 +140,7 @@ def _problem(verifier: Verifier, rounds: list[_Round], tolerance: float) -> str:
         distances: list[Any] = []
         for expected in rounds:
             tree, path = expected.tree, expected.path
-            _, logits = verifier(tree, cache)
+            _, logits = _on_all(verifier.target, functools.partial(verifier, tree, cache))
             cache.commit(None if tree.in_order else path, mx.array([path.shape[1]]), tree.max_depth)
             pairs = [*zip(logits[0], expected.logits), *zip(_state_arrays(cache.layers), expected.states)]
             found: Any = mx.stack([_distance(*pair) for pair in pairs if pair[1] is not None]).tolist()
@@ -163,9 +171,33 @@ def _rounding(target: Target) -> tuple[float, float]:
 
 def _read(target: Target, tokens: mx.array, cache: list[Any]) -> mx.array:
     """The logits of one call, computed before the next: what processes of a pipeline send would cross otherwise."""
-    _, logits = target.forward(tokens, cache)
+    _, logits = _on_all(target, lambda: target.forward(tokens, cache))
     mx.eval(logits, [c.state for c in cache])
     return logits
+
+
+def _apart(target: Target, kinds: list[Any]) -> str:
+    """Why the processes of a pipeline would go different ways: each of them goes by the caches of its own layers."""
+    if target.ranks is None:
+        return ""
+    mine = sorted({type(cache).__name__ for cache in leaves(kinds)})
+    alike = mine == target.ranks.share(mine)
+    return target.ranks.first_of("" if alike else "the processes of this pipeline have layers of other kinds each")
+
+
+def _on_all(target: Target, call: Callable[[], T]) -> T:
+    """What a call builds; where it fails in one of several processes, it fails in all, and none begins to compute."""
+    if target.ranks is None:
+        return call()
+    found, problem = [], ""
+    try:
+        with in_one_piece():
+            found.append(call())
+    except Exception as error:  # as above
+        problem = _words(error)
+    if problem := target.ranks.first_of(problem):
+        raise RuntimeError(problem)
+    return found[0]
 
 
 def _prompt(target: Target) -> mx.array:

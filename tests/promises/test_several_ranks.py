@@ -12,7 +12,7 @@ from mlx_redrafter.tuning import session
 
 NAMES = {
     "tensor": ["llama", "qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss", "ministral3"],
-    "pipeline": ["qwen2", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "ministral3"],
+    "pipeline": ["qwen2", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"],
 }
 
 
@@ -38,6 +38,16 @@ def test_every_way_to_split(tmp_path, monkeypatch, size, split):
     """If this fails, one of the ways to split, choose and draft gives another text."""
     ways = [way for way in several.WAYS if way != "measured"]
     check(tmp_path, monkeypatch, size, split, NAMES[split], 32, [*ways, "turns", "batch"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_windows_in_a_pipeline(tmp_path, monkeypatch, size):
+    """If this fails, processes that find out for themselves what their layers can do go different ways.
+
+    Of three processes one has a layer with a window and one has none: they decode plainly.
+    """
+    check(tmp_path, monkeypatch, size, "pipeline", ["ministral3"], 16, ["plain", "tree", "auto"])
 
 
 @pytest.mark.slow

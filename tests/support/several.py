@@ -97,7 +97,7 @@ def launched(folder: pathlib.Path, size: int, split: str, names: list[str], coun
     words = [str(folder), split, ",".join(names), str(count), *ways]
     done = together(size, [sys.executable, __file__, *words])
     files = sorted(folder.glob("rank-*.json"))
-    assert len(files) == size, done.stdout + done.stderr
+    assert len(files) == size and not done.returncode, done.stdout + done.stderr
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     for name in names.split(","):
         found[name] = texts_of(name, int(count), ways, split)
         print(rank, name, "done", flush=True)
-    (pathlib.Path(folder) / f"rank-{rank}.json").write_text(json.dumps(found))
+        (pathlib.Path(folder) / f"rank-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
