@@ -27,7 +27,11 @@ FAMILIES = {
         "pre_fc_norm_hidden", "norm"),
     "qwen3_5": ("qwen3_5", "Qwen3_5", "mtp.", "layers.0.", "fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden",
         "norm"),
+    "qwen3_5_moe": ("qwen3_5_moe", "Qwen3_5Moe", "mtp.", "layers.0.", "fc", "pre_fc_norm_embedding",
+        "pre_fc_norm_hidden", "norm"),
 }  # fmt: skip
+# What stands in front of a second layer's names.
+SECOND = {"model.mtp_layers.0.": "model.mtp_layers.1.", "model.layers.4.": "model.layers.5.", "mtp.": "mtp.layers.1."}
 
 
 class Mtp(nn.Module):
@@ -44,7 +48,7 @@ class Mtp(nn.Module):
         self.family, self.embedding, self.head = family, embedding, head
         name, start = FAMILIES[family][:2]
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        text = "Text" if family == "qwen3_5" else ""
+        text = "Text" if family.startswith("qwen3_5") else ""
         fields = {key: value for key, value in fields.items() if key != "model_type"}
         rope = fields.pop("rope_parameters", {}) | {"rope_theta": fields["rope_theta"], "rope_type": "default"}
         if share := fields.get("partial_rotary_factor"):
@@ -66,19 +70,24 @@ class Mtp(nn.Module):
             noise = torch.randn_like(weight)
             weight.copy_(noise / weight.shape[-1] ** 0.5 if weight.ndim > 1 else weight + 0.1 * noise)
 
-    def checkpoint(self) -> dict[str, torch.Tensor]:
-        """Its tensors as they are published, with copies of what the target has, too."""
+    def checkpoint(self, stacked: bool = False) -> dict[str, torch.Tensor]:
+        """Its tensors as they are published, with copies of what the target has, too, and part of a second layer.
+
+        Args:
+            stacked: all experts in one tensor, as Qwen3.5 has those of its other layers.
+        """
         prefix, inner, *names = FAMILIES[self.family][2:]
         found = {f"{prefix}{names[0]}.weight": self.projection.weight}
         for name, norm in zip(names[1:], (self.embedding_norm, self.hidden_norm, self.norm)):
             found[f"{prefix}{name}.weight"] = norm.weight
         for name, weight in self.layer.state_dict().items():
-            if not name.startswith("mlp.experts."):
+            if stacked or not name.startswith("mlp.experts."):
                 found[f"{prefix}{inner}{name}"] = weight
                 continue
             for i, expert in enumerate(weight):
                 parts = {"down_proj": expert} if "down" in name else zip(("gate_proj", "up_proj"), expert.chunk(2))
                 found |= {f"{prefix}{inner}mlp.experts.{i}.{part}.weight": w for part, w in dict(parts).items()}
+        found[f"{SECOND[prefix]}input_layernorm.weight"] = torch.zeros(3)
         if inner == "" and self.family != "mimo":
             found |= {f"{prefix}embed_tokens.weight": self.embedding, f"{prefix}shared_head.head.weight": self.head}
         return found

@@ -40,34 +40,34 @@ SIZE, VOCAB = 64, 99
 pytestmark = pytest.mark.usefixtures("without_a_compiler")
 
 
-def published(folder, family, model):
+def published(folder, family, model, **form):
     """The reference's layer for a small model, and a checkpoint that has it."""
     config = small_models.config(family)
-    text = model if family != "qwen3_5" else model.language_model
+    text = model.language_model if family.startswith("qwen3_5") else model
     tables = [torch.from_numpy(to_numpy(w)) for w in (text.model.embed_tokens.weight, text.lm_head.weight)]
     torch.manual_seed(3)
     layer = Mtp(family, config.get("text_config", config), *tables).eval()
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    state = {name: mx.array(to_numpy(value)) for name, value in layer.checkpoint().items()}
+    state = {name: mx.array(to_numpy(value)) for name, value in layer.checkpoint(**form).items()}
     mx.save_safetensors(str(folder / "model.safetensors"), state)
     return layer
 
 
-def converted(folder, family):
+def converted(folder, family, **form):
     """A small model, the reference's layer, and ours of the same checkpoint, ready to draft."""
     model = small_models.build(family)
-    theirs = published(folder / "hf", family, model)
+    theirs = published(folder / "hf", family, model, **form)
     convert_drafter(str(folder / "hf"), str(folder / "mlx"))
     ours = open_drafter(folder / "mlx")
     check_pair(Target.of(model), ours)
     return model, theirs, ours
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_beams(family, tmp_path):
+@pytest.mark.parametrize(("family", "stacked"), [*((f, False) for f in FAMILIES), ("qwen3_5_moe", True)])
+def test_logits_and_beams(family, stacked, tmp_path):
     """If this fails, a family's layer is read into the wrong places, or computes something else."""
-    _, theirs, ours = converted(tmp_path, family)
+    _, theirs, ours = converted(tmp_path, family, stacked=stacked)
     contexts, tokens = torch.randn(15, SIZE), torch.randint(0, VOCAB, (15,)).tolist()
     mine, ids = mx.array(to_numpy(contexts))[None], mx.array([tokens], mx.int32)
     proposer = CachedProposer(ours)
