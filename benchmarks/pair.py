@@ -128,7 +128,10 @@ def encode_prompts(
     """The prompts' token ids. Raises UserError for one that does not fit into the target's context."""
     template = not is_embedded(args.model) and not args.ignore_chat_template
     encoded = [token_ids(prompt, tokenizer, args.prompt_tokens, template) for prompt in prompts]
-    longest, limit = max(map(len, encoded)), Target.of(model).context_length
+    target = Target.of(model)
+    if target.ranks is not None:  # mlx_lm's loop goes by them, too
+        encoded = target.ranks.share(encoded)
+    longest, limit = max(map(len, encoded)), target.context_length
     if limit is not None and longest + args.max_tokens > limit:
         raise UserError(
             f"--prompts: one has {longest} tokens, which with --max-tokens {args.max_tokens} exceeds the target's"

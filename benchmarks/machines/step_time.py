@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # A 70B model in 4 bits on an M5 Max, as measured by others for mlx#3791: rows of one call, in ms.
-    add("--row-ms", type=real(0), default=76.0, help="of one row on one machine (default: %(default)s)")
+    add("--row-ms", type=real(0.001), default=76.0, help="of one row on one machine (default: %(default)s)")
     add("--costs", nargs="+", default=["1:1", "3:1.11", "5:1.49", "8:2.25", "12:3.17"], metavar="ROWS:X",
         help="of rows together, over one (default: %(default)s)")  # fmt: skip
     add("--draft", type=real(0), default=0.02, help="of a draft token, over a row (default: %(default)s)")
@@ -102,8 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--latencies-ms", type=real(0), nargs="+", default=[0.01, 0.05, 0.3, 1.0, 5.0])
     args = parser.parse_args(argv)
     try:
-        costs = {int(rows): float(cost) for rows, cost in (pair.split(":") for pair in args.costs)}
-    except ValueError:
+        pairs = [pair.split(":") for pair in args.costs]
+        costs = dict(sorted((whole(1)(rows), real(0.001)(cost)) for rows, cost in pairs))
+    except (ValueError, argparse.ArgumentTypeError):
         parser.error(f"--costs is {' '.join(args.costs)!r}, expected pairs like 1:1 4:1.5")
     fields = (args.row_ms, costs, args.draft, args.right, args.layers, args.width, args.gigabytes, args.topology)
     print(table(Setting(*fields), args.machines, args.latencies_ms).text())

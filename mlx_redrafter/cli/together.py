@@ -6,6 +6,7 @@ Knows nothing of what a command does. `train` knows about several processes itse
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -21,6 +22,8 @@ CAN = ("generate", "chat", "bench speed")
 # What a process keeps or reads in files is what it has of a model, and what rank 0 was asked.
 ALONE = {name: f"--{name.replace('_', '-')}" for name in ("adapter_path", "prompt_cache_file", "record_sessions")}
 NUMBERS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # of this process, as launchers note it
+FILES = ("json_schema", "grammar")  # prompts are shared, and models compared as they are loaded
+PACKAGES = ("mlx-redrafter", "mlx", "mlx-lm", "transformers", "tokenizers", "llguidance")
 OURS = ("run", "parser")  # that argparse keeps beside the flags
 
 _voice: int | None = None  # standard error as it was
@@ -63,9 +66,19 @@ def check(args: argparse.Namespace, ranks: Ranks) -> None:
     if getattr(args, "prompt", None) == "-":
         raise UserError("--prompt - is for one process: mlx.launch does not pass on the end of standard input")
     settings = {f"--{name.replace('_', '-')}": repr(value) for name, value in vars(args).items() if name not in OURS}
-    ranks.check_same(versions() | settings)
+    ranks.check_same(versions() | settings | contents(args))
     if not ranks.first:
         args.out = None
+
+
+def contents(args: argparse.Namespace) -> dict[str, str]:
+    """Of the files that flags name, by flag: drafts are pruned by them on every process."""
+    files = {name: pathlib.Path(getattr(args, name, None) or "") for name in FILES}
+    return {
+        f"the content of --{name.replace('_', '-')}": hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        for name, file in files.items()
+        if file.is_file()  # what is missing is said later, by name
+    }
 
 
 def versions() -> dict[str, str]:
@@ -74,7 +87,10 @@ def versions() -> dict[str, str]:
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         digest.update(file.read_bytes())
-    found = {name: importlib.metadata.version(name) for name in ("mlx-redrafter", "mlx", "mlx-lm", "transformers")}
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # llguidance is needed for constraints only
+            found[name] = importlib.metadata.version(name)
     return found | {"Python": platform.python_version(), "the code of mlx-redrafter": digest.hexdigest()[:12]}
 
 

@@ -32,6 +32,7 @@ CONNECT = 30.0  # seconds that processes have to find each other
 # often, and so many times in vain; or it has so many milliseconds to confirm what was sent.
 ALIVE = {"KEEPIDLE": 2, "KEEPINTVL": 1, "KEEPCNT": 4, "USER_TIMEOUT": 6000}
 ALIVE_MACOS = {0x10: 2, 0x80: 6}  # its TCP_KEEPALIVE and TCP_RXT_CONNDROPTIME, in seconds
+LEAVING = 10.0  # seconds that one who has ended waits for the others
 LONGEST_CARD = 1024  # bytes that say where the first process listens
 VALUE, DONE, FAILED = "value", "done", "failed"
 NOTHING_MORE = object()  # comes from a process that is done
@@ -130,12 +131,18 @@ class Ranks:
         return {"size": self.size, **_settings()}
 
     def leave(self) -> None:
-        """Is called at the end of a process that has done its work; the others may still be at theirs."""
+        """Is called at the end of a process that has done its work; the others may still be at theirs, for a while.
+
+        A script may also end early, by sys.exit: whoever waits for it in a collective is to notice.
+        """
         if self._leaving or hasattr(sys, "last_value"):  # it ends with an exception: the others are to notice
             return
         self._leaving = True
         for link in self._links.values():
             link.send(DONE)
+        until = time.monotonic() + LEAVING
+        for link in self._links.values():
+            link.done.wait(max(0.0, until - time.monotonic()))
 
     def fail(self, line: str, code: int) -> NoReturn:
         """Ends all processes with this exit code and, unless it is empty, one line that rank 0 prints."""
@@ -204,6 +211,7 @@ class _Link:
     def __init__(self, ranks: Ranks, rank: int, connection: socket.socket):
         self.rank, self._ranks, self._connection = rank, ranks, connection
         self._values = queue.SimpleQueue[Any]()
+        self.done = threading.Event()  # no more comes from there
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -237,8 +245,9 @@ class _Link:
                         self._ranks.told(self.rank, *value)
                     else:
                         self._values.put(NOTHING_MORE)
-                        return
+                        self.done.set()  # and on to the connection's end, which is early if we still wait for something
         except Exception:  # a broken connection, or whatever another program sends
+            self.done.set()
             self._ranks.lost(self.rank)
 
 

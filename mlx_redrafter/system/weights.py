@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import check_safetensors, read_json, read_safetensors, write_json
+from mlx_redrafter.system.hub import MODEL_PATTERNS
 
 SHARD_BYTES = 5 * 2**30  # mlx-lm's
 _PIECES, _PIECE = 64, 65536  # of a file, and bytes of each, that tell its contents from another's
@@ -74,9 +75,11 @@ def find_weights(folder: pathlib.Path, stem: str = "model", suffix: str = ".safe
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
-    """Of each file that a model is read from: whole files, and of weights the header and some pieces."""
-    found = {}
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("tokenizer.model")]):
+    """Of each file that a model is read from, of weights the header and some pieces; and the names of all."""
+    patterns = {*MODEL_PATTERNS, "*.safetensors"}
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.name[0] != "."})
+    found = {f"{folder.name}/": " ".join(file.name for file in files)}
+    for file in files:
         size = file.stat().st_size
         digest = hashlib.sha256(str(size).encode())
         with file.open("rb") as stream:

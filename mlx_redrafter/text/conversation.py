@@ -15,6 +15,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.target.cache.kv_cache import cached
+from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.equality import first_difference
 from mlx_redrafter.text.generate import stream_generate
 from mlx_redrafter.text.prompt_cache import load_cache_file, save_cache_file
@@ -162,7 +163,9 @@ class Conversation:
     def _tokens_of(self, messages: list[dict[str, Any]]) -> list[int]:
         if self.tokenizer.chat_template is None:
             return encode(self.tokenizer, _as_text(messages))
-        return encode_messages(self.tokenizer, messages, self.template_options, after_cache=bool(self._unknown))
+        ids = encode_messages(self.tokenizer, messages, self.template_options, after_cache=bool(self._unknown))
+        ranks = Target.of(self.model).ranks  # which roll their caches back to the same place
+        return ids if ranks is None else ranks.share(ids)
 
     def _keep_common_prefix(self, prompt: list[int]) -> int:
         """Rolls the cache back to what it shares with the prompt; returns how many tokens that is."""

@@ -121,6 +121,8 @@ def stream_generate(
     with _CACHES.alone(cache, "prompt_cache is in use by a generation that has not ended: close() that one first"):
         with TURNS:
             target = Target.of(model)
+            if target.ranks is not None:  # a template may have put in the date, which is not the same everywhere
+                ids, cached_tokens = target.ranks.share((ids, list(cached_tokens)))
             if constraint is not None:
                 matcher = Matcher(constraint, tokenizer, target.vocab_size or len(tokenizer))
                 options = dataclasses.replace(options, matcher=matcher)

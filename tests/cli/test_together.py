@@ -44,6 +44,18 @@ def test_all_see_the_same():
         assert facts["--seed"] == "3" and facts["the code of mlx-redrafter"] and facts["mlx-lm"] and args.out == out
 
 
+def test_files_that_flags_name_are_compared(tmp_path):
+    """If this fails, a grammar that differs between machines leaves them waiting for each other for ever."""
+    seen, grammar = [], tmp_path / "grammar.lark"
+    for text in ('start: "a"', 'start: "b"', None):
+        grammar.unlink() if text is None else grammar.write_text(text)
+        together.check(parser_of_all().parse_args(["generate", "-p", "x", "--grammar", str(grammar)]), found := ranks())
+        seen.append(found.check_same.call_args.args[0])
+    one, other, missing = (facts.get("the content of --grammar") for facts in seen)
+    assert one and other and one != other and missing is None  # which is said later
+    assert {"llguidance", "tokenizers"} <= seen[0].keys()
+
+
 def test_one_process_has_no_pipeline(capsys):
     """If this fails, a flag does nothing."""
     assert code_of("generate", "-p", "x", "--pipeline") == 2

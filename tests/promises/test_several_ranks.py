@@ -28,7 +28,7 @@ def check(folder, monkeypatch, size, split, names, count, ways):
 
 def test_two_processes_write_what_one_does(tmp_path, monkeypatch):
     """If this fails, a model that is split writes another text, or processes wait for each other for ever."""
-    check(tmp_path, monkeypatch, 2, "tensor", ["llama"], 10, ["auto"])
+    check(tmp_path, monkeypatch, 2, "tensor", ["llama"], 10, ["auto", "structured", "processor"])
 
 
 @pytest.mark.slow

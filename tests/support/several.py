@@ -25,12 +25,14 @@ from mlx_redrafter.benchmarks.architectures import small_models
 from mlx_redrafter.benchmarks.architectures.check import PROMPT
 
 from mlx_redrafter import DraftShape, batch_generate, stream_generate
+from mlx_redrafter.constraints.constraint import regex
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.loading import EMBEDDED
 from mlx_redrafter.tuning import measure, session
 from support.costs import made_up
 
+from mlx_lm.sample_utils import make_logits_processors  # isort: skip
 from mlx_lm.utils import load_tokenizer  # isort: skip
 
 CHOOSERS = {"greedy": greedy, "seeded": position_keyed(1.0, seed=7)}
@@ -40,10 +42,13 @@ WAYS = {
     "tree": {"shape": DraftShape(2, 5, 6), "lookup": "off"},
     "auto": {},
     "lookup": {"lookup": "auto"},
+    "structured": {"constraint": regex(r"(import [a-z_]{2,12}\n){40}")},
+    "processor": {"logits_processors": make_logits_processors(repetition_penalty=1.5)},
     "measured": {},  # auto by what steps cost, which the processes measure together
 }
 WIDTHS = {  # that two and three processes can divide
     "hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 8, "moe_intermediate_size": 24,
+    "vocab_size": 4096,  # the tokenizer's
 }  # fmt: skip
 
 
@@ -57,14 +62,17 @@ def texts_of(name: str, count: int, ways: list[str], split: str | None = None) -
         split: how the model is split over the processes; None for one process.
     """
     tokenizer = load_tokenizer(EMBEDDED / "target")
-    tokenizer.eos_token_ids = []
+    grammars, tokenizer.eos_token_ids = load_tokenizer(EMBEDDED / "target"), []
     with pytest.MonkeyPatch.context() as patch:
         for key, value in WIDTHS.items():
             patch.setitem(small_models.CONFIGS["common"], key, value)
         model = small_models.build(name)
 
+    asked = list(PROMPT)
+
     def write(drafter: Any, **options: Any) -> list[int]:
-        return [r.token for r in stream_generate(model, tokenizer, PROMPT, drafter, max_tokens=count, **options)]
+        words = grammars if "constraint" in options else tokenizer
+        return [r.token for r in stream_generate(model, words, asked, drafter, max_tokens=count, **options)]
 
     known = write(None, **WAYS["plain"])
     if split == "tensor":
@@ -72,6 +80,8 @@ def texts_of(name: str, count: int, ways: list[str], split: str | None = None) -
     elif split is not None:
         model.model.pipeline(mx.distributed.init())
     drafter = small_models.PerfectDrafter(Target.of(model), PROMPT, known)
+    if split is not None and mx.distributed.init().rank():
+        asked[1:3] = [5]  # as though its template had put in another date
     found = {}
     for chosen, chooser in CHOOSERS.items():
         for way in ways:
@@ -80,7 +90,7 @@ def texts_of(name: str, count: int, ways: list[str], split: str | None = None) -
                 parts = [write(drafter, chooser=chooser, prompt_cache=cache) for _ in range(2)]
                 found[f"{chosen} {way}"] = parts[0] + parts[1]
             elif way == "batch":
-                prompts = [PROMPT[: 4 + 3 * i] for i in range(3)]
+                prompts = [asked[: 4 + 3 * i] for i in range(3)]
                 done = batch_generate(
                     model, tokenizer, prompts, max_tokens=count, return_token_ids=True, drafter=drafter, chooser=chooser
                 )

@@ -52,7 +52,8 @@ def three(monkeypatch):
     for rank, group in enumerate(groups):
         group.rank.return_value, group.size.return_value = rank, 3
     with ThreadPoolExecutor(3) as pool:
-        yield list(pool.map(ranks.Ranks, groups)), ended
+        yield (found := list(pool.map(ranks.Ranks, groups))), ended
+        list(pool.map(ranks.Ranks.leave, found))  # each waits for the others
 
 
 def test_all_hear_what_the_first_one_says(three):
@@ -68,9 +69,22 @@ def test_all_hear_what_the_first_one_says(three):
         one.check_same(facts | {"seed": str(one.rank)})
     with pytest.raises(UserError, match="rank 2: seed is 2, expected 1, as on rank 0"):
         found[0].check_same(facts)
-    for one in found:
-        one.leave()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(ranks.Ranks.leave, found))
     assert ended.empty()
+
+
+def test_who_ends_early_is_noticed(three, monkeypatch):
+    """If this fails, processes wait in a collective for ever for one whose script has called sys.exit."""
+    found, ended = three
+    monkeypatch.setattr(ranks, "LEAVING", 0.1)
+    found[0].leave()
+    assert ended.empty()  # the others may be at what takes them longer
+    for link in found[0]._links.values():
+        link._connection.shutdown(socket.SHUT_RDWR)
+    assert {ended.get(timeout=30)[:2] for _ in range(2)} == {
+        (rank, "rank 0 of 3 is gone, the others cannot go on") for rank in (1, 2)
+    }
 
 
 @pytest.mark.parametrize(("gone", "expected"), [(1, {(0, 0)}), (0, {(1, 1), (2, 1)})])

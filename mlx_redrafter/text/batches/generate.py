@@ -141,9 +141,11 @@ def batch_generate(
     fixed, _ = what_to_draft(drafter, shape, OFF)
     texts = []
     with TURNS:
-        for prompt, limit, choose, cache in zip(prompts, limits, choosers, caches):
-            ids = encode(tokenizer, prompt)
-            check_prompt(Target.of(model), ids, cached(cache or []))
+        target, encoded = Target.of(model), [encode(tokenizer, prompt) for prompt in prompts]
+        if target.ranks is not None:  # as for one text
+            encoded = target.ranks.share(encoded)
+        for ids, limit, choose, cache in zip(encoded, limits, choosers, caches, strict=True):
+            check_prompt(target, ids, cached(cache or []))
             options = DecodingOptions(
                 choose, limit, tuple(logits_processors or ()), prefill_step_size=prefill_step_size
             )

@@ -25,5 +25,9 @@ def test_table(capsys):
     main(["--machines", "1", "2", "--latencies-ms", "0.1", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["machines", "1", "2", "2"]
-    with pytest.raises(SystemExit):
-        main(["--costs", "1"])
+    mixed = ["12:3.17", "1:1", "8:2.25", "5:1.49", "3:1.11"]
+    main(["--machines", "1", "2", "--latencies-ms", "0.1", "1", "--costs", *mixed])
+    assert capsys.readouterr().out.splitlines() == lines  # in whatever order
+    for words in (["--costs", "1"], ["--costs", "0:1", "5:2"], ["--costs", "1:0"], ["--row-ms", "0"]):
+        with pytest.raises(SystemExit):
+            main(words)
