@@ -133,11 +133,11 @@ def _chains(target: Target) -> list[_Round]:
 
 def _problem(verifier: Verifier, rounds: list[_Round], tolerance: float) -> str:
     """Empty if verification says what plain decoding does, else what went wrong."""
+    problem, distances = "", list[Any]()
     try:
         cache = verifier.make_cache(short_cache(verifier.target.model))
         _read(verifier.target, _prompt(verifier.target), cache.layers)
         cache.begin_trees(length=PROMPT)
-        distances: list[Any] = []
         for expected in rounds:
             tree, path = expected.tree, expected.path
             _, logits = _on_all(verifier.target, functools.partial(verifier, tree, cache))
@@ -148,9 +148,11 @@ def _problem(verifier: Verifier, rounds: list[_Round], tolerance: float) -> str:
             length: Any = cache.length
             cache.tighten(length.item())
     except Exception as error:  # as above
-        return _words(error)
+        problem = _words(error)
     if verifier.target.ranks is not None:  # that rounding differs is no reason for ranks to go different ways
-        distances = verifier.target.ranks.share(distances)
+        problem, distances = verifier.target.ranks.share((problem, distances))
+    if problem:
+        return problem
     wrong = [distance for distance in distances if not distance <= tolerance]  # what is no number is wrong as well
     return f"logits differ from plain decoding by {max(wrong):.2g} of their size" if wrong else ""
 
