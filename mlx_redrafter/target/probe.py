@@ -51,10 +51,10 @@ def probe(target: Target) -> Capability:
         return Capability(NONE, target.missing)
     try:
         kinds = make_prompt_cache(target.model)
+        if problem := _apart(target, kinds):  # first, since what follows goes by the kinds
+            return Capability(NONE, problem)
         if names := refused(kinds):
             return Capability(NONE, f"its layers with a {names} cannot take back rejected tokens")
-        if problem := _apart(target, kinds):
-            return Capability(NONE, problem)
         recurrent = any(isinstance(cache, ArraysCache) for cache in leaves(kinds))
         with in_one_piece():  # nobody computes it
             mixers = find_mixers(target.model, KVCache(kinds).layers) if recurrent else ()
@@ -139,9 +139,7 @@ def _problem(verifier: Verifier, rounds: list[_Round], tolerance: float) -> str:
         _read(verifier.target, _prompt(verifier.target), cache.layers)
         cache.begin_trees(length=PROMPT)
         for expected in rounds:
-            tree, path = expected.tree, expected.path
-            _, logits = _on_all(verifier.target, functools.partial(verifier, tree, cache))
-            cache.commit(None if tree.in_order else path, mx.array([path.shape[1]]), tree.max_depth)
+            logits = _on_all(verifier.target, functools.partial(_verified, verifier, expected, cache))
             pairs = [*zip(logits[0], expected.logits), *zip(_state_arrays(cache.layers), expected.states)]
             found: Any = mx.stack([_distance(*pair) for pair in pairs if pair[1] is not None]).tolist()
             distances += found
@@ -155,6 +153,14 @@ def _problem(verifier: Verifier, rounds: list[_Round], tolerance: float) -> str:
         return problem
     wrong = [distance for distance in distances if not distance <= tolerance]  # what is no number is wrong as well
     return f"logits differ from plain decoding by {max(wrong):.2g} of their size" if wrong else ""
+
+
+def _verified(verifier: Verifier, expected: _Round, cache: KVCache) -> mx.array:
+    """The logits (1, M, vocab_size) of a round's rows, of which its path is committed."""
+    tree, path = expected.tree, expected.path
+    _, logits = verifier(tree, cache)
+    cache.commit(None if tree.in_order else path, mx.array([path.shape[1]]), tree.max_depth)
+    return logits
 
 
 def _rounding(target: Target) -> tuple[float, float]:
