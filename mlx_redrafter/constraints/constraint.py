@@ -11,10 +11,11 @@ import json
 from typing import Any
 
 from mlx_redrafter.constraints.endless import endless
+from mlx_redrafter.constraints.room import with_room
 from mlx_redrafter.constraints.strictness import tightened
 from mlx_redrafter.errors import UserError, one_line
 
-MOST_BYTES = 256 * 1024  # of a schema or a grammar; they are checked in milliseconds
+MOST_BYTES = 64 * 1024  # of a schema or a grammar; they are checked in less than half a second
 # JSON as most models write it in one line. Space wherever JSON allows it would leave nothing to jump over,
 # and a model with nothing to say fills it for ever. A schema's "x-guidance" says otherwise.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -110,6 +111,7 @@ def _check_size(text: str, name: str) -> None:
 
 
 def _check(grammar: str, name: str) -> None:
-    wrong, messages = _guidance().validate_grammar_with_warnings(grammar)
+    guidance = _guidance()
+    wrong, messages = with_room(lambda: guidance.validate_grammar_with_warnings(grammar))
     if wrong:
         raise UserError(f"{name}: {one_line(ValueError(messages[0]))}")

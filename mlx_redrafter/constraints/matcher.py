@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.constraints.constraint import Constraint
+from mlx_redrafter.constraints.room import with_room
 from mlx_redrafter.constraints.vocabulary import vocabulary
 from mlx_redrafter.errors import UserError, one_line
 
@@ -35,7 +36,8 @@ class Matcher:
 
         self.jump_ahead = constraint.jump_ahead
         self._ends, self._read, self._ended = set(tokenizer.eos_token_ids), 0, False
-        self._matcher = LLMatcher(vocabulary(tokenizer, size), constraint.grammar, log_level=0)
+        known = vocabulary(tokenizer, size)
+        self._matcher = with_room(lambda: LLMatcher(known, constraint.grammar, log_level=0))
         self._check()
 
     def take(self, tokens: Sequence[int]) -> None:

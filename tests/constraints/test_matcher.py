@@ -73,3 +73,15 @@ def test_a_vocabulary_without_the_letter(stories_pair):
     matcher.take([stories_pair[2].get_vocab()["a"]])
     with pytest.raises(UserError, match="no token of the model's vocabulary"):
         matcher.take([0])
+
+
+def test_references_may_be_deep(tokenizer):
+    """If this fails, a schema that refers to itself again and again ends the process, and the server with it."""
+    inner = {f"n{i}": {"items": {"$ref": f"#/$defs/n{i + 1}"}} for i in range(30)}
+    for name in inner:
+        for _ in range(50):
+            inner[name] = {"items": inner[name]}
+    constraint = json_schema({"$defs": inner | {"n30": {"type": "null"}}, "$ref": "#/$defs/n0"})
+    matcher = Matcher(constraint, tokenizer, 4096)
+    matcher.take(ids(tokenizer, "["))
+    assert "[" in told(tokenizer, matcher)[0]

@@ -135,6 +135,28 @@ def test_what_a_format_cannot_keep_is_named(parser, part, words):
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_commas_stand_between_what_is_there():
+    """If this fails, a property that is required can be left out, or one that is not cannot."""
+    tokenizer, size = tokenizer_of("pythonic", False), 4096
+    constraint = ToolCalls({"f": FLAT}, forced=True).constraint(tokenizer, size)
+    for text, right in (
+        ('city="ab", days=3, wind=true)', True),
+        ('city="ab", unit="C", days=3, height=1.5, wind=true)', True),
+        ('city="ab")', False),
+        ('city="ab", days=3)', False),
+        ('city="ab", wind=true', False),
+        ('unit="C"', False),
+        ("city=3", False),
+    ):
+        matcher = Matcher(constraint, tokenizer, size)
+        tokens = tokenizer.encode(f"<|tool_call_start|>[f({text}", add_special_tokens=False)
+        if right:
+            matcher.take(tokens)
+        else:
+            with pytest.raises(UserError):
+                matcher.take(tokens)
+
+
 def test_names_and_words_beside_the_properties():
     for parser, name, schema, words in (
         ("pythonic", "a b", {}, "a b: this name"),
