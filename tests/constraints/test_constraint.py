@@ -10,7 +10,7 @@ from mlx_redrafter.constraints.constraint import json_object, json_schema, lark,
 from mlx_redrafter.errors import UserError
 
 LARGE = {"type": "object", "properties": {f"field{i:05}": {"type": "string"} for i in range(30_000)}}
-DEEP = "[" * 100_000
+DEEP = "[" * 50_000
 WRONG = {
     "not JSON": ("{", "not JSON"),
     "deep": (DEEP, "not JSON"),
