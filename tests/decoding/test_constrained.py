@@ -10,10 +10,13 @@ from mlx_redrafter.constraints.constraint import regex
 from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.constrained import jump, mask_tree, masked, prune
+from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.planner import Odds
+from mlx_redrafter.decoding.planner import Odds, Planner
+from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Forced
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
 
 
@@ -98,6 +101,20 @@ def test_drafts_stand_behind_what_is_forced(pair, letters):
     assert tokens == [a, *certain, b, c, *certain]  # behind the second one it is not probable enough
     tokens, _ = rows(right=(0.5,), least=(0.2,) * 99)
     assert tokens == [a, *certain, b, c, *certain, *certain]
+
+
+def test_what_is_forced_tells_nothing_of_the_drafter(pair):
+    """If this fails, a drafter seems better than it is, and is used where it does not pay."""
+    model, drafter, tokenizer = pair
+    verifier, learned = verifier_of(model), []
+    planner = create_autospec(Planner, instance=True)
+    planner.plan.return_value, planner.odds.return_value = Drafted(DraftShape()), Odds()
+    planner.learn.side_effect = learned.append
+    options = DecodingOptions(max_tokens=32, matcher=Matcher(regex("(print|import) [a-z]{3};{8}.*"), tokenizer, 4096))
+    proposer, prompt = RecurrentProposer(drafter, verifier.target.embed), mx.array([tokenizer.encode("import os")])
+    steps = [*speculative(verifier, proposer, prompt, verifier.make_cache(), options, planner)][1:]
+    assert all(isinstance(step.plan, Drafted) for step in steps)
+    assert 0 < sum(len(read.tokens) for read in learned) <= sum(len(step.tokens) for step in steps) - 3
 
 
 def test_no_batches(pair):
