@@ -28,7 +28,9 @@ FORMATS: dict[str, dict[str, Any]] = {
     "hostname": {"pattern": "^(?:[^-]|-[^-])*$", "maxLength": 253},
 }
 _UNSPELT = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01]|\x7f")  # in JSON, which has a letter for some control characters
-_TOKEN = re.compile(r"\\.|\[|.", re.DOTALL)
+_TOKEN = re.compile(r"\[(?P<no>\^?)(?P<body>(?:\\.|[^\]\\])*)\]|\\.|.", re.DOTALL)  # a class, or one thing
+_LETTER = r"(?:\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|u\{[0-9a-fA-F]+\}|c[a-zA-Z]|[^dDsSwWpP])|[^\\])"
+_RANGE = re.compile(rf"({_LETTER})-({_LETTER})|(\\?.)", re.DOTALL)  # in a class, or one thing
 _JAVASCRIPT = {r"\s": r"[\s\x{FEFF}&&[^\x{85}]]", r"\S": r"[^\s\x{FEFF}]"}  # in a class and outside
 _LINE_ENDS = r"[^\n\r\x{2028}\x{2029}]"
 
@@ -74,16 +76,25 @@ def tightened(schema: Any, name: str) -> Any:
 
 def javascript(pattern: str) -> str:
     """An expression of ECMA 262 as one of Rust's, where the two differ in what they match."""
-    inside, found = False, []
-    for token in _TOKEN.findall(pattern):
-        if inside and token in "[&~":  # Rust has classes in classes
-            token = "\\" + token
-        elif token == "." and not inside:
-            token = _LINE_ENDS
-        else:
-            inside = token == "[" or (inside and token != "]")
-        found.append(_JAVASCRIPT.get(token, token))
-    return "".join(found)
+
+    def one(match: re.Match[str]) -> str:
+        token, body = match[0], match["body"]
+        if body is None:
+            return _LINE_ENDS if token == "." else _JAVASCRIPT.get(token, token)
+        if not body:  # to Rust the bracket would be a letter
+            return r"[\s\S]" if match["no"] else r"[^\s\S]"
+        return f"[{match['no']}{_RANGE.sub(_in_class, body)}]"
+
+    return _TOKEN.sub(one, pattern)
+
+
+def _in_class(match: re.Match[str]) -> str:
+    """Rust has classes in classes, and operators between them."""
+    first, last, single = (
+        "\\" + token if token in ("[", "&", "~", "-") else token and _JAVASCRIPT.get(token, token)
+        for token in match.groups()
+    )
+    return single or f"{first}-{last}"
 
 
 def _check_min_properties(schema: dict[str, Any], name: str) -> None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import keyword
+import re
 from collections.abc import Callable
 from typing import Any
 
 from mlx_redrafter.constraints.constraint import for_guidance
+from mlx_redrafter.constraints.fence import fenced
 from mlx_redrafter.constraints.raw_text import raw_text
 from mlx_redrafter.errors import UserError
 
 BESIDE = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "title", "description",
     "$schema", "$comment", "default", "examples"}  # fmt: skip
+NOTES = {"$defs", "definitions", "title", "description", "$comment", "default", "examples"}
+EXACT = {"minimum": -(2**53), "maximum": 2**53}  # a parser makes a whole number of what has no fraction
 SCALARS = {"string", "integer", "number", "boolean", "null"}
 
 
@@ -27,10 +31,12 @@ class Rules:
     Args:
         parser: the name of mlx-lm's parser.
         spell: text in Lark's form, special tokens in it as such.
+        stops: what the parser, or who cuts out the call for it, would take for an end wherever it stands.
     """
 
     parser: str
     spell: Callable[[str], str]
+    stops: tuple[str, ...]
     lines: list[str] = dataclasses.field(default_factory=list)
 
     def rule(self, body: str, lazy: bool = False, terminal: bool = False) -> str:
@@ -39,12 +45,18 @@ class Rules:
         self.lines.append(f"{name}{'[lazy]' if lazy else ''}: {body}")
         return name
 
-    def json(self, schema: Any, where: str) -> str:
-        return self.rule(f"%json {json.dumps(for_guidance(schema, f'tools: {where}'))}")
+    def json(self, schema: dict[str, Any], where: str) -> str:
+        text = json.dumps(schema, ensure_ascii=False)
+        if self.stops and '"patternProperties": ' in text:
+            raise self.refuse(where, "patternProperties")
+        if stop := next((stop for stop in self.stops if stop in text), None):
+            raise self.refuse(where, f"{stop} in the schema")
+        return self.rule(f"%json {json.dumps(for_guidance(fenced(schema, self.stops), f'tools: {where}'))}")
 
-    def text(self, schema: dict[str, Any], end: str, where: str, stripped: bool, without: tuple[str, ...] = ()) -> str:
-        """Text without quotes, and what ends it."""
-        content = self.rule(raw_text(schema, (end, *without), f"tools: {where}", self.parser, stripped), terminal=True)
+    def text(self, schema: dict[str, Any], end: str, where: str, *more: str, **reading: bool) -> str:
+        """Text without quotes, and what ends it, without more stops; `reading` is raw_text's."""
+        stops = tuple(dict.fromkeys((end, *more, *self.stops)))
+        content = self.rule(raw_text(schema, stops, f"tools: {where}", self.parser, **reading), terminal=True)
         if (closing := self.spell(end)) == json.dumps(end):
             return self.rule(f"{content} {closing}", lazy=True)
         return f"{content} {closing}"
@@ -57,11 +69,19 @@ Value = Callable[[Rules, str, dict[str, Any], str], str]  # rules, where, a prop
 Call = Callable[[Rules, str, dict[str, Any]], str]  # rules, the tool's name, its schema
 
 
-def _json_call(begin: str, end: str) -> Call:
+def _json_call(begin: str, end: str, names: str = ".*") -> Call:
     def call(rules: Rules, name: str, schema: dict[str, Any]) -> str:
+        if not re.fullmatch(names, name):
+            raise rules.refuse(name, "this name")
         return f"{rules.spell(begin.replace('NAME', name))} {rules.json(schema, name)} {rules.spell(end)}"
 
     return call
+
+
+def _numbered_call(rules: Rules, name: str, schema: dict[str, Any]) -> str:
+    """As kimi_k2 has it; name and number are the call's id."""
+    call = _json_call("<|tool_call_argument_begin|>", "<|tool_call_end|>", r"[\w.-]+")(rules, name, schema)
+    return f"{rules.spell(f'<|tool_call_begin|>functions.{name}:')} /[0-9]{{1,3}}/ {call}"
 
 
 def _quoted_call(rules: Rules, name: str, schema: dict[str, Any]) -> str:
@@ -73,23 +93,27 @@ def _tagged(begin: str, before: str, after: str, end: str, value: Value) -> Call
     """Arguments one after the other, each between tags; `before` has the KEY."""
 
     def call(rules: Rules, name: str, schema: dict[str, Any]) -> str:
-        parts = []
-        for key, (needed, part) in _properties(rules, name, schema).items():
+        found, parts = _properties(rules, name, schema), []
+        for named, where in ((name, name), *((key, f"{name}: {key}") for key in found)):
+            if not re.fullmatch(r'[^\s<>"]+', named):
+                raise rules.refuse(where, "this name")
+        for key, (needed, part) in found.items():
             one = f"{rules.spell(before.replace('KEY', key))} {value(rules, f'{name}: {key}', part, after)}"
             parts.append(f"({one}){'' if needed else '?'}")
-        if not parts and schema.get("additionalProperties", True) is not False:
+        if not parts and schema.get("additionalProperties", True) in (True, {}):
             opening, closing = (rules.spell(text) for text in before.split("KEY"))
-            parts = [rf"({opening} /[\w-]+/ {closing} {rules.text({}, after, name, True)})*"]
+            parts = [rf"({opening} /[\w-]+/ {closing} {value(rules, name, {}, after)})*"]
         return f"{rules.spell(begin.replace('NAME', name))} {' '.join(parts)} {rules.spell(end)}"
 
     return call
 
 
-def _separated(begin: str, equals: str, comma: str, end: str, value: Value) -> Call:
-    """Arguments with commas between them."""
+def _separated(begin: str, equals: str, comma: str, end: str, value: Value, dotted: bool = False) -> Call:
+    """Arguments with commas between them; the tool's name may have dots where `dotted` says so."""
 
     def call(rules: Rules, name: str, schema: dict[str, Any]) -> str:
-        if not all(part.isidentifier() and not keyword.iskeyword(part) for part in name.split(".")):
+        words = name.split(".") if dotted else [name]
+        if not all(word.isidentifier() and not keyword.iskeyword(word) for word in words):
             raise rules.refuse(name, "this name")
         parts = []
         for key, (needed, part) in _properties(rules, name, schema).items():
@@ -97,7 +121,7 @@ def _separated(begin: str, equals: str, comma: str, end: str, value: Value) -> C
                 raise rules.refuse(f"{name}: {key}", "this name")
             parts.append((needed, f"{rules.spell(key + equals)} {value(rules, f'{name}: {key}', part, '')}"))
         arguments = _listed(rules, parts, comma)
-        if not parts and schema.get("additionalProperties", True) is not False:
+        if not parts and schema.get("additionalProperties", True) in (True, {}):
             one = rules.rule(rf"/[a-z]\w*_/ {rules.spell(equals)} {value(rules, name, {'type': 'string'}, '')}")
             arguments = f"({one} ({json.dumps(comma)} {one})*)?"
         return f"{rules.spell(begin.replace('NAME', name))} {arguments} {rules.spell(end)}"
@@ -120,12 +144,17 @@ def _properties(rules: Rules, name: str, schema: dict[str, Any]) -> dict[str, tu
     if word := next((word for word in schema if word not in BESIDE and not word.startswith("x-")), None):
         raise rules.refuse(name, word)
     required, properties = schema.get("required", []), dict(schema.get("properties", {}))
-    properties |= {key: {} for key in required if key not in properties}
+    if schema.get("additionalProperties", True) in (True, {}):
+        properties |= {key: {} for key in required if key not in properties}
+    if unlisted := [key for key in required if key not in properties]:
+        raise rules.refuse(f"{name}: {unlisted[0]}", "a required property that is not listed")
     definitions = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
     found = {}
     for key, part in properties.items():
         if '"$ref": "#"' in (text := json.dumps(part)) or '"$ref": "#/properties' in text:
             raise rules.refuse(f"{name}: {key}", "a reference to the arguments")
+        if part is False:
+            raise rules.refuse(f"{name}: {key}", "a property that may not be there")
         found[key] = key in required, ({} if part is True else part) | definitions
     return found
 
@@ -140,25 +169,28 @@ def _kinds(schema: dict[str, Any]) -> set[str]:
     return found.union(*(_kinds(part) for part in schema.get("anyOf", ()) if isinstance(part, dict)))
 
 
-def _string_of(schema: dict[str, Any]) -> dict[str, Any]:
-    """Of a schema that allows text or null, the part about text."""
-    return next((part for part in schema.get("anyOf", ()) if "string" in _kinds(part)), schema)
+def _text_or_null(rules: Rules, where: str, schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Of a schema that allows text or null, the part about text, and whether null may stand there."""
+    null = "null" in _kinds(schema) and _allows_null(schema)
+    while "anyOf" in schema:
+        if word := next((word for word in schema if word not in NOTES | {"anyOf"}), None):
+            raise rules.refuse(where, f"{word} beside anyOf")
+        texts = [part for part in schema["anyOf"] if isinstance(part, dict) and "string" in _kinds(part)]
+        if len(texts) != 1:
+            raise rules.refuse(where, "a choice of texts")
+        schema = texts[0]
+    return schema, null
 
 
-def _fenced(schema: Any) -> Any:
-    """A schema whose texts, in the JSON of one argument, hold no tag."""
-    if isinstance(schema, list):
-        return [_fenced(part) for part in schema]
+def _allows_null(schema: Any) -> bool:
     if not isinstance(schema, dict):
-        return schema
-    found = {word: part if word in ("enum", "const") else _fenced(part) for word, part in schema.items()}
-    if schema.get("type") == "string" and "enum" not in schema:
-        found["allOf"] = [*found.get("allOf", ()), {"pattern": "^[^<]*$"}]
-    return found
+        return bool(schema)
+    choices = schema.get("const") is None and None in schema.get("enum", [None])
+    return choices and "null" in schema.get("type", "null") and any(map(_allows_null, schema.get("anyOf", [True])))
 
 
 def _as_json(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
-    return f"{rules.json(_fenced(schema) if after else schema, where)} {rules.spell(after) if after else ''}"
+    return f"{rules.json(schema, where)} {rules.spell(after) if after else ''}"
 
 
 def _by_declared_type(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
@@ -172,11 +204,12 @@ def _by_kind(rules: Rules, where: str, schema: dict[str, Any], after: str) -> st
     """As minimax_m2 reads it: what says null is null, and text is only what can be nothing else."""
     kinds = _kinds(schema)
     if kinds - {"null"} == {"string"} or not schema:
-        text = rules.text(_string_of(schema), after, where, stripped=True)
-        return f"({text} | {rules.spell('null' + after)})" if "null" in kinds else text
+        part, null = _text_or_null(rules, where, schema)
+        text = rules.text(part, after, where, stripped=True)
+        return f"({text} | {rules.spell('null' + after)})" if null else text
     if not kinds or "string" in kinds:
         raise rules.refuse(where, "a value that may be text and something else" if kinds else "a value without a type")
-    return _as_json(rules, where, schema, after)
+    return _as_json(rules, where, (EXACT if "number" in kinds else {}) | schema, after)
 
 
 def _by_one_type(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
@@ -184,14 +217,13 @@ def _by_one_type(rules: Rules, where: str, schema: dict[str, Any], after: str) -
     kinds, declared = _kinds(schema), schema.get("type")
     if isinstance(declared, list) and (kinds - SCALARS or "boolean" in kinds):
         raise rules.refuse(where, "a list of these types")
-    if not isinstance(declared, list) and kinds - {"null"} == {"string"}:
-        text = rules.text(_string_of(schema), after, where, stripped=False)
-        return f"({text} | {rules.spell('null' + after)})" if "null" in kinds else text
+    if not schema or (not isinstance(declared, list) and kinds - {"null"} == {"string"}):
+        part, null = _text_or_null(rules, where, schema)
+        text = rules.text(part, after, where, stripped=False, guessed=declared is None and bool(schema))
+        return f"({text} | {rules.spell('null' + after)})" if null else text
     if declared is None and (not kinds or kinds - {"object", "array", "null"}):
         raise rules.refuse(where, "a value without a type")
-    if declared in ("number", "integer"):  # of which the parser makes a whole number, if it has no fraction
-        schema = {"minimum": -(2**53), "maximum": 2**53} | schema
-    return _as_json(rules, where, schema, after)
+    return _as_json(rules, where, (EXACT if declared in ("number", "integer") else {}) | schema, after)
 
 
 def _gemma(quote: str, nested: bool) -> Value:
@@ -200,9 +232,10 @@ def _gemma(quote: str, nested: bool) -> Value:
     def value(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
         kinds, inner = _kinds(schema), {"$defs", "definitions"}
         if kinds - {"null"} == {"string"}:
+            part, null = _text_or_null(rules, where, schema)
             braces = () if nested else ("}",)
-            text = f"{rules.spell(quote)} {rules.text(_string_of(schema), quote, where, False, braces)}"
-            return f"({text} | {json.dumps('null')})" if "null" in kinds else text
+            text = f"{rules.spell(quote)} {rules.text(part, quote, where, *braces, stripped=False)}"
+            return f"({text} | {json.dumps('null')})" if null else text
         if kinds and kinds <= SCALARS - {"string"}:
             return rules.json(schema, where)
         if nested and kinds == {"object"}:
@@ -229,8 +262,8 @@ def _gemma(quote: str, nested: bool) -> Value:
 FORMATS: dict[str, Call] = {
     "json_tools": _quoted_call,
     "longcat": _quoted_call,  # it reads both, and a call without arguments only so
-    "mistral": _json_call("NAME[ARGS]", ""),
-    "kimi_k2": _json_call("<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+    "mistral": _json_call("NAME[ARGS]", "", r"[\w-]+"),
+    "kimi_k2": _numbered_call,
     "qwen3_coder": _tagged(
         "\n<function=NAME>\n", "<parameter=KEY>\n", "\n</parameter>\n", "</function>\n", _by_one_type
     ),
@@ -246,7 +279,15 @@ FORMATS: dict[str, Call] = {
         "\n</atem:invoke>\n",
         _as_json,
     ),
-    "pythonic": _separated("[NAME(", "=", ", ", ")]", _as_json),
+    "pythonic": _separated("[NAME(", "=", ", ", ")]", _as_json, dotted=True),
     "function_gemma": _separated("call:NAME{", ":", ",", "}", _gemma("<escape>", nested=False)),
     "gemma4": _separated("call:NAME{", ":", ",", "}", _gemma('<|"|>', nested=True)),
+}
+STOPS: dict[str, tuple[str, ...]] = {  # beside what ends every call
+    "kimi_k2": ("<|tool_call_end|>",),
+    "qwen3_coder": ("</parameter>", "</function>"),
+    "glm47": ("</arg_value>",),
+    "minimax_m2": ("</parameter>", "</invoke>"),
+    "minicpm5": ("</param>", "<![CDATA["),
+    "muse_spark": ("</atem:parameter>", "</atem:invoke>"),
 }

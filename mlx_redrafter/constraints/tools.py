@@ -13,7 +13,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.constraints.constraint import Constraint, lark
-from mlx_redrafter.constraints.tool_formats import FORMATS, Rules
+from mlx_redrafter.constraints.tool_formats import FORMATS, STOPS, Rules
 from mlx_redrafter.constraints.vocabulary import vocabulary
 from mlx_redrafter.errors import UserError
 
@@ -72,9 +72,9 @@ class ToolCalls:
         if think in special and thought in special:
             thoughts = rf"{free(start, think, thought)} FREE {piece(thought)} /\s{{0,2}}/"
             opening = f"{thoughts} {opening}" if thinking else f"({piece(think)} {thoughts})? {opening}"
-        rules = Rules(parser, spell)
-        tools = [rules.rule(FORMATS[parser](rules, name, schema)) for name, schema in self.schemas.items()]
         end = tokenizer.tool_call_end
+        rules = Rules(parser, spell, (*STOPS.get(parser, ()), *([end] if end else [])))
+        tools = [rules.rule(FORMATS[parser](rules, name, schema)) for name, schema in self.schemas.items()]
         calls = f"{'opening call' if self.forced else ''} (tag call)* {free(start)} FREE"
         if not end:  # a call goes on to the end of the text
             begun = "opening" if self.forced else "tag"
