@@ -1,0 +1,91 @@
+"""A batch in which texts come and go for long is as fast and as small at its end as at its beginning.
+
+`BATCH_SOAK_MINUTES=30 pytest -s -m slow tests/promises/test_batch_soak.py` prints how long tokens took.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_reduce
+
+import mlx_redrafter
+from mlx_redrafter.decoding.batch import Batch
+from mlx_redrafter.decoding.batch_text import BatchText
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.text.batches.generate import proposers
+from mlx_redrafter.tuning.batch_controller import batch_planner
+from mlx_redrafter.tuning.session import verifier_for
+
+MINUTES = float(os.environ.get("BATCH_SOAK_MINUTES", "0.5"))
+MEAN, MOST = 0.15, 16  # seconds between two arrivals; texts at once
+
+
+def resident():
+    """Megabytes of memory that this process has."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+class Soak:
+    """Texts of random length that arrive at random times."""
+
+    def __init__(self):
+        model, drafter, _ = mlx_redrafter.load()
+        self.weights = sum(tree_reduce(lambda n, array: n + array.nbytes, m.parameters(), 0) for m in (model, drafter))
+        verifier = verifier_for(model, drafter)
+        planner, _ = batch_planner(verifier, drafter, None)
+        self.batch = Batch(verifier, proposers(verifier, drafter), planner, most_texts=MOST)
+        self.chance, self.began, self.told = random.Random(1), {}, {}
+        self.first, self.later, self.caches, self.texts = [], [], 0, 0
+
+    def run(self, seconds):
+        end, due = time.perf_counter() + seconds, 0.0
+        while (now := time.perf_counter()) < end or len(self.batch):
+            while due <= now < end and len(self.batch) < 2 * MOST:
+                prompt = [self.chance.randrange(3, 200) for _ in range(self.chance.choice([1, 9, 40, 200]))]
+                text = BatchText(prompt, DecodingOptions(max_tokens=self.chance.choice([1, 20, 60, 150])))
+                self.batch.add(text)
+                self.began[text] = now
+                due = max(due, now - 1) + self.chance.expovariate(1 / MEAN)
+            for part in self.batch.step():
+                self.note(part.text, len(part.produced.tokens), time.perf_counter())
+            self.caches = max(self.caches, self.batch.nbytes)
+
+    def note(self, text, tokens, now):
+        if text in self.told:
+            self.later += [(now - self.told[text]) / tokens] * tokens
+        else:
+            self.first.append(now - self.began.pop(text))
+        self.told[text] = now
+        if text.ended:
+            del self.told[text]
+            self.texts += 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 * MINUTES + 120)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_texts_come_and_go(tmp_path, monkeypatch):
+    """If this fails, a server that batches for days runs out of memory."""
+    monkeypatch.setenv("MLX_REDRAFTER_TUNING", str(tmp_path))
+    soak = Soak()
+    soak.run(0.3 * 60 * MINUTES)  # buffers are as long as they get
+    before, active = resident(), mx.get_active_memory()
+    soak.run(0.7 * 60 * MINUTES)
+    after = resident()
+    print(f"\n{soak.texts} texts; resident {before:.0f} MB, then {after:.0f} MB")
+    for name, values in (("first token", soak.first), ("each later token", soak.later)):
+        print(name, *(f"p{share}: {np.percentile(values, share) * 1e3:.1f} ms" for share in (50, 95, 99)))
+    print(f"weights {soak.weights / 1e6:.1f} MB, caches at most {soak.caches / 1e6:.1f} MB,", end=" ")
+    print(f"peak {mx.get_peak_memory() / 1e6:.1f} MB")
+    assert not soak.began and not soak.told and soak.texts > 10
+    assert after < 1.1 * before + 20
+    assert mx.get_active_memory() < 1.05 * active + 1e6
