@@ -221,6 +221,28 @@ def test_no_value_ends_its_own_call(parser):
     assert taken > 10
 
 
+@pytest.mark.parametrize(
+    ("parser", "part", "right", "wrong"),
+    [
+        ("minimax_m2", {"enum": ["a", "bb", "ccc"], "minLength": 2, "maxLength": 2}, ["bb"], ["a", "ccc"]),
+        ("minimax_m2", {"type": ["string", "null"], "enum": ["a"]}, ["a"], ["null", "b"]),
+        ("qwen3_coder", {"type": "string", "enum": ["a", None]}, ["a"], ["null"]),
+        ("qwen3_coder", {"anyOf": [{"type": "string"}, {"type": "null"}]}, ["a", "null", "a[1]"], ["[1]", ' {"a": 1}']),
+        ("qwen3_coder", {"type": ["string", "null"]}, ['"a"', "null"], ['"</function>"', "a"]),
+        ("minicpm5", {"type": "number"}, ["1.5"], ["1e400"]),
+    ],
+)
+def test_what_stands_beside_a_choice_counts(parser, part, right, wrong):
+    """If this fails, a text has a value that its schema does not allow."""
+    tokenizer = tokenizer_of(parser, False)
+    schema = {"type": "object", "properties": {"a": part}, "required": ["a"]}
+    for values, expected in ((right, True), (wrong, False)):
+        for value in values:
+            text = WRITTEN[parser].replace("VALUE", value)
+            text = tokenizer.tool_call_start + text + tokenizer.tool_call_end
+            assert allows(parser, schema, text) is expected, value
+
+
 def test_two_calls_have_two_names_for_kimi():
     """If this fails, a client cannot tell whose result is whose."""
     tokenizer, schema = tokenizer_of("kimi_k2", False), {"type": "object", "properties": {"a": {"type": "integer"}}}
