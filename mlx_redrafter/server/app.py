@@ -91,9 +91,8 @@ def serve(args: argparse.Namespace) -> None:
     """Serves until it is interrupted or terminated."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with running(args) as server:
+        with running(args) as server, contextlib.suppress(KeyboardInterrupt):
             print(f"Serving {args.model} at {server.url}", flush=True)
-            with contextlib.suppress(KeyboardInterrupt):
-                threading.Event().wait()
+            threading.Event().wait()
     finally:
         signal.signal(signal.SIGTERM, before)
