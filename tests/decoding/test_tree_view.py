@@ -34,7 +34,9 @@ def test_a_terminal_without_unicode(name):
     """If this fails, a command ends in a traceback where the terminal lacks a character of the text."""
     code = (
         "import sys; from mlx_redrafter.cli import main as cli\n"
-        "class Args: run = staticmethod(lambda args: print('caf\\u00e9 \\u2713 \\u65e5'))\n"
+        "class Args:\n"
+        "    command = 'generate'\n"
+        "    run = staticmethod(lambda args: print('caf\\u00e9 \\u2713 \\u65e5'))\n"
         "class Parser: parse_args = staticmethod(lambda argv: Args)\n"
         "cli.parser_of_all = lambda: Parser\n"
         "sys.exit(cli.main())"

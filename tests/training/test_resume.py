@@ -45,6 +45,7 @@ def test_what_may_change(begun):
             "method": "medusa",
             "output_layer": "random",
             "train_dtype": "float32",
+            "dropout": "0.5",
         }
         word = new.get(name, "17" if not isinstance(value, str) or name == "seed" else "x")
         flag = f"--{name.replace('_', '-')}"
