@@ -104,11 +104,13 @@ class Provider(ModelProvider):
         return self.model, self.tokenizer
 
     def _take(self, model: str, adapter: str | None, draft: str | None, own: bool) -> None:
-        if draft == MTP:  # this and the next look before the current target goes
+        other = self.model_key != (model, adapter, None)
+        # What is not open yet is looked at before the current target goes; another target has a layer of its own.
+        if draft == MTP and (other or draft not in self._drafters):
             open_draft(draft, self._target_folder(model, own))
         elif draft is not None and draft not in self._drafters:
             read_config(find_drafter(draft))
-        if self.model_key != (model, adapter, None):
+        if other:
             self._load_target(model, adapter, own)
         self.drafter = None if draft is None else self._open_drafter(draft)
         self._prepare()
