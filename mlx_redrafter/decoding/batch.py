@@ -194,21 +194,19 @@ class Batch:
     def _next_arrival(self, most: int) -> Arrival:
         """The first prompt that waits, with others whose padding takes less than passes of their own would."""
         room = min(most, self.most_texts - len(self.running))
-        texts, others = [self.waiting[0]], list(self.waiting)[1:]
-        for text in others:
+        first, *others = self.waiting
+        texts, empty = [first], self.verifier.make_cache()
+        for text in others if _begins(first) else ():
+            if len(texts) >= room:
+                break
             lengths = [len(each.prompt) for each in (*texts, text)]
             padding = max(lengths) * len(lengths) - sum(lengths)
-            if len(texts) < room and padding <= PASS * len(texts) and self._can_pad([*texts, text]):
+            if padding <= PASS * len(texts) and _begins(text) and rows.can_pad(empty, max(lengths)):
                 texts.append(text)
         proposers = None
         if self.proposer_for is not None:
             proposers = [self.proposer_for(text.options.choose) for text in texts]
         return Arrival(self.verifier, texts, proposers)
-
-    def _can_pad(self, texts: list[BatchText]) -> bool:
-        begin = all(len(text.prompt) > 1 and not cached(text.prompt_cache or []) for text in texts)
-        longest = max(len(text.prompt) for text in texts)
-        return begin and rows.can_pad(self.verifier.make_cache(), longest)
 
     def _join(self, arrived: Arrived) -> list[TextStep]:
         found = []
@@ -226,3 +224,8 @@ class Batch:
         else:
             self._step.join(arrived)
         return found
+
+
+def _begins(text: BatchText) -> bool:
+    """Whether a text has no cache to go on from, and a prompt to read before its first step."""
+    return len(text.prompt) > 1 and not cached(text.prompt_cache or [])
