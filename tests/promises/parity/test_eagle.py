@@ -193,21 +193,13 @@ def test_decoding_reads_the_text(module, chunk, tmp_path):
 
 
 @pytest.mark.parametrize("count", [7, 8, 9])
-def test_a_conversation_reads_on(count, llama, tokenizer, tmp_path, monkeypatch):
+def test_a_conversation_reads_on(count, llama, tokenizer, tmp_path, scores_seen):
     """If this fails, a head sees nothing of earlier turns, or rows that were taken back."""
-    target, cache, text, seen = Target.of(llama), make_prompt_cache(llama), [], []
+    target, cache, text = Target.of(llama), make_prompt_cache(llama), []
     theirs, ours = converted(tmp_path, target)
-    last = Memory.last
-
-    def spied(memory):
-        found = last(memory)
-        seen.append(found[1])
-        return found
-
     session_for(verifier_of(llama), ours)  # measures, with a memory of its own
-    monkeypatch.setattr(Memory, "last", spied)
     for turn in (PROMPT[:5], PROMPT[5:9], PROMPT[9:]):
-        seen.clear()
+        scores_seen.clear()
         options = {"max_tokens": count, "shape": DraftShape(3, 4, 7), "lookup": "on", "prompt_cache": cache}
         responses = stream_generate(llama, tokenizer, turn, ours, cached_tokens=text, **options)
         known = [*text, *turn]
@@ -215,7 +207,7 @@ def test_a_conversation_reads_on(count, llama, tokenizer, tmp_path, monkeypatch)
         hidden, _ = target.forward(mx.array([text]), [None] * 4, context_layers=ours.context_layers)
         contexts = torch.from_numpy(to_numpy(hidden[0]))
         rows = len(known)  # the first step drafts behind the token after the prompt
-        assert worst(seen[0][0], theirs.logits(contexts[:rows], text[1 : rows + 1])) < 1e-4
+        assert worst(scores_seen[0][0], theirs.logits(contexts[:rows], text[1 : rows + 1])) < 1e-4
 
 
 @pytest.mark.parametrize("module", ["llama", "qwen3", "qwen3_moe", "qwen3_next"])

@@ -8,6 +8,7 @@ import mlx_lm
 import pytest
 from mlx_lm.utils import save_config, save_model
 from support.commands import code_of
+from support.training import stop_in_update
 
 from mlx_redrafter.cli.main import main
 from mlx_redrafter.system.files import read_json
@@ -95,15 +96,7 @@ def test_the_target_itself_has_nothing_to_learn(stories, text, tmp_path, top_k):
 
 def test_resuming_gives_the_same_weights(trained, stories, small, text, tmp_path, monkeypatch, capsys):
     """If this fails, an interrupted run ends somewhere else than a quiet one."""
-    real, calls = DraftModel.scores, []
-
-    def stopping(self, drafter, batch):
-        calls.append(1)
-        if len(calls) == 28:
-            raise KeyboardInterrupt
-        return real(self, drafter, batch)
-
-    monkeypatch.setattr(DraftModel, "scores", stopping)
+    calls = stop_in_update(monkeypatch, DraftModel, 28)
     out = tmp_path / "draft"
     assert train(out, small, text, stories) == 130
     assert not (out / "model.safetensors").exists()

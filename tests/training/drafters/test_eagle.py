@@ -1,16 +1,17 @@
 """Training EAGLE-3 heads: they learn what they will be asked, are kept, and go on where they were stopped."""
 
 import argparse
+import functools
 import json
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from support import make_model
 from support.commands import code_of
 from support.rows import TextRows, random_rows, teacher_of
+from support.training import check_resumption
 
 from mlx_redrafter import DraftShape
 from mlx_redrafter.cli.main import main
@@ -102,22 +103,7 @@ def test_training_teaches(learnable, tmp_path):
 def test_resuming_gives_the_same_weights(learnable, tmp_path, monkeypatch):
     """If this fails, an interrupted run ends somewhere else than a quiet one."""
     plan = TrainingPlan(iters=15, batch_size=4, save_every=5, dropout=0.1)
-    quiet = run(learnable, tmp_path / "quiet", plan)
-    real, calls = Eagle.scores, []
-
-    def stopping(self, drafter, batch):
-        calls.append(1)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return real(self, drafter, batch)
-
-    monkeypatch.setattr(Eagle, "scores", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run(learnable, tmp_path / "stopped", plan)
-    stopped = run(learnable, tmp_path / "stopped", plan, resume=True)
-    assert len(calls) == 8 + 10  # from update 5 on
-    for (name, a), (_, b) in zip(tree_flatten(quiet.parameters()), tree_flatten(stopped.parameters()), strict=True):
-        assert mx.array_equal(a, b), name
+    check_resumption(functools.partial(run, learnable), Eagle, monkeypatch, tmp_path, plan)
 
 
 @pytest.fixture(scope="module")

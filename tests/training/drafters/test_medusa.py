@@ -1,16 +1,17 @@
 """Training Medusa heads, and fitting their tree: the same trainer, the heads' own places."""
 
+import functools
 import json
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from support import make_model
 from support.commands import code_of
 from support.rows import VOCAB, TextRows
+from support.training import check_resumption
 
 from mlx_redrafter import DraftShape
 from mlx_redrafter.cli.main import main
@@ -90,22 +91,7 @@ def test_training_teaches(learnable, tmp_path):
 def test_resuming_gives_the_same_weights(learnable, tmp_path, monkeypatch):
     """If this fails, an interrupted run ends somewhere else than a quiet one."""
     plan = TrainingPlan(iters=15, batch_size=4, save_every=5)
-    quiet = run(learnable, tmp_path / "quiet", plan)
-    real, calls = Medusa.scores, []
-
-    def stopping(self, drafter, batch):
-        calls.append(1)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return real(self, drafter, batch)
-
-    monkeypatch.setattr(Medusa, "scores", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run(learnable, tmp_path / "stopped", plan)
-    stopped = run(learnable, tmp_path / "stopped", plan, resume=True)
-    assert len(calls) == 8 + 10  # from update 5 on
-    for (name, a), (_, b) in zip(tree_flatten(quiet.parameters()), tree_flatten(stopped.parameters()), strict=True):
-        assert mx.array_equal(a, b), name
+    check_resumption(functools.partial(run, learnable), Medusa, monkeypatch, tmp_path, plan)
 
 
 def test_only_what_counts_is_looked_at():
