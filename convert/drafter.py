@@ -27,11 +27,9 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.checks import is_drafter
 from mlx_redrafter.text.loading import MTP, find_target, load_target, open_draft
 
-_PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-_ONE_FILE = 2**62  # bytes of a shard: `load` reads one
-
-
 _INDEX = "model.safetensors.index.json"
+_PATTERNS = ["config.json", "model*.safetensors", _INDEX]
+_ONE_FILE = 2**62  # bytes of a shard: `load` reads one
 
 
 def _kind(fields: dict[str, Any]) -> Any:

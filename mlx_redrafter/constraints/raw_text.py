@@ -12,8 +12,8 @@ from mlx_redrafter.errors import UserError
 WORDS = {"type", "enum", "const", "minLength", "maxLength", "pattern", "title", "description", "default", "examples",
     "$comment", "$defs", "definitions"}  # fmt: skip
 _WHOLE = re.compile(r"\^((?:[^\\^$|]|\\.)*)\$", re.DOTALL)  # anchors at both ends, and no others
+_NULLS = ("null", "none", "nil")  # parsers read these as no value
 _STRIPPED = r"/(?s:\S(.*\S)?)?/ & ~/[\x00-\x1f](?s:.*)|(?s:.*)[\x00-\x1f]/"
-
 _NO_JSON = r"~/\s*[\[{](?s:.*)/"
 
 
@@ -64,8 +64,5 @@ def raw_text(
             raise refuse(f"the pattern {json.dumps(pattern)[:40]}")
         found.append(f"/{javascript(whole[1])}/")
     found += [f"~(/(?s:.*)/ {json.dumps(end)} /(?s:.*)/)" for end in without]
-    found += ["~/(?i:null|none|nil)/", *([_STRIPPED] if stripped else []), *([_NO_JSON] if guessed else [])]
+    found += [f"~/(?i:{'|'.join(_NULLS)})/", *([_STRIPPED] if stripped else []), *([_NO_JSON] if guessed else [])]
     return " & ".join(found)
-
-
-_NULLS = {"null", "none", "nil"}  # parsers read these as no value

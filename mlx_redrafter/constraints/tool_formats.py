@@ -17,9 +17,9 @@ from mlx_redrafter.constraints.fence import fenced
 from mlx_redrafter.constraints.raw_text import raw_text
 from mlx_redrafter.errors import UserError
 
-BESIDE = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "title", "description",
-    "$schema", "$comment", "default", "examples"}  # fmt: skip
-NOTES = {"$defs", "definitions", "title", "description", "$comment", "default", "examples"}
+DEFINITIONS = ("$defs", "definitions")
+NOTES = {*DEFINITIONS, "title", "description", "$comment", "default", "examples"}
+BESIDE = NOTES | {"type", "properties", "required", "additionalProperties", "$schema"}
 EXACT = {"minimum": -(2**53), "maximum": 2**53}  # a parser makes a whole number of what has no fraction
 SCALARS = {"string", "integer", "number", "boolean", "null"}
 
@@ -100,7 +100,7 @@ def _tagged(begin: str, before: str, after: str, end: str, value: Value) -> Call
         for key, (needed, part) in found.items():
             one = f"{rules.spell(before.replace('KEY', key))} {value(rules, f'{name}: {key}', part, after)}"
             parts.append(f"({one}){'' if needed else '?'}")
-        if not parts and schema.get("additionalProperties", True) in (True, {}):
+        if not parts and _takes_more(schema):
             opening, closing = (rules.spell(text) for text in before.split("KEY"))
             parts = [rf"({opening} /[\w-]+/ {closing} {value(rules, name, {}, after)})*"]
         return f"{rules.spell(begin.replace('NAME', name))} {' '.join(parts)} {rules.spell(end)}"
@@ -121,7 +121,7 @@ def _separated(begin: str, equals: str, comma: str, end: str, value: Value, dott
                 raise rules.refuse(f"{name}: {key}", "this name")
             parts.append((needed, f"{rules.spell(key + equals)} {value(rules, f'{name}: {key}', part, '')}"))
         arguments = _listed(rules, parts, comma)
-        if not parts and schema.get("additionalProperties", True) in (True, {}):
+        if not parts and _takes_more(schema):
             one = rules.rule(rf"/[a-z]\w*_/ {rules.spell(equals)} {value(rules, name, {'type': 'string'}, '')}")
             arguments = f"({one} ({json.dumps(comma)} {one})*)?"
         return f"{rules.spell(begin.replace('NAME', name))} {arguments} {rules.spell(end)}"
@@ -139,16 +139,21 @@ def _listed(rules: Rules, parts: list[tuple[bool, str]], comma: str) -> str:
     return first
 
 
+def _takes_more(schema: dict[str, Any]) -> bool:
+    """Whether there may be properties that the schema does not list."""
+    return schema.get("additionalProperties", True) in (True, {})
+
+
 def _properties(rules: Rules, name: str, schema: dict[str, Any]) -> dict[str, tuple[bool, dict[str, Any]]]:
     """Whether each property is required, and its schema, which brings along the definitions."""
     if word := next((word for word in schema if word not in BESIDE and not word.startswith("x-")), None):
         raise rules.refuse(name, word)
     required, properties = schema.get("required", []), dict(schema.get("properties", {}))
-    if schema.get("additionalProperties", True) in (True, {}):
+    if _takes_more(schema):
         properties |= {key: {} for key in required if key not in properties}
     if unlisted := [key for key in required if key not in properties]:
         raise rules.refuse(f"{name}: {unlisted[0]}", "a required property that is not listed")
-    definitions = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
+    definitions = {word: schema[word] for word in DEFINITIONS if word in schema}
     found = {}
     for key, part in properties.items():
         if '"$ref": "#"' in (text := json.dumps(part)) or '"$ref": "#/properties' in text:
@@ -182,6 +187,13 @@ def _text_or_null(rules: Rules, where: str, schema: dict[str, Any]) -> tuple[dic
     return schema, null
 
 
+def _nullable(rules: Rules, where: str, schema: dict[str, Any], after: str, **reading: bool) -> str:
+    """Text, or null where the schema allows it, and what follows either."""
+    part, null = _text_or_null(rules, where, schema)
+    text = rules.text(part, after, where, **reading)
+    return f"({text} | {rules.spell('null' + after)})" if null else text
+
+
 def _allows_null(schema: Any) -> bool:
     if not isinstance(schema, dict):
         return bool(schema)
@@ -204,9 +216,7 @@ def _by_kind(rules: Rules, where: str, schema: dict[str, Any], after: str) -> st
     """As minimax_m2 reads it: what says null is null, and text is only what can be nothing else."""
     kinds = _kinds(schema)
     if kinds - {"null"} == {"string"} or not schema:
-        part, null = _text_or_null(rules, where, schema)
-        text = rules.text(part, after, where, stripped=True)
-        return f"({text} | {rules.spell('null' + after)})" if null else text
+        return _nullable(rules, where, schema, after, stripped=True)
     if not kinds or "string" in kinds:
         raise rules.refuse(where, "a value that may be text and something else" if kinds else "a value without a type")
     return _as_json(rules, where, (EXACT if "number" in kinds else {}) | schema, after)
@@ -218,9 +228,7 @@ def _by_one_type(rules: Rules, where: str, schema: dict[str, Any], after: str) -
     if isinstance(declared, list) and (kinds - SCALARS or "boolean" in kinds):
         raise rules.refuse(where, "a list of these types")
     if not schema or (not isinstance(declared, list) and kinds - {"null"} == {"string"}):
-        part, null = _text_or_null(rules, where, schema)
-        text = rules.text(part, after, where, stripped=False, guessed=declared is None and bool(schema))
-        return f"({text} | {rules.spell('null' + after)})" if null else text
+        return _nullable(rules, where, schema, after, stripped=False, guessed=declared is None and bool(schema))
     if declared is None and (not kinds or kinds - {"object", "array", "null"}):
         raise rules.refuse(where, "a value without a type")
     return _as_json(rules, where, (EXACT if declared in ("number", "integer") else {}) | schema, after)
@@ -230,7 +238,7 @@ def _gemma(quote: str, nested: bool) -> Value:
     """Text between quotes of their own, everything else as JSON has it, names without quotes."""
 
     def value(rules: Rules, where: str, schema: dict[str, Any], after: str) -> str:
-        kinds, inner = _kinds(schema), {"$defs", "definitions"}
+        kinds = _kinds(schema)
         if kinds - {"null"} == {"string"}:
             part, null = _text_or_null(rules, where, schema)
             braces = () if nested else ("}",)
@@ -245,13 +253,10 @@ def _gemma(quote: str, nested: bool) -> Value:
                     raise rules.refuse(f"{where}: {key}", "this name")
                 parts.append((needed, f"{json.dumps(key + ':')} {value(rules, f'{where}: {key}', part, '')}"))
             return f'"{{" {_listed(rules, parts, ",")} "}}"'
-        if nested and kinds == {"array"} and not set(schema) - inner - BESIDE - {"items", "minItems", "maxItems"}:
-            items = schema.get("items", {"type": "string"}) | {word: schema[word] for word in inner & set(schema)}
-            one, least, most = (
-                rules.rule(value(rules, where, items, "")),
-                schema.get("minItems", 0),
-                schema.get("maxItems"),
-            )
+        if nested and kinds == {"array"} and not set(schema) - BESIDE - {"items", "minItems", "maxItems"}:
+            definitions = {word: schema[word] for word in DEFINITIONS if word in schema}
+            one = rules.rule(value(rules, where, schema.get("items", {"type": "string"}) | definitions, ""))
+            least, most = schema.get("minItems", 0), schema.get("maxItems")
             more = f'("," {one}){{{max(0, least - 1)},{"" if most is None else max(0, most - 1)}}}'
             return '"[" "]"' if most == 0 else f'"[" ({one} {more}){"" if least else "?"} "]"'
         raise rules.refuse(where, f"a value of type {' or '.join(sorted(kinds)) or 'any'}")

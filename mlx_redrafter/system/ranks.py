@@ -37,7 +37,6 @@ LONGEST_CARD = 1024  # bytes that say where the first process listens
 VALUE, DONE, FAILED = "value", "done", "failed"
 NOTHING_MORE = object()  # comes from a process that is done
 
-
 LAUNCHED_TOGETHER = any(name in os.environ for name in LAUNCHED)  # what only several processes need is left out else
 
 
