@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import random
 import sys
 import time
@@ -15,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_reduce
+from support.memory import resident
 
 import mlx_redrafter
 from mlx_redrafter.decoding.batch import Batch
@@ -26,12 +26,6 @@ from mlx_redrafter.tuning.session import verifier_for
 
 MINUTES = float(os.environ.get("BATCH_SOAK_MINUTES", "0.5"))
 MEAN, MOST = 0.15, 16  # seconds between two arrivals; texts at once
-
-
-def resident():
-    """Megabytes of memory that this process has."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
 class Soak:
@@ -78,9 +72,9 @@ def test_texts_come_and_go(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_REDRAFTER_TUNING", str(tmp_path))
     soak = Soak()
     soak.run(0.3 * 60 * MINUTES)  # buffers are as long as they get
-    before, active = resident(), mx.get_active_memory()
+    before, active = resident() / 1024, mx.get_active_memory()
     soak.run(0.7 * 60 * MINUTES)
-    after = resident()
+    after = resident() / 1024
     print(f"\n{soak.texts} texts; resident {before:.0f} MB, then {after:.0f} MB")
     for name, values in (("first token", soak.first), ("each later token", soak.later)):
         print(name, *(f"p{share}: {np.percentile(values, share) * 1e3:.1f} ms" for share in (50, 95, 99)))

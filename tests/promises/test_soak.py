@@ -16,6 +16,7 @@ import threading
 
 import pytest
 from support import DATA
+from support.memory import resident
 from support.serving import TINY
 
 FLAGS = [*TINY[:-2], "--max-body-bytes", "20K", "--max-queue", "8", "--prompt-cache-bytes", "3MB"]
@@ -123,12 +124,6 @@ class Soak:
             thread.join()
 
 
-def resident(process):
-    """Kilobytes of memory that a process has."""
-    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0])
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_soak(tmp_path):
@@ -141,9 +136,9 @@ def test_soak(tmp_path):
             host, port = process.stdout.readline().split()[-1].removeprefix("http://").split(":")
             soak = Soak(host, int(port))
             soak.run(400, seed=1)
-            before = resident(process)
+            before = resident(process.pid)
             soak.run(1600, seed=2)
-            after = resident(process)
+            after = resident(process.pid)
             threads = len(list(pathlib.Path(f"/proc/{process.pid}/task").iterdir()))
             print(soak.counts, before, after, threads)
             assert soak.wrong == []
