@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 from support import DATA, make_model
+from support.costs import made_up
 
 import mlx_redrafter  # isort: skip
 
@@ -17,6 +18,7 @@ import pytest
 from mlx_redrafter.embedded import assistant
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.system import device, partial_submit
+from mlx_redrafter.tuning import session
 
 ASSISTANT_FILE = assistant.weights_file()
 
@@ -75,6 +77,14 @@ def prefixes(pair) -> list[list[int]]:
 def stories() -> pathlib.Path:
     """A target of another family than the embedded one: SentencePiece's manner, vocabulary 512, heads of 8."""
     return DATA / "tiny"
+
+
+@pytest.fixture
+def drafting_pays(tmp_path, monkeypatch):
+    """Steps cost the same, whatever they draft, and whatever was measured by tests before."""
+    monkeypatch.setenv("MLX_REDRAFTER_TUNING", str(tmp_path / "tuning"))
+    monkeypatch.setattr(session, "measure", lambda *_: made_up(lambda rows: 1.0))
+    monkeypatch.setattr(session, "_measured", {})
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_demo_answers_questions(drafter, capsys):
     ]  # fmt: skip
 
 
-def test_every_command_knows_its_name(drafter, tmp_path, capsys):
+def test_every_command_knows_its_name(drafter, drafting_pays, tmp_path, capsys):
     """If this fails, a command takes `assistant` for a directory."""
     short = ["--model", "assistant", "--num-prompts", "1", "-m", "4"]
     assert main(["bench", "speed", *short, "--methods", "chain:1"]) == 0

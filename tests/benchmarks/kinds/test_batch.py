@@ -3,15 +3,8 @@
 import pytest
 from mlx_redrafter.benchmarks.kinds import batch
 from support.bench import SHORT, bench
-from support.costs import made_up
 
-from mlx_redrafter.tuning import session
-
-
-@pytest.fixture(autouse=True)
-def drafting_pays(monkeypatch):
-    """Steps cost the same, whatever they draft."""
-    monkeypatch.setattr(session, "measure", lambda *_: made_up(lambda rows: 1.0))
+pytestmark = pytest.mark.usefixtures("drafting_pays")
 
 
 def test_batch(tmp_path, capsys):

@@ -1,28 +1,21 @@
 import pytest
 from mlx_lm.generate import batch_generate as theirs
 from mlx_lm.models.cache import KVCache
-from support.costs import made_up
 
 import mlx_redrafter
 from mlx_redrafter import DraftShape, UserError, batch_generate, stream_generate
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.tuning import session
 
 PROMPTS = ["import os\n", "def f(x):\n    return", "class A:\n"]
+
+pytestmark = pytest.mark.usefixtures("drafting_pays")
 
 
 @pytest.fixture(scope="module")
 def pair():
     return mlx_redrafter.load()
-
-
-@pytest.fixture(autouse=True)
-def made_up_costs(tmp_path, monkeypatch):
-    """Steps cost the same, whatever they draft."""
-    monkeypatch.setenv("MLX_REDRAFTER_TUNING", str(tmp_path))
-    monkeypatch.setattr(session, "measure", lambda *_: made_up(lambda rows: 1.0))
 
 
 def test_texts_tokens_and_logprobs_are_mlx_lms(pair):
