@@ -5,6 +5,7 @@ All of this runs on the host, some microseconds a token.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,6 +15,25 @@ from mlx_redrafter.constraints.constraint import Constraint
 from mlx_redrafter.constraints.room import with_room
 from mlx_redrafter.constraints.vocabulary import vocabulary
 from mlx_redrafter.errors import UserError, one_line
+
+
+@dataclasses.dataclass
+class Grown:
+    """The rows of a tree under a constraint.
+
+    Attributes:
+        tokens, parents: of each row, a parent before its children, and siblings in the order they were drafted in.
+        forced: rows behind which the constraint forces the token, so that no draft is put to the test there.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    forced: set[int]
+
+    @property
+    def drafts(self) -> int:
+        """Rows that can be right or wrong."""
+        return sum(parent not in self.forced for parent in self.parents[1:])
 
 
 class Matcher:
@@ -77,7 +97,7 @@ class Matcher:
         right: Sequence[float] = (0.5,),
         least: Sequence[float] = (),
         known: int = 0,
-    ) -> tuple[list[int], list[int]]:
+    ) -> Grown:
         """A tree without what the constraint forbids, and with what it forces in the place of that and behind it.
 
         Args:
@@ -87,11 +107,8 @@ class Matcher:
             right: how often the best draft of a depth is right, from depth 1 on.
             least: from how probable a token on, what is forced may have a row more, by rows before it.
             known: rows behind the root that are forced themselves; depths count from the last of them.
-
-        Returns:
-            tokens and parents of the rows, a parent before its children, and siblings in the same order.
         """
-        kept, above, forced = [tokens[0]], [0], list[tuple[float, int, list[int]]]()
+        kept, above, ahead = [tokens[0]], [0], list[tuple[float, int, list[int]]]()
         seats, odds, left, needed = {0: 0}, {0: 1.0}, dict[int, float](), dict[int, int]()
 
         def note(row: int, depth: int) -> None:
@@ -105,14 +122,16 @@ class Matcher:
                 seats[row] = len(kept) - 1
             if more := self.forced(max(rows, len(least))):
                 needed[row] = more[0]
-                forced.append((odds[row], seats[row], more))
+                ahead.append((odds[row], seats[row], more))
 
         self._walk(tokens, parents, note)
-        order = sorted(forced, key=lambda one: -one[0])
+        order = sorted(ahead, key=lambda one: -one[0])
+        forced = {seat for _, seat, _ in ahead}
         if chain:
             order = [one for one in order if one[1] == len(kept) - 1]
         for probable, seat, more in order:
             for token in more:
+                forced.add(seat)
                 there = [i for i in range(1, len(kept)) if above[i] == seat and kept[i] == token]
                 if not there:
                     taken = len(kept)
@@ -121,7 +140,7 @@ class Matcher:
                     kept.append(token)
                     above.append(seat)
                 seat = there[0] if there else len(kept) - 1
-        return kept, above
+        return Grown(kept, above, forced)
 
     def allowed(self, tokens: Sequence[int], parents: Sequence[int]) -> np.ndarray:
         """What may follow each row of a tree that is allowed itself.

@@ -125,7 +125,7 @@ class Batch:
                 reads[-1].path, reads[-1].parents = paths[row][: len(new)], parents[row]
             new = text.take(new)
             drafted = [i < count for i in range(len(new))]
-            produced = Produced(new, current.logits[row], drafted, plan=current.plan)
+            produced = Produced(new, current.logits[row], drafted, plan=current.plan, drafts=current.drafts)
             found.append(TextStep(text, produced))
         self._tighten()
         self.planner.learn(reads, timed=not reads_prompts)

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_redrafter.constraints.matcher import Matcher
+from mlx_redrafter.constraints.matcher import Grown, Matcher
 from mlx_redrafter.decoding.planner import Odds
 from mlx_redrafter.drafting.shape import Drafted, Forced, Plain, Plan
 from mlx_redrafter.target.tree import CandidateTree
@@ -43,7 +43,7 @@ def prune(
     odds: Odds,
     root: mx.array,
     certain: Sequence[int] = (),
-) -> CandidateTree:
+) -> tuple[CandidateTree, Grown]:
     """The rows that the grammar allows, and what it forces in the place of the others (batch size 1).
 
     Args:
@@ -58,7 +58,7 @@ def prune(
     first = [*_host(root[None]), *certain[:-1]] if certain else []
     before = len(first)
     seats = {row: before + i for i, row in enumerate(row for row in range(tree.rows) if valid[row])}
-    kept = matcher.grow(
+    grown = matcher.grow(
         [*first, *(tokens[row] for row in seats)],
         [*(max(0, i - 1) for i in range(before + 1)), *(seats[parents[row]] for row in seats if row)],
         before + max(tree.rows, 1 + plan.num_draft_tokens),
@@ -67,7 +67,7 @@ def prune(
         odds.least,
         before,
     )
-    return CandidateTree.static(mx.array([kept[0]], mx.int32), tuple(kept[1]))
+    return CandidateTree.static(mx.array([grown.tokens], mx.int32), tuple(grown.parents)), grown
 
 
 def mask_tree(matcher: Matcher, tree: CandidateTree, logits: mx.array) -> mx.array:

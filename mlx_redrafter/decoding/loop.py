@@ -17,7 +17,7 @@ from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner, StepRead
 from mlx_redrafter.decoding.step import Produced, SpeculativeStep, Submitted, prefill
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import Forced, Plain
+from mlx_redrafter.drafting.shape import Plain
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import Verifier
@@ -102,15 +102,12 @@ def speculative(
         cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
         if proposer is not None:
             proposer.learn(tokens)
-        own = tokens[current.certain :]  # without what no drafter drafted
-        read = StepRead(current.plan, own, length, most=current.most - current.certain)
+        read = StepRead(current.plan, tokens, length, most=current.most, certain=current.certain)
         if current.path is not None and current.parents is not None:
-            path = wait_for(current.path)[0][: len(tokens)]
-            read.path, read.parents = path[current.certain :], wait_for(current.parents)[0]
-        if isinstance(current.plan, Forced) or not own:
-            planner.begin()  # nothing was planned; the next step's time counts from here
-        else:
-            planner.learn(read)
+            read.path, read.parents = wait_for(current.path)[0][: len(tokens)], wait_for(current.parents)[0]
+        rows = range(len(tokens)) if read.path is None else read.path
+        read.forced = [place for place, row in enumerate(rows) if row in current.forced]
+        planner.learn(read)
         if matcher is not None:
             matcher.take(tokens)
         if step.history is not None:
@@ -118,7 +115,8 @@ def speculative(
             mx.async_eval(step.history)
         if options.kv_bits is not None:
             options.quantize(cache.layers, length)
-        yield Produced(tokens, current.logits[0], [True] * count + [False], plan=current.plan)
+        drafted = [True] * count + [False]
+        yield Produced(tokens, current.logits[0], drafted, plan=current.plan, drafts=current.drafts, forced=read.forced)
         if 0 <= max_tokens <= made:
             break
 

@@ -6,6 +6,7 @@ Knows nothing of what steps cost; `tuning` has a planner that adapts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from mlx_redrafter.drafting.shape import Plan
 
@@ -18,9 +19,11 @@ class StepRead:
         plan: what it drafted.
         tokens: what it produced: the accepted drafts and the target's own choice after them.
         length: tokens in the KV cache after it.
-        most: draft tokens in a row that it checked, where that is fewer than the plan says.
+        most: rows below one another that it checked, where they are not as many as the plan says.
         path, parents: of a tree, the rows of the accepted path, the root (row 0) first, and
             each row's parent; None where the rows are a chain.
+        forced: places in `tokens` that a grammar forced: whoever drafted those was neither right nor wrong.
+        certain: so many of the first places were forced before anybody drafted.
     """
 
     plan: Plan
@@ -29,6 +32,8 @@ class StepRead:
     path: list[int] | None = None
     parents: list[int] | None = None
     most: int | None = None
+    forced: Collection[int] = ()
+    certain: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

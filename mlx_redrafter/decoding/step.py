@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +33,8 @@ class Produced:
         from_prompt: True for a token that follows the prompt and that no step made.
         last: False for a part of a step's tokens that more of them follow.
         plan: what the step drafted.
+        drafts: rows of the step that somebody had drafted and that could be right or wrong.
+        forced: places in the tokens of the whole step that a grammar forced.
     """
 
     tokens: list[int]
@@ -40,6 +43,8 @@ class Produced:
     from_prompt: bool = False
     last: bool = True
     plan: Plan = PLAIN
+    drafts: int = 0
+    forced: Collection[int] = ()
 
 
 @dataclasses.dataclass
@@ -48,6 +53,7 @@ class Submitted:
 
     `most` is the largest count it can have; `path` and `parents` are those of a tree, and
     None where rows lie in order. The first `certain` rows behind the root were forced, and nobody's drafts.
+    Behind the rows in `forced` a grammar forces the token; `drafts` counts the rows that are not behind those.
     """
 
     count: mx.array
@@ -58,6 +64,8 @@ class Submitted:
     path: mx.array | None
     parents: mx.array | None
     certain: int = 0
+    drafts: int = 0
+    forced: Collection[int] = ()
 
 
 def prefill(
@@ -147,8 +155,11 @@ class SpeculativeStep:
             tree = proposer.propose(self.context, root, plan, chain_only=chain_only)
             if ranks is not None:
                 tree = tree.agreed(ranks)
+        drafts: int = tree.rows - 1
+        forced: Collection[int] = ()
         if matcher is not None and not isinstance(plan, Plain):
-            tree = prune(matcher, tree, plan, chain_only, odds or Odds(), self.root, certain)
+            tree, grown = prune(matcher, tree, plan, chain_only, odds or Odds(), self.root, certain)
+            drafts, forced = grown.drafts, grown.forced
         submit_part(tree.tokens, tree.ancestors)
         hidden, logits = self.verifier(tree, cache, () if proposer is None else proposer.context_layers)
         if self.options.processors:
@@ -169,7 +180,9 @@ class SpeculativeStep:
         if not tree.in_order:
             logits = mx.take_along_axis(logits, accepted.path[..., None], axis=1)
         path, parents = (None, None) if tree.in_order else (accepted.path, tree.parents)
-        return Submitted(accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents, len(certain))
+        return Submitted(
+            accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents, len(certain), drafts, forced
+        )
 
     def process(self, tree: CandidateTree, logits: mx.array) -> mx.array:
         """Logits (B, 1 + N, vocab) after the logits processors."""

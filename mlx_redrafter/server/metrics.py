@@ -40,6 +40,7 @@ class Metrics:
         self._steps = counter("verifications", "Verifications that the answers took.")
         self._drafted = counter("draft_tokens", "Draft tokens that were verified.")
         self._accepted = counter("accepted_tokens", "Draft tokens that were accepted.")
+        self._forced = counter("forced_tokens", "Tokens that a schema forced, verified beside others; no drafts.")
         self._first = histogram("first_token_seconds", "Seconds from a request to its first token.")
         self._seconds = histogram("request_seconds", "Seconds from a request to the end of its answer.")
         gauge("waiting_requests", "Requests whose turn has not come.", waiting)
@@ -69,6 +70,7 @@ class Metrics:
             self._steps.inc(last.steps)
             self._drafted.inc(last.draft_tokens)
             self._accepted.inc(last.accepted_tokens)
+            self._forced.inc(last.forced_tokens)
 
     def text(self) -> bytes:
         """All figures as Prometheus reads them."""

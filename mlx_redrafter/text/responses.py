@@ -30,7 +30,9 @@ class GenerationResponse:
         peak_memory: in GB.
         finish_reason: "stop", "length" or None while it goes on.
         steps: verifications so far.
-        draft_tokens, accepted_tokens: what the steps drafted, and what of it is in the text.
+        draft_tokens, accepted_tokens: drafts that were verified, and those of them that are in the text.
+        forced_tokens: tokens of the text that a constraint forced, whoever had drafted them, and that were verified
+            beside others: neither drafts nor accepted.
         mean_acceptance_length: tokens per step, the target's own one included; 1.0 without drafts.
         acceptance_by_position: share of steps that got at least d draft tokens accepted, d = 1, 2, ...
         method: "redrafter", "medusa", "eagle3", "mtp", "draft model", "lookup" or "grammar" (alone), or "plain".
@@ -53,6 +55,7 @@ class GenerationResponse:
     steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    forced_tokens: int = 0
     mean_acceptance_length: float = 1.0
     acceptance_by_position: list[float] = dataclasses.field(default_factory=list)
     method: str = "plain"
@@ -71,11 +74,13 @@ def summary(response: GenerationResponse) -> str:
         f"Peak memory: {response.peak_memory:.3f} GB",
     ]
     if response.method != "plain":
-        rates = " ".join(f"{rate:.0%}" for rate in response.acceptance_by_position)
+        rates = " ".join(f"{rate:.0%}" for rate in response.acceptance_by_position) or "no draft"
         lines.append(
             f"Mean acceptance length: {response.mean_acceptance_length:.2f} over {response.steps} steps"
             f" (by position: {rates})"
         )
+        if response.forced_tokens:
+            lines.append(f"Forced by the grammar: {response.forced_tokens} tokens, which count as no drafts")
         lines.append(f"Drafted: {drafted(response)}")
         if response.reason:
             lines.append(f"Drafting is limited: {response.reason}")

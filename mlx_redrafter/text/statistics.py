@@ -16,14 +16,19 @@ class Statistics:
 
     Attributes:
         steps: verifications that the text so far took.
-        accepted: accepted[d - 1] is the number of steps that got at least d draft tokens in.
+        drafts: rows that had been drafted and could be right or wrong.
+        accepted: accepted[d - 1] is the number of steps that got at least d of them in.
+        forced: tokens that a grammar forced, and that were verified with others.
         plans: steps by what they drafted.
     """
 
     steps: int = 0
+    drafts: int = 0
+    forced: int = 0
     accepted: list[int] = dataclasses.field(default_factory=list)
     plans: Counter[Plan] = dataclasses.field(default_factory=Counter)
     _in_step: int = 0  # tokens of the current step so far
+    _right: int = 0  # of them, drafts
 
     def count(self, produced: Produced) -> None:
         """Takes one token of a step; the one that follows the prompt came without a step."""
@@ -31,11 +36,16 @@ class Statistics:
             return
         if self._in_step == 0:
             self.steps += 1
+            self.drafts += produced.drafts
             self.plans[produced.plan] += 1
+            self._right = 0
+        elif self._in_step - 1 in produced.forced:
+            self.forced += 1
         else:
-            if self._in_step > len(self.accepted):
+            if self._right == len(self.accepted):
                 self.accepted.append(0)
-            self.accepted[self._in_step - 1] += 1
+            self.accepted[self._right] += 1
+            self._right += 1
         self._in_step = 0 if produced.last else self._in_step + 1
 
     def figures(self) -> dict[str, Any]:
@@ -48,9 +58,10 @@ class Statistics:
         shapes = Counter(plan.shape for plan in self.plans.elements() if isinstance(plan, Drafted))
         return {
             "steps": self.steps,
-            "draft_tokens": sum(n * plan.num_draft_tokens for plan, n in self.plans.items()),
+            "draft_tokens": self.drafts,
             "accepted_tokens": sum(self.accepted),
-            "mean_acceptance_length": 1 + sum(self.accepted) / steps,
+            "forced_tokens": self.forced,
+            "mean_acceptance_length": 1 + (sum(self.accepted) + self.forced) / steps,
             "acceptance_by_position": [count / steps for count in self.accepted],
             "shape": next((shape for shape, _ in shapes.most_common(1)), None),
             "plain_share": self.plans[PLAIN] / steps,

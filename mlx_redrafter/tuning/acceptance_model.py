@@ -46,15 +46,18 @@ class AcceptanceModel:
         for row, parent in enumerate(step.parents or [], 0):
             if row:
                 below.setdefault(parent, []).append(row)
-        for depth in range(min(len(step.tokens), DEPTHS)):
-            right = depth < len(step.tokens) - 1
+        for depth in range(min(len(step.tokens) - step.certain, DEPTHS)):
+            place = step.certain + depth
+            if place in step.forced:
+                continue
+            right = place < len(step.tokens) - 1
             if step.parents is None or step.path is None:  # a chain
-                children = int(depth < chain)
+                children = int(place < chain)
                 taken = 0 if right else children
             else:
-                siblings = below.get(step.path[depth], [])  # in the order of their probability
+                siblings = below.get(step.path[place], [])  # in the order of their probability
                 children = len(siblings)
-                taken = siblings.index(step.path[depth + 1]) if right else children
+                taken = siblings.index(step.path[place + 1]) if right else children
             if children == 0:
                 return
             self.first[depth].learn(taken == 0)

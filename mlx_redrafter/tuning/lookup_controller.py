@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from mlx_redrafter.decoding.planner import StepRead
 from mlx_redrafter.drafting.lookup_index import TextIndex
@@ -28,15 +28,15 @@ JOINS = 1.0  # tokens of a lookup that should be right for it to join a tree
 
 
 class LookupMemory:
-    """How many tokens of a lookup are right, by class; outlives texts."""
+    """How many tokens of a lookup are right, and would not be forced without it, by class; outlives texts."""
 
     def __init__(self) -> None:
         self._shares = [[RunningShare(WEIGHT, MEMORY) for _ in range(DEEPEST)] for _ in ASSUMED]
 
-    def learn(self, kind: int, right: int) -> None:
-        """Takes a lookup of a class, of which so many tokens were right."""
+    def learn(self, kind: int, right: int, forced: Container[int] = ()) -> None:
+        """Takes a lookup of a class, of which so many tokens were right, those in some places forced by a grammar."""
         for depth, share in enumerate(self._shares[kind]):
-            share.learn(depth < right)
+            share.learn(depth < right and depth not in forced)
 
     def expected(self, kind: int) -> list[float]:
         """Right tokens to expect of a lookup of 0, 1, 2, ... DEEPEST tokens."""
@@ -68,6 +68,7 @@ class LookupController:
         self._seconds, self._speed = seconds, speed
         self._longest, self._counts = longest, [count for count in COUNTS if count <= longest]
         self._waiting: list[tuple[int, int, list[int]]] = []  # class, place and tokens of lookups yet to be judged
+        self._forced = set[int]()  # places in the text
 
     @property
     def kind(self) -> int:
@@ -97,6 +98,7 @@ class LookupController:
     def learn(self, step: StepRead) -> None:
         """Judges the lookups that the text has gone past; `index` has the step's tokens already."""
         text = self.index.tokens
+        self._forced.update(len(text) - len(step.tokens) + place for place in step.forced)
         still: list[tuple[int, int, list[int]]] = []
         for kind, place, tokens in self._waiting:
             seen = text[place : place + len(tokens)]
@@ -104,7 +106,7 @@ class LookupController:
             if right == len(seen) < len(tokens):
                 still.append((kind, place, tokens))
             else:
-                self.memory.learn(kind, right)
+                self.memory.learn(kind, right, {i for i in range(right) if place + i in self._forced})
         found = self.index.continuation(DEEPEST)
         if found:
             still.append((self.kind, len(text), found))

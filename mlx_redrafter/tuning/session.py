@@ -94,11 +94,12 @@ class Session:
         memory = self.memory
         if structured:
             memory = self._structured = self._structured or copy.deepcopy(memory)
+            memory.structured = True
         if shape is not None:
             plan: Plan = Drafted(shape) if self.drafter_digest else PLAIN
             if (shape, structured) not in self._fixed:
-                self._fixed[shape, structured] = PairMemory(self.costs, memory.acceptance, [plan])
-                self._fixed[shape, structured].lookup = memory.lookup
+                fixed = self._fixed[shape, structured] = PairMemory(self.costs, memory.acceptance, [plan])
+                fixed.lookup, fixed.structured = memory.lookup, structured
             memory = self._fixed[shape, structured]
         if lookup == OFF:
             return Controller(memory)

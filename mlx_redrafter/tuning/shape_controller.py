@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from mlx_redrafter.decoding.planner import Odds, Planner, StepRead
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, LookedUp, Plan
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, Forced, LookedUp, Plan
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import LookupController, LookupMemory
 from mlx_redrafter.tuning.running import RecentMedian, RunningShare
@@ -56,10 +56,11 @@ class PairMemory:
     Attributes:
         current: the arm in use.
         lookup: how lookups fared.
+        structured: a grammar forces some tokens. They are no arm's, and take part of what a chain drafts.
     """
 
     def __init__(self, costs: Costs, acceptance: AcceptanceModel, plans: list[Plan]):
-        self.costs, self.acceptance, self.lookup = costs, acceptance, LookupMemory()
+        self.costs, self.acceptance, self.lookup, self.structured = costs, acceptance, LookupMemory(), False
         self.arms = [Arm(plan) for plan in plans]
         self._found = Arm(LookedUp(1))  # lookups of any length
         self._drift = RecentMedian(2 * TIMES)  # of all arms
@@ -90,7 +91,8 @@ class PairMemory:
         if not isinstance(arm.plan, Drafted):
             return 1.0
         expected = self.acceptance.expected(arm.plan.shape)
-        return 1 + expected * (arm.fit.share(1.0) if arm.plan.shape.beam_width > 1 else 1.0)
+        fits = arm.plan.shape.beam_width > 1 or self.structured
+        return 1 + expected * (arm.fit.share(1.0) if fits else 1.0)
 
     def rate(self, arm: Arm, length: int) -> float:
         """Expected tokens per second behind so many tokens."""
@@ -120,11 +122,12 @@ class PairMemory:
         self.elapsed += usual
         if arm is None or isinstance(step.plan, LookedUp):
             return
+        tokens = len(step.tokens) - len(step.forced)
         if isinstance(step.plan, Drafted):
-            arm.fit.learn(len(step.tokens) - 1, self.acceptance.expected(step.plan.shape))
+            arm.fit.learn(tokens - 1, self.acceptance.expected(step.plan.shape))
             self.acceptance.learn(step)
         if arm is not self.current:
-            self.spent += max(0.0, usual - len(step.tokens) / self.speed(step.length))
+            self.spent += max(0.0, usual - tokens / self.speed(step.length))
 
     def review(self, length: int) -> bool:
         """Puts the best arm in use; True if that is another one."""
@@ -191,12 +194,15 @@ class Controller(Planner):
 
     def learn(self, step: StepRead) -> None:
         memory, now = self.memory, self.clock()
-        kind = memory.arm(step.plan)
-        # A step behind one of another kind has waited for it, or met cold caches.
-        memory.note(step, now - self._read_at if kind is self._last else None)
-        self._read_at, self._last, self._length = now, kind, step.length
+        seconds, self._read_at, self._length = now - self._read_at, now, step.length
         if self.lookup is not None:
             self.lookup.learn(step)
+        if isinstance(step.plan, Forced) or len(step.forced) == len(step.tokens):
+            return  # nobody was put to the test
+        kind = memory.arm(step.plan)
+        # A step behind one of another kind has waited for it, or met cold caches.
+        memory.note(step, seconds if kind is self._last else None)
+        self._last = kind
         if isinstance(step.plan, LookedUp):
             return
         if self._trial is not None:
@@ -210,7 +216,8 @@ class Controller(Planner):
     def _count(self, arm: Arm, step: StepRead) -> None:
         """One more step of a trial; decides at its end."""
         memory, length = self.memory, step.length
-        self._left, self._tokens, self._steps = self._left - 1, self._tokens + len(step.tokens), self._steps + 1
+        tokens = len(step.tokens) - len(step.forced)
+        self._left, self._tokens, self._steps = self._left - 1, self._tokens + tokens, self._steps + 1
         if self._left:
             return
         speed = self._tokens / (self._steps * memory.seconds(arm.plan, length, arm))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_redrafter.constraints.constraint import json_schema, regex
-from mlx_redrafter.constraints.matcher import Matcher
+from mlx_redrafter.constraints.matcher import Grown, Matcher
 from mlx_redrafter.errors import UserError
 
 SCHEMA = {
@@ -45,11 +45,12 @@ def test_forbidden_rows_go_and_forced_ones_come(tokenizer):
     a, b, c, d = (ids(tokenizer, letter)[0] for letter in "a#cd")
     matcher.take([a])
     # root a: (#: (c, #), c)
-    tokens, parents = matcher.grow([a, b, c, c, b], [0, 0, 0, 1, 1], 5)
-    assert (tokens, parents) == ([a, b, c, b], [0, 0, 1, 2])  # c behind a and # behind # go; # behind c is forced
-    assert matcher.grow([a, b, d], [0, 0, 1], 3) == ([a, b, d], [0, 0, 1])  # no row is left
-    assert matcher.grow([a], [0], 9) == ([a, b], [0, 0])
-    assert matcher.grow([a, c], [0, 0], 4, chain=True) == ([a, b], [0, 0])
+    grown = matcher.grow([a, b, c, c, b], [0, 0, 0, 1, 1], 5)
+    # c behind a and # behind # go; # behind c is forced. Of # behind a, too, nobody can be wrong.
+    assert grown == Grown([a, b, c, b], [0, 0, 1, 2], {0, 2}) and grown.drafts == 1
+    assert matcher.grow([a, b, d], [0, 0, 1], 3) == Grown([a, b, d], [0, 0, 1], {0, 2})  # no row is left
+    assert matcher.grow([a], [0], 9) == Grown([a, b], [0, 0], {0})
+    assert matcher.grow([a, c], [0, 0], 4, chain=True) == Grown([a, b], [0, 0], {0})
     letters = told(tokenizer, matcher, [a, b, c], [0, 0, 1])
     assert [{letter for letter in row if len(letter) == 1} for row in letters] == [{"#"}, {"c", "d"}, {"#"}]
     assert told(tokenizer, matcher) == letters[:1]  # and the walk has left nothing behind
@@ -62,7 +63,7 @@ def test_the_end(tokenizer):
     assert end not in np.nonzero(np.unpackbits(matcher.allowed([0], [0]).view(np.uint8), bitorder="little"))[0]
     matcher.take(ids(tokenizer, "yes"))
     assert end in np.nonzero(np.unpackbits(matcher.allowed([0], [0]).view(np.uint8), bitorder="little"))[0]
-    assert matcher.grow([5, end], [0, 0], 2) == ([5], [0])
+    assert matcher.grow([5, end], [0, 0], 2) == Grown([5], [0], set())
     matcher.take([end, 5, 6])
     assert matcher.forced(9) == []
 

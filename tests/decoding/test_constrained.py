@@ -12,12 +12,13 @@ from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.constrained import jump, mask_tree, masked, prune
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.planner import Odds, Planner
+from mlx_redrafter.decoding.planner import Odds, Planner, StepRead
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Forced
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_rows_that_fill_the_shape_go(pair, letters):
     tree = CandidateTree.from_parents(
         mx.array([[a, b, c]]), mx.array([[0, 0, 0]]), 1, valid=mx.array([[True, False, True]])
     )
-    pruned = prune(matcher, tree, Drafted(DraftShape(2, 2, 2)), False, Odds(), mx.array([a]))
+    pruned, _ = prune(matcher, tree, Drafted(DraftShape(2, 2, 2)), False, Odds(), mx.array([a]))
     assert pruned.tokens.tolist() == [[a, c]] and pruned.in_order
 
 
@@ -91,7 +92,7 @@ def test_drafts_stand_behind_what_is_forced(pair, letters):
     plan, known = Drafted(DraftShape(2, 3, 3)), len(certain)
 
     def rows(**odds):
-        pruned = prune(matcher, tree, plan, False, Odds(**odds), mx.array([a]), certain)
+        pruned, _ = prune(matcher, tree, plan, False, Odds(**odds), mx.array([a]), certain)
         return pruned.tokens[0].tolist(), pruned.parents[0].tolist()
 
     chain = [0, *range(known)]
@@ -103,18 +104,67 @@ def test_drafts_stand_behind_what_is_forced(pair, letters):
     assert tokens == [a, *certain, b, c, *certain, *certain]
 
 
-def test_what_is_forced_tells_nothing_of_the_drafter(pair):
-    """If this fails, a drafter seems better than it is, and is used where it does not pay."""
+SPARSE = regex(
+    "(class [A-Z][A-Za-z]+:\n    def [a-z_]{3,12}[(]self(, [a-z]+){0,2}[)] -> None:\n        return None\n\n){1,9}"
+)
+
+
+class Heard(RecurrentProposer):
+    """Keeps what it proposes."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.said: list[CandidateTree] = []
+
+    def propose(self, *args, **options):
+        self.said.append(super().propose(*args, **options))
+        return self.said[-1]
+
+
+def judged(said, places, text, constraint, tokenizer):
+    """Whether the best of the drafts behind each place of a text was right: (depth, right), token by token.
+
+    It counts where the grammar, which a matcher of its own follows, leaves a choice, and allows one of the drafts.
+    """
+    matcher, forced, allowed, found = Matcher(constraint, tokenizer, 4096), [], [], []
+    for token in text:
+        forced.append(bool(matcher.forced(1)))
+        allowed.append(np.unpackbits(matcher.allowed([0], [0]).view(np.uint8), bitorder="little"))
+        matcher.take([token])
+    for tree, place in zip(said, places, strict=True):
+        tokens, parents, row = tree.tokens[0].tolist(), tree.parents[0].tolist(), 0
+        for depth, token in enumerate(text[place:]):
+            drafts = [child for child in range(1, tree.rows) if parents[child] == row]
+            drafts = [child for child in drafts if allowed[place + depth][tokens[child]]]
+            if drafts and not forced[place + depth]:
+                found.append((depth, tokens[drafts[0]] == token))
+            row = next((child for child in drafts if tokens[child] == token), None)
+            if row is None:
+                break
+    return found
+
+
+@pytest.mark.parametrize("shape", [DraftShape(1, 5, 4), DraftShape(4, 5, 12)], ids=str)
+def test_what_is_forced_tells_nothing_of_the_drafter(pair, shape):
+    """If this fails, a drafter seems better than it is, or worse, and is used where it does not pay, or is not."""
     model, drafter, tokenizer = pair
-    verifier, learned = verifier_of(model), []
-    planner = create_autospec(Planner, instance=True)
-    planner.plan.return_value, planner.odds.return_value = Drafted(DraftShape()), Odds()
-    planner.learn.side_effect = learned.append
-    options = DecodingOptions(max_tokens=32, matcher=Matcher(regex("(print|import) [a-z]{3};{8}.*"), tokenizer, 4096))
-    proposer, prompt = RecurrentProposer(drafter, verifier.target.embed), mx.array([tokenizer.encode("import os")])
-    steps = [*speculative(verifier, proposer, prompt, verifier.make_cache(), options, planner)][1:]
-    assert all(isinstance(step.plan, Drafted) for step in steps)
-    assert 0 < sum(len(read.tokens) for read in learned) <= sum(len(step.tokens) for step in steps) - 3
+    verifier, planner, learnt = verifier_of(model), create_autospec(Planner, instance=True), AcceptanceModel()
+    planner.plan.return_value, planner.odds.return_value = Drafted(shape), Odds()
+    reads: list[StepRead] = []
+    planner.learn.side_effect = lambda read: (reads.append(read), learnt.learn(read))
+    options = DecodingOptions(max_tokens=120, matcher=Matcher(SPARSE, tokenizer, 4096))
+    proposer, prompt = Heard(drafter, verifier.target.embed), mx.array([tokenizer.encode("import os\n")])
+    first, *steps = speculative(verifier, proposer, prompt, verifier.make_cache(), options, planner)
+    text, places = list(first.tokens), []
+    for read in reads:
+        places.append(len(text) + read.certain)
+        text += read.tokens
+    expected = AcceptanceModel()
+    for depth, right in judged(proposer.said, places, text, SPARSE, tokenizer):
+        expected.first[depth].learn(right)
+    assert learnt.to_dict()["first"] == expected.to_dict()["first"]
+    assert len(steps) > sum(right for right, _ in expected.to_dict()["first"]) > 3
+    assert sum(len(step.forced) for step in steps) > 30 and all(isinstance(step.plan, Drafted) for step in steps)
 
 
 def test_no_batches(pair):

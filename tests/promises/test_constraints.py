@@ -23,6 +23,7 @@ from mlx_redrafter.constraints.vocabulary import vocabulary
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.text.responses import summary
 
 # How drafts come about: with the drafter or without, a shape (None for "auto"), lookup.
 WAYS = [
@@ -188,6 +189,13 @@ def test_what_is_forced_needs_no_drafter(stories_pair):
     constraint = json_schema(SCHEMAS["weather"])
     _, _, last = text_of(stories_pair, "stories_pair", constraint, WAYS[0])
     assert last.method == "grammar" and last.forced_share > 0.1 and last.mean_acceptance_length > 1.5
+    # Nobody drafted, so nothing that was drafted is accepted.
+    assert (last.draft_tokens, last.accepted_tokens, last.acceptance_by_position) == (0, 0, [])
+    assert last.steps + last.forced_tokens == last.generation_tokens - 1
+    assert f"Forced by the grammar: {last.forced_tokens} tokens" in summary(last)
+    _, _, last = text_of(stories_pair, "stories_pair", constraint, WAYS[1])
+    assert 0 <= last.accepted_tokens <= last.draft_tokens and last.forced_tokens > 0
+    assert last.steps + last.forced_tokens + last.accepted_tokens == last.generation_tokens - 1
 
 
 def test_a_thinking_budget_is_the_same_with_drafts(stories_pair):

@@ -22,7 +22,11 @@ def test_answers_fulfil_their_schema(served):
         drafted, plain = served.post(TEXT, **asked), served.post(TEXT, **asked, num_draft_tokens=0)
         assert drafted["choices"] == plain["choices"] and drafted["choices"][0]["finish_reason"] == "stop"
         jsonschema.validate(json.loads(drafted["choices"][0]["text"]), SCHEMAS[title])
-        assert plain["timings"]["method"] == "plain" and drafted["timings"]["draft_n_accepted"] > 0
+        usage, timings = drafted["usage"], drafted["timings"]
+        assert plain["timings"]["method"] == "plain" and plain["usage"]["forced_tokens"] == 0
+        assert (
+            0 <= usage["accepted_tokens"] <= usage["draft_tokens"] and usage["forced_tokens"] == timings["forced_n"] > 0
+        )
     [message] = [
         choice["message"]["content"]
         for choice in served.post(

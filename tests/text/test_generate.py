@@ -172,7 +172,7 @@ def test_json(pair, expected, capsys):
     assert set(report) == {
         "model", "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "steps",
         "mean_acceptance_length", "acceptance_by_position", "peak_memory_gb", "finish_reason", "method", "reason",
-        "shape", "plain_share", "lookup_share", "forced_share", "draft_tokens", "accepted_tokens",
+        "shape", "plain_share", "lookup_share", "forced_share", "draft_tokens", "accepted_tokens", "forced_tokens",
     }  # fmt: skip
     chain = {"beam_width": 1, "beam_length": 4, "num_draft_tokens": 3, "tree_policy": "best-first"}
     assert report["shape"] == chain and report["plain_share"] == 0

@@ -140,11 +140,23 @@ def test_expected_tokens():
     assert memory.expected(2)[15] == pytest.approx(sum(ASSUMED[2] ** n for n in range(1, 16)))
 
 
+def test_what_a_grammar_forces_needs_no_lookup():
+    """If this fails, a text with much that is fixed is looked up where the grammar brings the same."""
+    controller = started(AGAIN[:20], Device(2.0))
+    before = controller.memory.expected(controller.kind)
+    for _ in range(40):  # ten free tokens, of which a lookup brings only those behind the root, and ten forced ones
+        text = controller.index.tokens
+        controller.index.extend(AGAIN[len(text) : len(text) + 20])
+        controller.learn(StepRead(Drafted(DraftShape()), AGAIN[:20], len(text), forced=range(10), certain=10))
+    found = controller.memory.expected(len(ASSUMED) - 1)
+    assert before[DEEPEST] > 3 and found[10] < 1 and found[DEEPEST] == pytest.approx(found[10] + 5, abs=0.5)
+
+
 def test_only_what_the_text_has_gone_past_is_judged():
     """If this fails, a lookup counts as wrong where the text has not got that far, or counts twice."""
     learnt = []
     controller = started(AGAIN[:20], Device(2.0))
-    controller.memory.learn = lambda kind, right: learnt.append(right)
+    controller.memory.learn = lambda kind, right, forced: learnt.append(right)
     decode(controller, AGAIN, 1, accepts=0, plan=PLAIN)
     assert learnt == []  # the first lookup is of what comes after this step
     before = len(controller.index.tokens)

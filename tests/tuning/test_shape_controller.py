@@ -15,7 +15,7 @@ from mlx_redrafter.decoding.planner import StepRead
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.lookup_index import TextIndex
 from mlx_redrafter.drafting.proposers import RecurrentProposer
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Forced, LookedUp
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.tuning.acceptance_model import DEPTHS, FIRST, NEXT, AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import LookupController
@@ -219,6 +219,26 @@ def test_rows_of_a_grammar_end_before_the_step_too():
     odds = Controller(memory).odds()
     assert all(0 < least < 0.1 for least in odds.least[1:12]) and min(odds.least[12:16]) > 0.4  # 12 to 16 is one slope
     assert odds.right == tuple(memory.acceptance.shares()[0])
+
+
+def test_what_a_grammar_forces_is_no_plans_merit():
+    """If this fails, a plan is thought to bring what comes without it, too, and is used where it does not pay."""
+    memory, now, plans = new_memory(plans=[PLAIN, CHAIN]), 0.0, []
+    memory.structured = True
+    assert memory.current.plan == CHAIN
+    controller = Controller(memory, clock=lambda: now)
+    controller.begin()
+    for _ in range(400):
+        plans.append(controller.plan())
+        now += COSTS.step_seconds(plans[-1], 128)
+        tokens, forced = ([1] * 4, [0, 1, 2]) if plans[-1] == CHAIN else ([1], [])
+        controller.learn(StepRead(plans[-1], tokens, 128, forced=forced))
+        before = state(memory)
+        now += 50.0  # of a step that is the grammar's alone
+        controller.learn(StepRead(Forced(5), [1] * 6, 128, forced=range(5)))
+        assert state(memory) == before
+    assert memory.current.plan == PLAIN and CHAIN in plans[40:] and plans[40:].count(CHAIN) < 40  # tried in vain
+    assert memory.tokens(memory.arm(CHAIN)) < 1.3 and memory.acceptance.first[0].tries == 0
 
 
 def state(memory):

@@ -18,6 +18,7 @@ def usage(last: Any) -> dict[str, Any]:
     return {
         "draft_tokens": last.draft_tokens,
         "accepted_tokens": last.accepted_tokens,
+        "forced_tokens": last.forced_tokens,
         "mean_acceptance_length": last.mean_acceptance_length,
     }
 
@@ -34,6 +35,7 @@ def timings(last: Any) -> dict[str, Any]:
         found |= {
             "draft_n": last.draft_tokens,
             "draft_n_accepted": last.accepted_tokens,
+            "forced_n": last.forced_tokens,
             "method": last.method,
             "shape": None if last.shape is None else str(last.shape),
             "plain_share": last.plain_share,

@@ -165,5 +165,7 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
         "output_tokens": usage.get("completion_tokens", 0),
     }
     return found | {
-        name: usage[name] for name in usage if name.endswith(("draft_tokens", "accepted_tokens", "_length"))
+        name: usage[name]
+        for name in usage
+        if name.endswith(("draft_tokens", "accepted_tokens", "forced_tokens", "_length"))
     }

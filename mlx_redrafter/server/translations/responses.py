@@ -186,5 +186,9 @@ def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
         "output_tokens_details": {"reasoning_tokens": 0},
     }
     counts = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
-    more = {name: usage[name] for name in usage if name.endswith(("draft_tokens", "accepted_tokens", "_length"))}
+    more = {
+        name: usage[name]
+        for name in usage
+        if name.endswith(("draft_tokens", "accepted_tokens", "forced_tokens", "_length"))
+    }
     return counts | {"total_tokens": usage["total_tokens"]} | details | more
