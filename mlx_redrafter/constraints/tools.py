@@ -13,7 +13,8 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_redrafter.constraints.constraint import Constraint, lark
-from mlx_redrafter.constraints.tool_formats import FORMATS, STOPS, Rules
+from mlx_redrafter.constraints.tool_formats import FORMATS, STOPS
+from mlx_redrafter.constraints.tool_values import Rules
 from mlx_redrafter.constraints.vocabulary import vocabulary
 from mlx_redrafter.errors import UserError
 
@@ -58,34 +59,44 @@ class ToolCalls:
         def piece(text: str) -> str:
             return f"<[{special[text]}]>" if text in special else json.dumps(text)
 
-        def spell(text: str) -> str:
+        def parts_of(text: str) -> list[str]:
             parts = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
-            return " ".join(piece(part) for part in parts if part) or '""'
+            return [part for part in parts if part]
 
-        def free(*without: str | None) -> str:
-            """Text, and the special tokens but these."""
-            others = [str(token) for text, token in special.items() if text not in without]
-            return f"(FREE <[{','.join(others)}]>)*" if others else '""'
+        def spell(text: str) -> str:
+            return " ".join(map(piece, parts_of(text))) or '""'
 
         start, think, thought = tokenizer.tool_call_start, tokenizer.think_start, tokenizer.think_end
-        opening = piece(start)
-        if think in special and thought in special:
-            thoughts = rf"{free(start, think, thought)} FREE {piece(thought)} /\s{{0,2}}/"
-            opening = f"{thoughts} {opening}" if thinking else f"({piece(think)} {thoughts})? {opening}"
-        end = tokenizer.tool_call_end
-        rules = Rules(parser, spell, (*STOPS.get(parser, ()), *([end] if end else [])))
+        head, *name = parts_of(start)  # <|open|>, and tools<|sep|>
+
+        def free(*without: str) -> str:
+            """Text and special tokens, but no tag of calls, and none of the tokens that these tags begin with."""
+            heads = {parts_of(tag)[0] for tag in without}
+            others = ",".join(str(token) for text, token in special.items() if text not in heads)
+            begun = f" | FREE {piece(head)} OTHER <[{others}]>" if name else ""
+            return f"(FREE <[{others}]>{begun})*" if others else '""'
+
+        opening = spell(start)
+        if think and thought and {parts_of(think)[0], parts_of(thought)[0]} <= special.keys():
+            thoughts = rf"{free(start, think, thought)} FREE {spell(thought)} /\s{{0,2}}/"
+            opening = f"{thoughts} {opening}" if thinking else f"({spell(think)} {thoughts})? {opening}"
+        end, stops = tokenizer.tool_call_end, STOPS.get(parser, ())
+        if end and not any(stop in end for stop in stops):
+            stops = (*stops, end)
+        rules = Rules(parser, spell, stops)
         tools = [rules.rule(FORMATS[parser](rules, name, schema)) for name, schema in self.schemas.items()]
         calls = f"{'opening call' if self.forced else ''} (tag call)* {free(start)} FREE"
         if not end:  # a call goes on to the end of the text
             begun = "opening" if self.forced else "tag"
-            calls = f"{begun} call ({piece(start)} call)*" + ("" if self.forced else f" | {free(start)} FREE")
+            calls = f"{begun} call ({spell(start)} call)*" + ("" if self.forced else f" | {free(start)} FREE")
         return "\n".join((
             f"start: {calls}",
             f"opening: {opening}",
-            f"tag: {free(start)} " + (f"FREE {piece(start)}" if start in special else "last"),
+            f"tag: {free(start)} " + (f"FREE {spell(start)}" if head in special else "last"),
             f"last[lazy]: ANY {json.dumps(start)}",
             f"call: ({' | '.join(tools)}) {spell(end)}",
             *rules.lines,
-            f"FREE: ANY & ~(ANY {json.dumps(start)} ANY)",
+            f"FREE: ANY & ~(ANY {json.dumps(head)} ANY)",
+            *([f"OTHER: FREE & ~({json.dumps(name[0])} | {json.dumps(''.join(name))} ANY)"] if name else []),
             "ANY: /(?s:.*)/",
         ))  # fmt: skip

@@ -1,26 +1,16 @@
 """A call written as each tool parser of mlx-lm has it is read by that parser as arguments that are valid."""
 
 import functools
-import importlib
-import inspect
-import itertools
-import json
-import re
-from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
-from llguidance import LLMatcher
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_tokenizer
+from support.tool_calls import PARSERS, WRITTEN, allows, between_tags, called, embedded, tokenizer_of
 
 from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.constraints.tool_formats import FORMATS
 from mlx_redrafter.constraints.tools import ToolCalls
-from mlx_redrafter.constraints.vocabulary import vocabulary
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.text.loading import EMBEDDED
 
 FLAT = {
     "type": "object",
@@ -56,26 +46,6 @@ CANNOT = {("function_gemma", "deep")}  # an object has a brace, behind which tha
 SCHEMAS = {"flat": FLAT, "deep": DEEP, "optional": OPTIONAL, "maybe": MAYBE, "anything": ANYTHING}
 
 
-PARSERS = {parser: importlib.import_module(f"mlx_lm.tool_parsers.{parser}") for parser in FORMATS}
-INSIDE = ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<|tool_call_begin|>", "<|tool_call_end|>",
-    "<|tool_call_argument_begin|>", "[ARGS]", "<escape>", '<|"|>']  # fmt: skip
-TAGS = {tag for module in PARSERS.values() for tag in (module.tool_call_start, module.tool_call_end) if tag}
-
-
-@functools.cache
-def embedded(special):
-    """The embedded tokenizer, to which all tags are text, or tokens."""
-    inner = load_tokenizer(EMBEDDED / "target")._tokenizer
-    inner.add_tokens(sorted({*INSIDE, *TAGS} - {"<function name="}) if special else [])
-    return inner
-
-
-def tokenizer_of(parser, special):
-    module = PARSERS[parser]
-    tags = {"tool_call_start": module.tool_call_start, "tool_call_end": module.tool_call_end}
-    return TokenizerWrapper(embedded(special), **tags, tool_parser=module.parse_tool_call)
-
-
 @functools.cache
 def likings(special):
     """Of each token, by a model that likes short tokens, what ends something, and the end best."""
@@ -103,8 +73,7 @@ def at_random(matcher, special, seed):
 @pytest.mark.parametrize("parser", FORMATS)
 def test_calls_are_read_as_they_were_meant(parser, special):
     """If this fails, a strict tool gets arguments that it cannot take, or a call is lost."""
-    tokenizer, finished = tokenizer_of(parser, special), 0
-    start, end, size = tokenizer.tool_call_start, tokenizer.tool_call_end, len(embedded(special))
+    tokenizer, size, finished = tokenizer_of(parser, special), len(embedded(special)), 0
     for seed, (name, schema) in enumerate(SCHEMAS.items()):
         if (parser, name) in CANNOT:
             continue
@@ -113,134 +82,11 @@ def test_calls_are_read_as_they_were_meant(parser, special):
         if text is None:
             continue
         finished += 1
-        assert text.startswith(start)
-        inside = text.removeprefix(start).partition(end)[0] if end else text.removeprefix(start)
-        calls = tokenizer.tool_parser(inside, [{"function": {"name": name, "parameters": schema}}])
-        for call in calls if isinstance(calls, list) else [calls]:
-            assert call["name"] == name, inside
-            jsonschema.validate(call["arguments"], schema)
+        assert text.startswith(PARSERS[parser].tool_call_start)
+        read, arguments = called(parser, between_tags(parser, text), name, schema)
+        assert read == name, text
+        jsonschema.validate(arguments, schema)
     assert finished >= 2
-
-
-WRITTEN = {  # a call with one argument
-    "json_tools": '{"name": "f", "arguments": {"a": VALUE}}',
-    "longcat": '{"name": "f", "arguments": {"a": VALUE}}',
-    "mistral": 'f[ARGS]{"a": VALUE}',
-    "kimi_k2": '<|tool_call_begin|>functions.f:7<|tool_call_argument_begin|>{"a": VALUE}<|tool_call_end|>',
-    "qwen3_coder": "\n<function=f>\n<parameter=a>\nVALUE\n</parameter>\n</function>\n",
-    "glm47": "f\n<arg_key>a</arg_key>\n<arg_value>VALUE</arg_value>\n",
-    "minimax_m2": '\n<invoke name="f">\n<parameter name="a">VALUE</parameter>\n</invoke>\n',
-    "minicpm5": '"f"><param name="a">VALUE</param>',
-    "muse_spark": '\n<atem:invoke name="f">\n<atem:parameter name="a">VALUE</atem:parameter>\n</atem:invoke>\n',
-    "pythonic": "[f(a=VALUE)]",
-    "function_gemma": "call:f{a:VALUE}",
-    "gemma4": "call:f{a:VALUE}",
-}
-QUOTES = {
-    "qwen3_coder": "",
-    "glm47": "",
-    "minimax_m2": "",
-    "minicpm5": "",
-    "function_gemma": "<escape>",
-    "gemma4": '<|"|>',
-}
-AROUND = [
-    "xTAGy",
-    "TAG",
-    "<![CDATA[TAG]]>",
-    "xTAG<parameter=b>9TAG",
-    'xTAG<param name="b">9TAG',
-    "x\nTAG\n",
-    "[1]TAG",
-    "<TAG",
-]
-
-
-def hostile(parser):
-    """Texts with the tags that the parser's source speaks of."""
-    module = PARSERS[parser]
-    source = inspect.getsource(module).replace("\\", "")
-    tags = {
-        *re.findall(r"</?[a-z:|_]+>|<[|]tool[a-z_|]*>", source),
-        module.tool_call_start,
-        module.tool_call_end,
-        "}",
-        "]",
-    }
-    return [around.replace("TAG", tag) for around, tag in itertools.product(AROUND, sorted(tags))] + [
-        "[1]",
-        "null",
-        " a",
-    ]
-
-
-@functools.cache
-def matcher_of(parser, schema):
-    tokenizer, size = tokenizer_of(parser, False), len(embedded(False))
-    constraint = ToolCalls({"f": json.loads(schema)}, forced=True).constraint(tokenizer, size)
-    return LLMatcher(vocabulary(tokenizer, size), constraint.grammar, log_level=0)
-
-
-def allows(parser, schema, text):
-    matcher, tokens = matcher_of(parser, json.dumps(schema)), embedded(False).encode(text, add_special_tokens=False)
-    matcher.reset()
-    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
-
-
-@pytest.mark.parametrize("parser", FORMATS)
-def test_no_value_ends_its_own_call(parser):
-    """If this fails, what a model writes as text is read as other arguments, or as other calls."""
-    tokenizer, quote = tokenizer_of(parser, False), QUOTES.get(parser)
-    start, end, taken = tokenizer.tool_call_start, tokenizer.tool_call_end, 0
-
-    def as_text(text):
-        return json.dumps(text) if quote is None else f"{quote}{text}{quote}"
-
-    tried: list[tuple[Any, Any, str]] = []
-    for text in ["a < b", *hostile(parser)]:
-        tried.append(({"type": "string"}, text, as_text(text)))
-        null = as_text(text) == "null"
-        tried.append(({"anyOf": [{"type": "string"}, {"type": "null"}]}, None if null else text, as_text(text)))
-    if "gemma" not in parser:
-        for text in ["a < b", *hostile(parser)]:
-            tried += [({"type": "array"}, [text], json.dumps([text]))]
-            tried += [({"type": "object"}, value, json.dumps(value)) for value in ({text: 1}, {"b": [text]})]
-            if quote is None:
-                tried += [({}, text, json.dumps(text)), ({"type": ["string", "null"]}, text, json.dumps(text))]
-    for part, meant, written in tried:
-        schema = {"type": "object", "properties": {"a": part}, "required": ["a"], "additionalProperties": False}
-        text = start + WRITTEN[parser].replace("VALUE", written) + end
-        if not allows(parser, schema, text):
-            assert "a < b" not in written or (quote == "" and "anyOf" in part), written
-            continue
-        taken += 1
-        inside = text.removeprefix(start).partition(end)[0] if end else text.removeprefix(start)
-        calls = tokenizer.tool_parser(inside, [{"function": {"name": "f", "parameters": schema}}])
-        [call] = calls if isinstance(calls, list) else [calls]
-        assert (call["name"], call["arguments"]) == ("f", {"a": meant}), text
-    assert taken > 10
-
-
-@pytest.mark.parametrize(
-    ("parser", "part", "right", "wrong"),
-    [
-        ("minimax_m2", {"enum": ["a", "bb", "ccc"], "minLength": 2, "maxLength": 2}, ["bb"], ["a", "ccc"]),
-        ("minimax_m2", {"type": ["string", "null"], "enum": ["a"]}, ["a"], ["null", "b"]),
-        ("qwen3_coder", {"type": "string", "enum": ["a", None]}, ["a"], ["null"]),
-        ("qwen3_coder", {"anyOf": [{"type": "string"}, {"type": "null"}]}, ["a", "null", "a[1]"], ["[1]", ' {"a": 1}']),
-        ("qwen3_coder", {"type": ["string", "null"]}, ['"a"', "null"], ['"</function>"', "a"]),
-        ("minicpm5", {"type": "number"}, ["1.5"], ["1e400"]),
-    ],
-)
-def test_what_stands_beside_a_choice_counts(parser, part, right, wrong):
-    """If this fails, a text has a value that its schema does not allow."""
-    tokenizer = tokenizer_of(parser, False)
-    schema = {"type": "object", "properties": {"a": part}, "required": ["a"]}
-    for values, expected in ((right, True), (wrong, False)):
-        for value in values:
-            text = WRITTEN[parser].replace("VALUE", value)
-            text = tokenizer.tool_call_start + text + tokenizer.tool_call_end
-            assert allows(parser, schema, text) is expected, value
 
 
 def test_two_calls_have_two_names_for_kimi():
@@ -251,36 +97,6 @@ def test_two_calls_have_two_names_for_kimi():
     assert allows("kimi_k2", schema, call + other) and not allows("kimi_k2", schema, call + call.replace(":7", ":x"))
     ids = {tokenizer.tool_parser(text.removeprefix(tokenizer.tool_call_start))[0]["id"] for text in (call, other)}
     assert ids == {"functions.f:7", "functions.f:12"}
-
-
-@pytest.mark.parametrize(
-    ("parser", "part", "words"),
-    [
-        ("qwen3_coder", {"anyOf": [{"type": "integer"}, {"type": "null"}]}, "a value without a type"),
-        ("qwen3_coder", {"type": ["boolean", "string"]}, "a list of these types"),
-        ("qwen3_coder", {"anyOf": [{"type": "string"}, {"type": "null"}], "minLength": 2}, "minLength beside anyOf"),
-        ("qwen3_coder", {"enum": ["[1]"]}, 'the value "[1]" of text'),
-        ("minimax_m2", {"anyOf": [{"type": "string"}, {"enum": ["a", None]}]}, "a choice of texts"),
-        ("minimax_m2", {"type": "string", "enum": ["a", "b"], "pattern": "^a$"}, "more than a choice of values"),
-        ("minimax_m2", {"type": "string", "enum": ["a"], "minLength": 2}, "a choice of no value"),
-        ("minicpm5", {"type": "string", "enum": ["<![CDATA["]}, 'the value "<![CDATA[" of text'),
-        ("glm47", {"type": "object", "properties": {"</arg_value>": {}}}, "</arg_value> in the schema"),
-        ("glm47", {"enum": [["</tool_call>"]]}, "</tool_call> in the schema"),
-        ("pythonic", {"type": "object", "patternProperties": {"a": {}}}, "patternProperties"),
-        ("glm47", {"type": "string", "format": "date"}, "format of text"),
-        ("glm47", {"type": "string", "anyOf": [{"minLength": 1}]}, "anyOf of text"),
-        ("glm47", {"type": "string", "pattern": "a|b"}, 'the pattern "a|b" of text'),
-        ("minimax_m2", {"type": ["string", "integer"]}, "a value that may be text and something else"),
-        ("minimax_m2", {"type": "string", "enum": ["null"]}, 'the value "null" of text'),
-        ("function_gemma", {"type": "array"}, "a value of type array"),
-    ],
-)
-def test_what_a_format_cannot_keep_is_named(parser, part, words):
-    """If this fails, a call is held to less than its schema says."""
-    tokenizer = tokenizer_of(parser, False)
-    with pytest.raises(UserError, match="tools: f: a: ") as refused:
-        ToolCalls({"f": {"type": "object", "properties": {"a": part}}}).constraint(tokenizer, 4096)
-    assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_commas_stand_between_what_is_there():

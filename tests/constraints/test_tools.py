@@ -1,5 +1,7 @@
 """What a text with tool calls may be at each place, for tags that are tokens and for tags that are text."""
 
+import json
+
 import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -31,7 +33,8 @@ def tokenizer(request):
 def behind(tokenizer, text, forced=False, thinking=False):
     """What is forced behind a text, whether it may end there, and how many tokens may follow; None if it cannot be."""
     size = len(tokenizer._tokenizer)
-    matcher = Matcher(ToolCalls(SCHEMAS, forced).constraint(tokenizer, size, thinking), tokenizer, size)
+    schemas = {name: one for name, one in SCHEMAS.items() if name.isalpha() or tokenizer.tool_call_start in TAGS}
+    matcher = Matcher(ToolCalls(schemas, forced).constraint(tokenizer, size, thinking), tokenizer, size)
     try:
         matcher.take(tokenizer.encode(text, add_special_tokens=False))
     except UserError:
@@ -72,6 +75,37 @@ def test_a_tag_that_is_spelt_is_no_way_around():
         matcher.take([last])
 
 
+def test_a_tag_may_be_tokens_and_text():
+    """If this fails, the token that a tag begins with is forbidden elsewhere, or goes around the schema."""
+    tokenizer = wrapped(["<|open|>", "<|close|>", "<|sep|>"], kimi_k3)
+    for text in (
+        "",
+        "So <|open|>response<|sep|>hm<|close|>response<|sep|>",
+        "<|open|>tool<|sep|>",
+        "<|sep|><|close|>a",
+    ):
+        assert behind(tokenizer, text)[:2] == ("", True), text
+    call = '<|open|>tools<|sep|><|open|>call tool="add" index="1"<|sep|><|open|>json type="object"<|sep|>{"a": 12}'
+    end = "<|close|>json<|sep|><|close|>call<|sep|><|close|>tools<|sep|>"
+    for before in ("", "So ", "<|open|>response<|sep|>hm<|close|>response<|sep|>"):
+        assert behind(tokenizer, before + call)[:2] == (end, False)
+        assert behind(tokenizer, before + call + end + "So")[:2] == ("", True)
+    assert behind(tokenizer, "<|open|>tools<|sep|>So") is None
+    spelt = [tokenizer.encode(part, add_special_tokens=False) for part in ("<|open|>tools", "<|", "sep", "|", ">")]
+    size = len(tokenizer._tokenizer)
+    matcher = Matcher(ToolCalls({"add": ADD}).constraint(tokenizer, size), tokenizer, size)
+    with pytest.raises(UserError):
+        matcher.take([token for part in spelt for token in part])
+    tokenizer._think_start, tokenizer._think_end = "<|open|>think<|sep|>", "<|close|>think<|sep|>"
+    for begun, thinking in (("<|open|>think<|sep|>", False), ("", True)):
+        assert behind(tokenizer, f"{begun}Hm", True, thinking)[:2] == ("", False)
+        assert behind(tokenizer, f"{begun}Hm<|close|>think<|sep|>\n\n", True, thinking)[:2] == (
+            call.partition("add")[0],
+            False,
+        )
+        assert behind(tokenizer, f"{begun}Hm<|open|>tools<|sep|>", True, thinking) is None
+
+
 def test_a_call_that_is_required_comes_first(tokenizer):
     """If this fails, a model ends without the call that it had to make."""
     assert behind(tokenizer, "", forced=True)[1] is False and behind(tokenizer, "Let", forced=True) is None
@@ -93,8 +127,8 @@ def test_thoughts_come_before_a_call_that_is_required():
 
 def test_other_formats_are_named():
     """If this fails, calls that no grammar holds are taken as though one did."""
-    for parser, name in ((kimi_k3, "kimi_k3"), (None, "none")):
-        tokenizer = wrapped() if parser is None else wrapped((), parser)
-        tokenizer._tool_parser = parser and parser.parse_tool_call
+    tokenizer = wrapped()
+    for parser, name in ((json.loads, "json"), (None, "none")):
+        tokenizer._tool_parser = parser
         with pytest.raises(UserError, match=f"the tool parser is {name}, expected one of json_tools, "):
             ToolCalls(SCHEMAS).constraint(tokenizer, 4096)
