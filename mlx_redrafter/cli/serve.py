@@ -11,10 +11,13 @@ from typing import Any
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.flag_types import real, size, whole
+from mlx_redrafter.system.ranks import number_of_ranks
+from mlx_redrafter.target.splitting import way
 from mlx_redrafter.text.flags import (
     add_cache_arguments,
     add_choice_arguments,
     add_model_arguments,
+    add_pipeline_argument,
     add_recording_argument,
     choose_target,
     draft_shape,
@@ -74,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " one request at a time (default: %(default)s)")  # fmt: skip
     add("--prompt-concurrency", type=whole(1), default=8, metavar="N", help="let so many prompts join between two steps"
         " (default: %(default)s)")  # fmt: skip
-    add("--pipeline", action="store_true", help=argparse.SUPPRESS)
+    add_pipeline_argument(parser)
 
 
 def origins(text: str) -> list[str]:
@@ -95,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"serve needs {missing[0]}: pip install 'mlx-redrafter[serve]'")
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s %(message)s")
-    if args.pipeline:
+    if args.pipeline and number_of_ranks() == 1:
         logging.warning("--pipeline has no effect: one process serves")
     if said := choose_target(args):
         print(said)
@@ -111,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
 def prepare(args: argparse.Namespace) -> argparse.Namespace:
     """Fills in what the server's parts expect beside the flags."""
     args.api_key = args.api_key or os.environ.get(KEY) or None
-    args.shape = draft_shape(args)
+    args.shape, args.split = draft_shape(args), way(args.pipeline)
     # Names that mlx_lm's parts read.
     args.draft_model = None
     args.pipeline = False

@@ -13,18 +13,18 @@ import os
 import pathlib
 import platform
 import sys
-import time
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.ranks import LAUNCHED_TOGETHER, Ranks, connected
 
-CAN = ("generate", "chat", "bench speed")
+CAN = ("generate", "chat", "serve", "bench speed")
 # What a process keeps or reads in files is what it has of a model, and what rank 0 was asked.
-ALONE = {name: f"--{name.replace('_', '-')}" for name in ("adapter_path", "prompt_cache_file", "record_sessions")}
+FILED = ("adapter_path", "prompt_cache_file", "prompt_cache_dir", "record_sessions")
+ALONE = {name: f"--{name.replace('_', '-')}" for name in FILED}
 NUMBERS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # of this process, as launchers note it
 FILES = ("json_schema", "grammar")  # prompts are shared, and models compared as they are loaded
 PACKAGES = ("mlx-redrafter", "mlx", "mlx-lm", "transformers", "tokenizers", "llguidance")
-OURS = ("run", "parser")  # that argparse keeps beside the flags
+OURS = ("run", "parser", "api_key")  # what argparse keeps beside the flags, and a key, which no message may show
 
 _voice: int | None = None  # standard error as it was
 
@@ -100,6 +100,4 @@ def end(ranks: Ranks, line: str, code: int) -> None:
         ranks.leave()
         return
     sys.stdout.flush()
-    if not ranks.first or code == 1:
-        time.sleep(1.0)  # rank 0 says the same, or the process is gone without which this one could not go on
     ranks.fail(line, code)

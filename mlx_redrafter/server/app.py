@@ -20,11 +20,13 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.server.answers import logger
 from mlx_redrafter.server.caches.files import CacheFiles
 from mlx_redrafter.server.caches.memory import PromptCaches
+from mlx_redrafter.server.caches.shared import SharedPromptCaches
 from mlx_redrafter.server.generation import GenerationThread
 from mlx_redrafter.server.http.handler import Handler
 from mlx_redrafter.server.limits import Limits
 from mlx_redrafter.server.provider import Provider
-from mlx_redrafter.system.ranks import number_of_ranks
+from mlx_redrafter.server.together import GenerationTogether
+from mlx_redrafter.system.ranks import connected
 from mlx_redrafter.text.sessions.recorder import Recorder
 
 
@@ -56,6 +58,18 @@ class Server(ThreadingHTTPServer):
         logger.error("a connection ended with an error", exc_info=sys.exc_info())
 
 
+def generation(args: argparse.Namespace) -> GenerationThread:
+    """What writes the answers, in this process or, with others, in all that the target is split over."""
+    limits = Limits(args.max_body_bytes, args.max_context, args.most_max_tokens, args.max_queue, args.queue_seconds)
+    sizes, folder, ranks = (args.prompt_cache_size, args.prompt_cache_bytes), args.prompt_cache_dir, connected()
+    if ranks is not None:
+        return GenerationTogether(Provider(args), SharedPromptCaches(ranks, *sizes), limits, ranks)
+    files = None if folder is None else CacheFiles(pathlib.Path(folder).expanduser(), args.prompt_cache_dir_bytes)
+    form = "" if args.kv_bits is None else f"-{args.kv_bits}-{args.kv_group_size}-{args.quantized_kv_start}"
+    recorder = Recorder() if args.record_sessions else None
+    return GenerationThread(Provider(args), PromptCaches(*sizes, files, form), limits, recorder)
+
+
 @contextlib.contextmanager
 def running(args: argparse.Namespace) -> Iterator[Server]:
     """A server that is up while the block lasts.
@@ -63,15 +77,8 @@ def running(args: argparse.Namespace) -> Iterator[Server]:
     Raises:
         UserError: a wrong flag, a model that cannot be loaded, an address that cannot be had.
     """
-    if (ranks := number_of_ranks()) > 1:
-        raise UserError(f"serve runs in one process, found {ranks} ranks; mlx_lm.server serves models that are split")
-    limits = Limits(args.max_body_bytes, args.max_context, args.most_max_tokens, args.max_queue, args.queue_seconds)
-    server, folder = Server(args.host, args.port), args.prompt_cache_dir
-    files = None if folder is None else CacheFiles(pathlib.Path(folder).expanduser(), args.prompt_cache_dir_bytes)
-    form = "" if args.kv_bits is None else f"-{args.kv_bits}-{args.kv_group_size}-{args.quantized_kv_start}"
-    caches = PromptCaches(args.prompt_cache_size, args.prompt_cache_bytes, files, form)
-    recorder = Recorder() if args.record_sessions else None
-    generator = GenerationThread(Provider(args), caches, limits, recorder)
+    server = Server(args.host, args.port)
+    generator = generation(args)
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
     try:
         generator.started.result()
@@ -88,7 +95,14 @@ def running(args: argparse.Namespace) -> Iterator[Server]:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Serves until it is interrupted or terminated."""
+    """Serves until it is interrupted or terminated; of several processes, until rank 0 is."""
+    if (ranks := connected()) is not None and not ranks.first:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a terminal tells all, and the others end when rank 0 does
+            signal.signal(number, signal.SIG_IGN)
+        generator = generation(args)
+        generator.started.result()
+        generator.join()
+        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with running(args) as server, contextlib.suppress(KeyboardInterrupt):

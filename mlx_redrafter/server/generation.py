@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from queue import Empty, Queue
 from typing import Any
 
+import numpy as np
 from mlx_lm.server import GenerationArguments, ResponseGenerator
 
 from mlx_redrafter.errors import UserError, one_line
@@ -98,9 +99,17 @@ class GenerationThread(ResponseGenerator):
     def stop_and_join(self) -> None:
         with self._lock:
             for request in self._open:
-                request.cancelled.set()
-        self._stop = True
+                self._leave(request)
+        self._end()
         self.join()
+
+    def _end(self) -> None:
+        """Lets the thread come to its end."""
+        self._stop = True
+
+    def _leave(self, request: Request) -> None:
+        """Lets the generation of a request end; nobody waits for its answer any more."""
+        request.cancelled.set()
 
     def join(self) -> None:
         threads.join(self._generation_thread)
@@ -128,7 +137,9 @@ class GenerationThread(ResponseGenerator):
                 raise Answer(429, f"{self.limits.queue} requests are waiting already", retry_after=5)
             self._open.add(request)
         responses = request.responses
-        self.requests.put((responses, request, Arguments(**vars(generation_args), request=request)))
+        seed = int(np.random.default_rng().integers(2**32)) if generation_args.seed is None else generation_args.seed
+        arguments = Arguments(**vars(generation_args) | {"seed": seed, "request": request})
+        self.requests.put((responses, request, arguments))
         context = self._await(request, responses)
         while not request.begun.wait(POLL):  # one of a batch may have to wait for room
             self._look(request)
@@ -140,7 +151,7 @@ class GenerationThread(ResponseGenerator):
         try:
             yield
         finally:
-            request.cancelled.set()
+            self._leave(request)
             with self._lock:
                 self._open.discard(request)
             self.metrics.count_text(len(request.tokens), request.first_seconds, request.age, request.last)
@@ -234,19 +245,22 @@ class GenerationThread(ResponseGenerator):
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        if isinstance(request.prompt, list):
-            found: Any = request.prompt, [request.prompt], ["assistant"], "normal", None
-        else:
-            try:
-                found = super()._tokenize(tokenizer, request, args)
-            except Exception as error:  # templates are programs of their own, and messages the client's
-                raise UserError(f"messages or prompt: {one_line(error)}") from error
+        found = self._written(tokenizer, request, args)
         self._asked, request.tokens = args, list(found[0])
         self._check(request.tokens, args)
         if request.calls is not None:
             size = self.model_provider.target.vocab_size or len(tokenizer)
             request.constraint = request.calls.constraint(tokenizer, size, thinking=found[3] == "reasoning")
         return found
+
+    def _written(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """A prompt as the model reads it; see mlx_lm's `_tokenize`."""
+        if isinstance(request.prompt, list):
+            return request.prompt, [request.prompt], ["assistant"], "normal", None
+        try:
+            return super()._tokenize(tokenizer, request, args)
+        except Exception as error:  # templates are programs of their own, and messages the client's
+            raise UserError(f"messages or prompt: {one_line(error)}") from error
 
     def _check(self, tokens: list[int], args: Any) -> None:
         """Raises UserError for what only the model can tell."""

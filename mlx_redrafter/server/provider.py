@@ -60,6 +60,7 @@ class Provider(ModelProvider):
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
+        self._split: str | None = args.split
         self.shape: DraftShape | str = args.shape
         self.lookup: str | None = args.lookup
         self.drafter: Drafter | None = None
@@ -78,6 +79,13 @@ class Provider(ModelProvider):
         self.drafter = None
         self._drafters.clear()
         self.target = None
+
+    def known(self, model: str, adapter: str | None, draft: str | None) -> tuple[str, str] | None:
+        """What every process calls a model and a drafter; None where one of them would have to be loaded."""
+        drafts = {self._draft_model_map[DEFAULT]: DEFAULT, NO_DRAFTER: NO_DRAFTER, None: NO_DRAFTER}
+        name = drafts.get(draft if draft is None else self._draft_model_map.get(draft, draft))
+        own = adapter is None and self._model_map.get(model, model) == self.cli_args.model
+        return (DEFAULT, name) if own and name is not None else None
 
     def load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
@@ -111,12 +119,12 @@ class Provider(ModelProvider):
         elif draft is not None and draft not in self._drafters:
             read_config(find_drafter(draft))
         if other:
-            self._load_target(model, adapter, own)
+            self._load_target(model, adapter, draft, own)
         self.drafter = None if draft is None else self._open_drafter(draft)
         self._prepare()
         self.is_batchable = self._can_batch()
 
-    def _load_target(self, model: str, adapter: str | None, own: bool) -> None:
+    def _load_target(self, model: str, adapter: str | None, draft: str | None, own: bool) -> None:
         config = read_config(self._target_folder(model, own))  # before the current one goes
         if adapter is not None:
             check_adapter(snapshot_of(pathlib.Path(adapter).expanduser()))
@@ -124,20 +132,24 @@ class Provider(ModelProvider):
         gc.collect()
         mx.clear_cache()
         args = self.cli_args
-        loaded, _, tokenizer = load(
+        together = draft is not None and self._split is not None  # a drafter is compared with a whole target
+        loaded, drafter, tokenizer = load(
             model,
-            NO_DRAFTER,
+            draft if together else NO_DRAFTER,
             gguf=args.gguf if own else None,
             adapter_path=adapter,
             dtype=args.dtype if own else None,
             tokenizer_config={key: value for key, value in self._tokenizer_config.items() if own},
             # What was trusted is the model of the command line, not one that a request names.
             trust_remote_code=args.trust_remote_code and own,
+            split=self._split,
         )
         if args.use_default_chat_template and not tokenizer.has_chat_template:
             raise UserError("--use-default-chat-template: this tokenizer has no chat template of its own")
         self.model, self.tokenizer, self.model_key = loaded, tokenizer, (model, adapter, None)
         self.processor = load_processor(loaded, config)
+        if draft is not None and drafter is not None:
+            self._drafters[draft] = drafter
 
     def _target_folder(self, model: str, own: bool) -> pathlib.Path:
         return find_target(model, "--model", self.cli_args.gguf if own else None)

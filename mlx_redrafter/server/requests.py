@@ -28,7 +28,9 @@ class Request(CompletionRequest):
         hung_up: whether its client has gone; asked while it waits.
         arrived: when, on the monotonic clock.
         begun: set when its turn has come.
-        cancelled: set when nobody waits for its answer any more.
+        cancelled: set when its generation is to end, since nobody waits for the answer any more.
+        left: whether its HTTP thread has left; that of rank 0, where several processes generate.
+        look: called by who generates, where others than its HTTP thread have to set `cancelled`.
         tokens: the whole prompt, once it is known.
         last: the newest response of its generation, whose figures are those of the text so far.
         stopped_by: the stop string that ended its text.
@@ -49,6 +51,8 @@ class Request(CompletionRequest):
     arrived: float = dataclasses.field(default_factory=time.monotonic)
     begun: threading.Event = dataclasses.field(default_factory=threading.Event)
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
+    left: bool = False
+    look: Callable[[], None] = lambda: None
     tokens: list[int] = dataclasses.field(default_factory=list)
     last: Any = None
     stopped_by: str | None = None

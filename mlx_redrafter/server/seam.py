@@ -21,7 +21,7 @@ CLASSES = {
     "ModelProvider": ("load", "load_default", "reset"),
     "ResponseGenerator": (
         "_generate", "_next_request", "_run_generate", "_serve_single", "_tokenize", "_make_state_machine", "generate",
-        "generation_available", "stop_and_join", "_is_batchable",
+        "generation_available", "stop_and_join", "_is_batchable", "_share_object",
     ),
     "APIHandler": (
         "do_GET", "do_OPTIONS", "do_POST", "handle_completion", "handle_chat_completions", "handle_text_completions",

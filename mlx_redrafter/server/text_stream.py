@@ -54,6 +54,7 @@ def text_stream(
     """
 
     def progress(read: int, total: int) -> None:
+        request.look()
         if request.cancelled.is_set():
             raise HungUp
         prompt_progress_callback(read, total)
@@ -192,11 +193,12 @@ def described(response: Any, top: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def chooser(args: GenerationArguments, tokenizer: Any) -> Chooser:
-    """How the target chooses: as `generate` does, from a seed of its own where the request gives none."""
+    """How the target chooses: as `generate` does."""
     sampling = args.sampling
+    assert args.seed is not None  # the queue gives each request one
     return position_keyed(
         sampling.temperature,
-        seed=int(np.random.default_rng().integers(2**32)) if args.seed is None else args.seed,
+        seed=args.seed,
         top_p=sampling.top_p,
         min_p=sampling.min_p,
         top_k=sampling.top_k,

@@ -33,9 +33,11 @@ CONNECT = 30.0  # seconds that processes have to find each other
 ALIVE = {"KEEPIDLE": 2, "KEEPINTVL": 1, "KEEPCNT": 4, "USER_TIMEOUT": 6000}
 ALIVE_MACOS = {0x10: 2, 0x80: 6}  # its TCP_KEEPALIVE and TCP_RXT_CONNDROPTIME, in seconds
 LEAVING = 10.0  # seconds that one who has ended waits for the others
+FAILING = 10.0  # seconds that one whose work has failed waits for the others to fail at it
 LONGEST_CARD = 1024  # bytes that say where the first process listens
 VALUE, DONE, FAILED = "value", "done", "failed"
 NOTHING_MORE = object()  # comes from a process that is done
+FAILED_TOO, GO_ON = ("failed too",), ("go on",)
 
 LAUNCHED_TOGETHER = any(name in os.environ for name in LAUNCHED)  # what only several processes need is left out else
 
@@ -101,6 +103,18 @@ class Ranks:
         found = [problem, *(link.value() for _, link in sorted(self._links.items()))]
         return self.share(next(filter(None, found), ""))
 
+    def all_failed(self, line: str) -> None:
+        """Is called by whoever's work has failed, with how. If it has on all, they go on; else all end."""
+        if self.first:
+            together = all(link.value(FAILING) == FAILED_TOO for link in self._links.values())
+        else:
+            self._links[0].send(VALUE, FAILED_TOO)
+            together = self._links[0].value(FAILING) == GO_ON
+        if not together:
+            self.fail(line, 1)
+        if self.first:
+            self.share(GO_ON)
+
     def clock(self) -> float:
         """Seconds by the clock of rank 0, for loops that all leave together."""
         return self.share(time.perf_counter())
@@ -145,6 +159,8 @@ class Ranks:
 
     def fail(self, line: str, code: int) -> NoReturn:
         """Ends all processes with this exit code and, unless it is empty, one line that rank 0 prints."""
+        if not self.first or code == 1:
+            time.sleep(1.0)  # rank 0 says the same, or the process is gone without which this one could not go on
         self.end(line, code, speaker=0)
 
     def end(self, line: str, code: int, speaker: int) -> NoReturn:
@@ -228,8 +244,13 @@ class _Link:
         except (OSError, ValueError):  # the reading thread finds out as well, and says so
             return
 
-    def value(self) -> Any:
-        if (found := self._values.get()) is NOTHING_MORE:
+    def value(self, seconds: float | None = None) -> Any:
+        """The next one that comes; None where none does within so many seconds."""
+        try:
+            found = self._values.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if found is NOTHING_MORE:
             self._ranks.lost(self.rank)
         return found
 

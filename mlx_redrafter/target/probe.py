@@ -51,7 +51,7 @@ def probe(target: Target) -> Capability:
         return Capability(NONE, target.missing)
     try:
         kinds = make_prompt_cache(target.model)
-        if problem := _apart(target, kinds):  # first, since what follows goes by the kinds
+        if problem := apart(target, kinds):  # first, since what follows goes by the kinds
             return Capability(NONE, problem)
         if names := refused(kinds):
             return Capability(NONE, f"its layers with a {names} cannot take back rejected tokens")
@@ -184,7 +184,7 @@ def _read(target: Target, tokens: mx.array, cache: list[Any]) -> mx.array:
     return logits
 
 
-def _apart(target: Target, kinds: list[Any]) -> str:
+def apart(target: Target, kinds: list[Any]) -> str:
     """Why the processes of a pipeline would go different ways: each of them goes by the caches of its own layers."""
     if target.ranks is None:
         return ""

@@ -14,6 +14,11 @@ from mlx_redrafter.system.ranks import Ranks, all_ranks, number_of_ranks
 TENSOR, PIPELINE = "tensor", "pipeline"
 
 
+def way(pipeline: bool) -> str | None:
+    """How the processes divide models, by whether they are to be a pipeline; None where there is one process."""
+    return None if number_of_ranks() == 1 else PIPELINE if pipeline else TENSOR
+
+
 def divide(model: nn.Module, how: str, name: str) -> None:
     """Leaves this process its part of a model whose weights are lazy, and loads that part.
 

@@ -23,8 +23,7 @@ from mlx_redrafter.embedded import assistant
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.files import read_text
 from mlx_redrafter.system.flag_types import real, whole
-from mlx_redrafter.system.ranks import number_of_ranks
-from mlx_redrafter.target.splitting import PIPELINE, TENSOR
+from mlx_redrafter.target.splitting import way
 from mlx_redrafter.text.loading import ASSISTANT, DTYPES, EMBEDDED_PAIR, MTP, NO_DRAFTER, load, place_of
 from mlx_redrafter.text.sessions.recorder import settings_of
 
@@ -260,7 +259,6 @@ def choose_target(args: argparse.Namespace, with_drafter: bool = False) -> str:
 
 def load_from(args: argparse.Namespace, pack_weights: bool = True) -> tuple[nn.Module, Drafter | None, Any]:
     """What the flags of `add_pair_arguments` name; one of several processes loads its part."""
-    together = PIPELINE if getattr(args, "pipeline", False) else TENSOR
     return load(
         args.model,
         args.draft,
@@ -269,7 +267,7 @@ def load_from(args: argparse.Namespace, pack_weights: bool = True) -> tuple[nn.M
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         pack_weights=pack_weights,
-        split=together if number_of_ranks() > 1 else None,
+        split=way(getattr(args, "pipeline", False)),
     )
 
 

@@ -161,6 +161,7 @@ class Row:
 
     def _progress(self, read: int, total: int) -> None:
         self.request.begun.set()
+        self.request.look()
         if self.request.cancelled.is_set():
             raise HungUp
         self.request.responses.put((read, total))
