@@ -40,10 +40,12 @@ class GenerationThread(ResponseGenerator):
         recorder: keeps what is asked and answered, where that is wanted.
 
     Attributes:
+        loads_others: whether requests may name models that are not loaded.
         started: done when the models of the command line are loaded; raises what went wrong.
         metrics: counted as requests end.
     """
 
+    loads_others = True
     model_provider: Provider
     prompt_cache: PromptCaches
 

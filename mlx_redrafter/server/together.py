@@ -49,6 +49,8 @@ class GenerationTogether(GenerationThread):
         ranks: the processes.
     """
 
+    loads_others = False
+
     def __init__(self, provider: Provider, prompt_cache: SharedPromptCaches, limits: Limits, ranks: Ranks):
         self.ranks, self._stopping = ranks, False
         # By the order in which they were taken; who writes one holds it.

@@ -20,8 +20,8 @@ def ranks(rank=0):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["serve"], "serve runs in one process, found 2; several can generate, chat, bench speed and train"),
-        (["bench", "sweep"], "bench sweep runs in one process"),
+        (["bench", "sweep"], "runs in one process, found 2; several can generate, chat, serve, bench speed and train"),
+        (["serve", "--prompt-cache-dir", "a"], "--prompt-cache-dir is for one process"),
         (["generate", "-p", "x", "--adapter-path", "a"], "--adapter-path is for one process"),
         (["generate", "-p", "x", "--prompt-cache-file", "a"], "--prompt-cache-file is for one process"),
         (["chat", "--record-sessions"], "--record-sessions is for one process"),
@@ -37,6 +37,9 @@ def test_what_several_processes_cannot(words, message):
 
 def test_all_see_the_same():
     """If this fails, a machine with other code or flags takes part unnoticed, or several write one file."""
+    keyed = parser_of_all().parse_args(["serve", "--api-key", "secret"])
+    together.check(keyed, found := ranks())
+    assert "secret" not in str(found.check_same.call_args)
     for rank, out in ((0, "o"), (1, None)):
         args, found = parser_of_all().parse_args(["bench", "speed", "--out", "o", "--seed", "3"]), ranks(rank)
         together.check(args, found)

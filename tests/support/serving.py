@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import http.client
 import json
+import pathlib
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ import mlx_lm.server as theirs
 from mlx_redrafter.cli import serve
 from mlx_redrafter.server import seam
 from mlx_redrafter.server.app import running
-from support import DATA
+from support import DATA, several
 
 TINY = ("--model", str(DATA / "tiny"), "--draft", str(DATA / "tiny-drafter"), "--dtype", "float32", "--lookup", "off")
 
@@ -26,12 +28,12 @@ class Client:
     """Asks a server.
 
     Args:
-        server: one that is listening.
+        server: one that is listening, or its host and port, where it is another process.
     """
 
-    def __init__(self, server: ThreadingHTTPServer):
+    def __init__(self, server: ThreadingHTTPServer | tuple[str, int]):
         self.server = server
-        host, port = server.server_address[:2]
+        host, port = server if isinstance(server, tuple) else server.server_address[:2]
         self.host, self.port = str(host), port
         self.url = f"http://{self.host}:{port}"
 
@@ -90,6 +92,24 @@ def serving(*flags: str) -> Iterator[Client]:
     seam.install()
     with running(parsed(*flags)) as server:
         yield Client(server)
+
+
+@contextlib.contextmanager
+def serving_together(
+    folder: pathlib.Path, size: int, *flags: str
+) -> Iterator[tuple[Client, list[subprocess.Popen[str]]]]:
+    """Our server with these flags in so many processes, which share the model."""
+    running = several.started(folder, [["serve", "--port", "0", *flags]] * size)
+    try:
+        assert running[0].stdout is not None and running[0].stderr is not None
+        said = running[0].stdout.readline()
+        assert said.startswith("Serving"), running[0].stderr.read()
+        host, _, port = said.split()[-1].removeprefix("http://").rpartition(":")
+        yield Client((host, int(port))), running
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
 
 
 @contextlib.contextmanager

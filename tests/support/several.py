@@ -11,9 +11,11 @@ import json
 import os
 import pathlib
 import random
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import mlx_redrafter  # isort: skip # noqa: F401 (before mlx)
@@ -118,17 +120,32 @@ def launched(folder: pathlib.Path, size: int, split: str, names: list[str], coun
 
 def together(size: int, command: list[str]) -> subprocess.CompletedProcess[str]:
     """Runs a command in so many processes, as mlx.launch does it."""
+    with launching(size, command) as process:
+        out, err = process.communicate(timeout=1500)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def launching(size: int, command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """mlx.launch with a command, in a group of processes of its own, of which nothing is left in the end."""
     launcher = pathlib.Path(sys.executable).parent / "mlx.launch"
     typed, keyboard = os.pipe()  # nobody types; at the end of its input mlx.launch would keep a core busy
     try:
-        return subprocess.run(
+        process = subprocess.Popen(
             [str(launcher), *ring(size), "--", *command],
             stdin=typed,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=1500,
+            start_new_session=True,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
         )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     finally:
         os.close(typed)
         os.close(keyboard)

@@ -107,3 +107,16 @@ def test_one_that_fails_ends_all(three):
     assert ended.get(timeout=10) == (0, "rank 2: no disk", 2, 0)
     found[0]._links[1].send(ranks.FAILED, ("rank 2: no disk", 2))
     assert ended.get(timeout=10) == (1, "", 2, 0)  # rank 0 has said it
+
+
+def test_work_that_fails(three, monkeypatch):
+    """If this fails, an error of one process leaves the others at another place, or one that all have ends them."""
+    found, ended = three
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda one: one.all_failed("no such token"), found))
+    assert ended.empty()
+    monkeypatch.setattr(ranks, "FAILING", 0.1)
+    monkeypatch.setattr(ranks.time, "sleep", lambda _: None)
+    for one in (found[1], found[0]):  # while the third is at its work
+        one.all_failed("no room")
+        assert ended.get(timeout=10) == (one.rank, "no room", 1, 0)

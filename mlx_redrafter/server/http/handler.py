@@ -281,9 +281,10 @@ class Handler(APIHandler):
             raise Answer(404, f"there is no {self.path} to get")
 
     def _models(self) -> list[dict[str, Any]]:
-        """The served target first, then those of the Hub's cache that mlx_lm's handler would name."""
+        """The served target first, then those of the Hub's cache that a request may name."""
         names = [self.response_generator.model_provider.name]
-        names += sorted(in_hub_cache() - set(names))
+        if self.response_generator.loads_others:
+            names += sorted(in_hub_cache() - set(names))
         return [{"id": name, "object": "model", "created": self.created} for name in names]
 
     def _send_json(self, value: Any) -> None:
