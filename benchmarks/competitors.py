@@ -18,24 +18,24 @@ from mlx_redrafter.benchmarks.compare import Method
 
 from mlx_redrafter.decoding.sampling import Chooser, position_keyed
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
+from mlx_redrafter.drafting.cached.eagle import EagleHead
 from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.medusa import MedusaHeads
-from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import AUTO, BEAMS, BEST_FIRST, OFF, ON, DraftShape
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.openblas_layout import pack
 from mlx_redrafter.system.weights import weights
-from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.generate import stream_generate
-from mlx_redrafter.text.loading import find_drafter, find_target, load_target
+from mlx_redrafter.text.loading import find_drafter, find_target, fit_drafter, load_target
 
 PLAIN, AS_LOADED, OURS = "plain", "as-loaded", "ours"
 CHAIN_OF_3, TREE_OF_7 = "chain:3", "best-first:4x5:7"
 DRAFTER_AUTO = "auto-no-lookup"  # chooses among the drafter's shapes alone
 DEFAULTS = (PLAIN, AS_LOADED, OURS, CHAIN_OF_3, "beams:4x5:7", TREE_OF_7, DRAFTER_AUTO, AUTO)
 
-DRAFT_MODEL, OUR_DRAFT_MODEL, MEDUSA, LOOKUP = "draft model", "draft model, our loop", "Medusa", "lookup"
+DRAFT_MODEL, OUR_DRAFT_MODEL, LOOKUP = "draft model", "draft model, our loop", "lookup"
+MEDUSA, EAGLE = "Medusa", "EAGLE-3"
+HEADS: dict[str, type[Drafter]] = {MEDUSA: MedusaHeads, EAGLE: EagleHead}  # beside the recurrent one
 NO_LOOKUP, REDRAFTER_AUTO = "ReDrafter auto, no lookup", "ReDrafter auto"  # the second as generate does it
 REDRAFTER = ("ReDrafter chain", "ReDrafter beams", "ReDrafter best-first", NO_LOOKUP, REDRAFTER_AUTO)
 
@@ -45,7 +45,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     DRAFT_MODEL: ("1", "2", "3", "4", "5"),
     OUR_DRAFT_MODEL: ("chain:1", "chain:2", CHAIN_OF_3, "chain:4", "best-first:3x4:5", TREE_OF_7, AUTO),
     MEDUSA: ("chain:2", CHAIN_OF_3, "best-first:4x4:5", TREE_OF_7, "best-first:10x5:12"),
-    REDRAFTER[0]: ("chain:2", CHAIN_OF_3, "chain:4"),
+    EAGLE: ("chain:1", "chain:2", CHAIN_OF_3, "best-first:3x4:5", TREE_OF_7),
+    REDRAFTER[0]: ("chain:1", "chain:2", CHAIN_OF_3, "chain:4"),
     REDRAFTER[1]: ("beams:2x4:4", "beams:3x4:6", "beams:4x5:8"),
     REDRAFTER[2]: ("best-first:3x4:5", TREE_OF_7, "best-first:4x5:12"),
     NO_LOOKUP: (AUTO,),
@@ -202,79 +203,70 @@ class Contest:
     """The drafters of a comparison of methods.
 
     Attributes:
-        drafter: the recurrent one.
-        draft: a draft model, if there is one.
-        medusa: Medusa heads, if there are any.
+        drafters: by method: the recurrent one for all that are ReDrafter's, and those that flags name.
         facts: what was loaded, by name.
         missing: sentences that say what is left out, and why.
     """
 
-    drafter: RecurrentDrafter
-    draft: DraftModel | None = None
-    medusa: MedusaHeads | None = None
+    drafters: dict[str, Drafter]
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
     missing: list[str] = dataclasses.field(default_factory=list)
 
     def methods(self) -> list[str]:
         """The names of those that take part, plain decoding first."""
-        absent = {DRAFT_MODEL: self.draft is None, OUR_DRAFT_MODEL: self.draft is None, MEDUSA: self.medusa is None}
-        return [name for name in SETTINGS if not absent.get(name)]
+        return [name for name in SETTINGS if name in (PLAIN, LOOKUP) or name in self.drafters]
 
     def method(self, decoder: Decoder, name: str, setting: str) -> Method:
-        """A method in one of its settings.
-
-        Args:
-            decoder: with the recurrent drafter.
-        """
+        """A method in one of its settings."""
         if name == PLAIN:
             return decoder.plain
+        drafter = self.drafters.get(name)
         if name == DRAFT_MODEL:
-            assert self.draft is not None
-            return decoder.with_draft_model(self.draft.model, int(setting))
-        drafter = {MEDUSA: self.medusa, OUR_DRAFT_MODEL: self.draft, LOOKUP: None}.get(name, decoder.drafter)
+            assert isinstance(drafter, DraftModel)
+            return decoder.with_draft_model(drafter.model, int(setting))
         lookup = {LOOKUP: ON, REDRAFTER_AUTO: AUTO}.get(name, OFF)
         return dataclasses.replace(decoder, drafter=drafter).drafted(shape_named(setting) or AUTO, lookup)
 
     def drafter_bytes(self, name: str) -> int:
         """Bytes of weights that a method has beside the target's."""
-        if name in (PLAIN, LOOKUP):
-            return 0
-        module = {DRAFT_MODEL: self.draft, OUR_DRAFT_MODEL: self.draft, MEDUSA: self.medusa}.get(name, self.drafter)
-        assert module is not None
-        return weights(module)[1]
+        return weights(self.drafters[name])[1] if name in self.drafters else 0
 
 
 def open_contest(
-    target: Target, tokenizer: Any, drafter: RecurrentDrafter, draft_model: str | None, medusa: str | None
+    model: nn.Module, tokenizer: Any, drafter: RecurrentDrafter, draft_model: str | None, heads: dict[str, str | None]
 ) -> Contest:
     """Loads what the flags name.
+
+    Args:
+        heads: by method, where they are; None for those that take no part.
 
     Raises:
         UserError: a model or heads for another target.
     """
-    contest = Contest(drafter)
+    contest = Contest(dict.fromkeys(REDRAFTER, drafter))
+
+    def enter(other: Drafter, methods: tuple[str, ...], flag: str, name: str) -> None:
+        fit_drafter(other, model, tokenizer, f"{flag} {name}")
+        contest.drafters |= dict.fromkeys(methods, other)
+        contest.facts[methods[0]] = f"{name}, {weights(other)[1] / 1e6:.1f} MB of weights"
+
     if draft_model is None:
         contest.missing.append("a draft model takes no part: --draft-model was not given.")
     else:
-        contest.draft = DraftModel(*load_target(find_target(draft_model, "--draft-model")))
-        contest.draft.fit(target, tokenizer, f"--draft-model {draft_model}")
-        contest.facts["draft model"] = f"{draft_model}, {_laid_out(contest.draft, target)}"
-    if medusa is None:
-        contest.missing.append("Medusa takes no part: --medusa was not given.")
-    else:
-        heads = open_drafter(find_drafter(medusa, "--medusa"))
-        if not isinstance(heads, MedusaHeads):
-            raise UserError(f"--medusa {medusa}: is a recurrent drafter, expected Medusa heads")
-        check_pair(target, heads, f"--medusa {medusa}")
-        contest.medusa = heads
-        contest.facts["Medusa heads"] = f"{medusa}, {_laid_out(heads, target)}"
+        loaded = DraftModel(*load_target(find_target(draft_model, "--draft-model")))
+        enter(loaded, (DRAFT_MODEL, OUR_DRAFT_MODEL), "--draft-model", draft_model)
+    for method, place in heads.items():
+        flag = flag_of(method)
+        if place is None:
+            contest.missing.append(f"{method} takes no part: {flag} was not given.")
+            continue
+        found = open_drafter(find_drafter(place, flag))
+        if not isinstance(found, HEADS[method]):
+            raise UserError(f"{flag} {place}: is a drafter of the kind {found.method}, expected {method}")
+        enter(found, (method,), flag, place)
     return contest
 
 
-def _laid_out(module: nn.Module, target: Target) -> str:
-    """Gives a drafter the target's type, unless it is quantised, and its layout; returns its size in words."""
-    if not any("scales" in each for each in module.modules()):
-        module.set_dtype(target.dtype)
-    mx.eval(module.parameters())
-    pack(module)
-    return f"{weights(module)[1] / 1e6:.1f} MB of weights"
+def flag_of(method: str) -> str:
+    """That names the heads of a method."""
+    return "--" + method.lower().removesuffix("-3")

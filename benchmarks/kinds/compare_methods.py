@@ -1,4 +1,4 @@
-"""Compares methods that draft on one target: a draft model in mlx_lm's loop and in ours, Medusa, ReDrafter, lookup.
+"""Compares methods that draft on one target: a draft model in two loops, Medusa, EAGLE-3, ReDrafter and lookup.
 
 Every method that has settings first looks for its best on a few of the prompts; the best of
 each then take turns on all prompts. With --out, compare.html is a page that needs no network.
@@ -13,7 +13,16 @@ from typing import Any
 
 from mlx_redrafter.benchmarks import charts
 from mlx_redrafter.benchmarks.compare import side_by_side, summarize
-from mlx_redrafter.benchmarks.competitors import DRAFT_MODEL, PLAIN, SETTINGS, Contest, Decoder, open_contest
+from mlx_redrafter.benchmarks.competitors import (
+    DRAFT_MODEL,
+    HEADS,
+    PLAIN,
+    SETTINGS,
+    Contest,
+    Decoder,
+    flag_of,
+    open_contest,
+)
 from mlx_redrafter.benchmarks.flags import add_common_arguments, add_round_arguments, add_text_arguments, check_texts
 from mlx_redrafter.benchmarks.page.page import PUBLISHED, page
 from mlx_redrafter.benchmarks.page.rows import ALL, Row, row_id, rows_of
@@ -28,10 +37,12 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.system.weights import weights
-from mlx_redrafter.target.model import Target
 
 HEADING = "Drafting methods side by side"
-HELP = "a draft model in mlx_lm's loop and in ours, Medusa, ReDrafter and lookup, each at its best, with a page to read"
+HELP = (
+    "a draft model in mlx_lm's loop and in ours, Medusa, EAGLE-3, ReDrafter and lookup, each at its best, with a page"
+    " to read"
+)
 
 NOTES = [
     "speed-up: plain mlx_lm's time per token over the method's, text by text; median, and quartiles in the JSON",
@@ -65,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--draft-model", metavar="DIR", help="mlx-lm model with the target's tokenizer, for mlx_lm's own drafting"
         " and for ours (left out if not given)")  # fmt: skip
-    add("--medusa", metavar="DIR", help="Medusa heads for the target (left out if not given)")
+    for method in HEADS:
+        add(flag_of(method), metavar="DIR", help=f"{method} heads for the target (left out if not given)")
     add_round_arguments(parser, temps=[0.0, 0.7, 1.0])
     add("--search-prompts", type=whole(1), default=4, help="prompts on which each method looks for its best setting,"
         " at every temperature (default: %(default)s)")  # fmt: skip
@@ -76,10 +88,12 @@ def run(args: argparse.Namespace) -> Report:
     pair = load_pair(args)
     if not isinstance(pair.drafter, RecurrentDrafter):
         raise UserError(
-            f"--draft {args.draft}: is no recurrent drafter; --medusa takes Medusa heads, --draft-model takes a model,"
+            f"--draft {args.draft}: is no recurrent drafter; {' and '.join(map(flag_of, HEADS))} take heads,"
+            " --draft-model takes a model,"
             f" and `mlx-redrafter bench speed --draft {args.draft}` measures any drafter beside plain decoding"
         )
-    contest = open_contest(Target.of(pair.model), pair.tokenizer, pair.drafter, args.draft_model, args.medusa)
+    heads = {method: getattr(args, flag_of(method).removeprefix("--")) for method in HEADS}
+    contest = open_contest(pair.model, pair.tokenizer, pair.drafter, args.draft_model, heads)
     pair.facts |= contest.facts
     texts = encode_texts(args, pair, prompts)
     categories = [prompt.category for prompt in prompts]

@@ -10,6 +10,7 @@ from support.bench import refused
 from support.pages import traced_figures
 
 from mlx_redrafter.cli.main import main
+from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.loading import EMBEDDED
@@ -30,14 +31,26 @@ def heads(pair, tmp_path_factory):
     return folder
 
 
-def test_a_comparison(heads, tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def eagle(pair, tmp_path_factory):
+    """A random EAGLE-3 head with the target's output layer."""
+    target, folder = Target(pair[0]), tmp_path_factory.mktemp("eagle")
+    mx.random.seed(1)
+    layer = {"hidden_size": target.hidden_size, "intermediate_size": 32, "num_attention_heads": 2}
+    EagleHead(EagleConfig(target.vocab_size, target.hidden_size, layer | {"rms_norm_eps": 1e-5}, tie_output=True)).save(
+        folder
+    )
+    return folder
+
+
+def test_a_comparison(heads, eagle, tmp_path, capsys, monkeypatch):
     """If this fails, a method is missing or changes the text, or the three files tell different things."""
     for name, settings in list(SETTINGS.items()):
         monkeypatch.setitem(SETTINGS, name, settings[:2])
     draft = SHARED / "models" / "tinypy-draft"
     given = ["--draft-model", draft] if draft.exists() else []
     out = tmp_path / "out"
-    assert bench("--medusa", heads, *given, "--out", out) == 0
+    assert bench("--medusa", heads, "--eagle", eagle, *given, "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == [f"compare.{s}" for s in ("html", "json", "md", "png")]
     data = json.loads((out / "compare.json").read_text())
     text, page = (out / "compare.md").read_text(), (out / "compare.html").read_text()
@@ -67,7 +80,14 @@ def test_a_comparison(heads, tmp_path, capsys, monkeypatch):
 
 MISTAKES = {
     "no such heads": (["--medusa", "/no/such"], "--medusa /no/such: no such directory"),
-    "heads of another kind": (["--medusa", EMBEDDED / "drafter"], "is a recurrent drafter, expected Medusa heads"),
+    "heads of another kind": (
+        ["--medusa", EMBEDDED / "drafter"],
+        "is a drafter of the kind redrafter",
+    ),
+    "a head of another kind": (
+        ["--eagle", EMBEDDED / "drafter"],
+        "expected EAGLE-3",
+    ),
     "no such draft model": (["--draft-model", "/no/such"], "--draft-model /no/such: no such directory"),
     "a temperature": (["--temps", "nan"], "--temps is nan"),
     "rounds": (["--repeats", "0"], "--repeats is 0"),
@@ -89,4 +109,4 @@ def test_models_for_another_target(heads, stories, tmp_path, capsys):
     assert bench("--medusa", tmp_path / "small") == 2
     assert f"--medusa {tmp_path / 'small'}" in capsys.readouterr().err
     assert bench("--draft", heads) == 2
-    assert "is no recurrent drafter; --medusa takes Medusa heads" in capsys.readouterr().err
+    assert "is no recurrent drafter; --medusa and --eagle take heads" in capsys.readouterr().err
