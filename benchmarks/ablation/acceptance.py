@@ -63,7 +63,7 @@ def accepted_at(target: Target, drafter: Drafter, text: Text, layers: tuple[int,
     for first in range(text.start, len(text.tokens) - 1, AT_ONCE):
         roots = np.arange(first, min(first + AT_ONCE, len(text.tokens) - 1))
         if prefix is not None:
-            proposer.prefix = _Read(prefix[mx.array(roots - 1)])
+            proposer.memory = _Read(prefix[mx.array(roots - 1)])
         if isinstance(drafter, EagleHead):
             proposer.memory.roots = mx.array(roots)
         tree = proposer.propose(contexts[mx.array(roots - 1)], mx.array(text.tokens[roots]), Drafted(shape))
@@ -73,13 +73,13 @@ def accepted_at(target: Target, drafter: Drafter, text: Text, layers: tuple[int,
 
 
 class _Read:
-    """Stands for a `PrefixReader` that has read up to many positions at once."""
+    """Stands for the `Memory` of prefix attention that has read up to many positions at once."""
 
     def __init__(self, rows: mx.array):
         self.rows = rows
 
-    def last(self) -> mx.array:
-        return self.rows
+    def last(self) -> tuple[None, mx.array]:
+        return None, self.rows
 
 
 class _ReadText:

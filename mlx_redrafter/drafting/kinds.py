@@ -12,7 +12,7 @@ from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
 from mlx_redrafter.drafting.cached.head import ContextReader
 from mlx_redrafter.drafting.cached.mtp import MtpConfig, MtpHead
-from mlx_redrafter.drafting.cached.proposer import CachedProposer
+from mlx_redrafter.drafting.cached.proposer import CachedProposer, PrefixProposer
 from mlx_redrafter.drafting.drafter_files import Embedder, read_fields
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
 from mlx_redrafter.drafting.proposers import MedusaProposer, Proposer, RecurrentProposer
@@ -35,6 +35,8 @@ def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0, te
         return CachedProposer(drafter, temperature, text)
     if isinstance(drafter, MedusaHeads):
         return MedusaProposer(drafter)
+    if drafter.config.prefix_window:
+        return PrefixProposer(drafter, embed, temperature)
     return RecurrentProposer(drafter, embed, temperature)
 
 

@@ -18,7 +18,6 @@ from mlx_redrafter.drafting.beam_search import beam_search, candidate_tree, top
 from mlx_redrafter.drafting.drafter_files import Embedder
 from mlx_redrafter.drafting.medusa import MedusaHeads
 from mlx_redrafter.drafting.medusa_tree import parents_of, select
-from mlx_redrafter.drafting.prefix_attention import PrefixReader
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import Drafted, Plan
 from mlx_redrafter.target.acceptance import Accepted
@@ -115,7 +114,7 @@ class RecurrentProposer(Proposer):
     """Beam search over the recurrent drafter.
 
     Args:
-        drafter: the head.
+        drafter: the head; one with prefix attention has a proposer of its own, `cached.proposer.PrefixProposer`.
         embed: the target's embedding.
         temperature: of the drafter's probabilities, by which nodes are chosen.
     """
@@ -124,66 +123,22 @@ class RecurrentProposer(Proposer):
 
     def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
         self.drafter, self.embed, self.temperature = drafter, embed, temperature
-        self.context_layers, self.prefix = drafter.context_layers, None
-        self._resumed: mx.array | None = None  # the context of the last token of a text that goes on
-        if drafter.config.prefix_window:
-            self.prefix = PrefixReader(drafter.prefix, embed)
-            self.prefix_window = drafter.config.prefix_window
+        self.context_layers = drafter.context_layers
 
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         assert isinstance(plan, Drafted)
         shape, width, length = plan.shape, plan.shape.beam_width, plan.shape.beam_length
         if chain_only or width == 1:
             width, length = 1, min(length, shape.num_draft_tokens + 1)
-        self.projected = self.drafter.project_context(context)
-        if self.prefix is not None:
-            self.projected = self.projected + self.prefix.last()
-        beam = beam_search(self.drafter, self.embed, self.projected, root, width, length, self.temperature)
+        self.projected = projected = self.project(context)
+        beam = beam_search(self.drafter, self.embed, projected, root, width, length, self.temperature)
         if width == 1:
             return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), beam.tokens[:, :, 0]], axis=1))
         return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)
 
-    def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
-        if self.prefix is None:
-            return
-        after = mx.concatenate([text, root[:, None].astype(text.dtype)], axis=1)
-        if self._resumed is not None and contexts.shape[1] == text.shape[1]:
-            contexts = mx.concatenate([self._resumed, contexts], axis=1)
-        else:
-            self.prefix.begin()
-        self._resumed = None
-        self.prefix.extend(contexts, after[:, -contexts.shape[1] :])
-
-    def advance(self, accepted: Accepted, contexts: mx.array) -> None:
-        if self.prefix is None:
-            return
-        if accepted.path.shape[1] == 1:
-            self.prefix.extend(contexts, accepted.tokens)
-        else:
-            path = mx.take_along_axis(contexts, accepted.path[..., None], axis=1)
-            self.prefix.extend(path, accepted.tokens, accepted.count + 1)
-
-    def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
-        if self.prefix is not None:
-            self.prefix.drop(dropped)
-            LEFT[cache] = self.prefix, tokens, context
-
-    def resume(self, cache: Any, tokens: int) -> None:
-        reader, known, context, *_ = LEFT.pop(cache, (None, 0, None))
-        mine = self.prefix is not None and isinstance(reader, PrefixReader) and reader.layer is self.prefix.layer
-        if mine and known == tokens:
-            self.prefix, self._resumed = reader, context
-
-    def join(self, other: Proposer) -> None:
-        if self.prefix is not None and isinstance(other, RecurrentProposer) and other.prefix is not None:
-            self.prefix.join(other.prefix)
-
-    def keep(self, texts: list[int]) -> None:
-        if self.prefix is not None:
-            self.prefix.keep(mx.array(texts))
-
-    def arrays(self) -> list[mx.array]:
-        return [] if self.prefix is None else self.prefix.arrays()
+    def project(self, context: mx.array) -> mx.array:
+        """What the head makes of the context (B, context_size): (B, exit_dim)."""
+        return self.drafter.project_context(context)
 
 
 class MedusaProposer(Proposer):

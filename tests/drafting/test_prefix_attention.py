@@ -11,9 +11,10 @@ from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.trace import Watched
-from mlx_redrafter.drafting import proposers
+from mlx_redrafter.drafting.cached import proposer
+from mlx_redrafter.drafting.cached.memory import Memory
+from mlx_redrafter.drafting.cached.proposer import PrefixProposer
 from mlx_redrafter.drafting.prefix_attention import PrefixAttention, PrefixReader
-from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
@@ -68,11 +69,11 @@ def test_rows_in_pieces(layer):
     table = mx.random.normal((50, HIDDEN))
     contexts, tokens = mx.random.normal((2, 60, SIZE)), mx.array(rng.integers(0, 50, (2, 60)))
     at_once = layer(contexts, table[tokens])
-    reader, length = PrefixReader(layer, lambda ids: table[ids]), [9, 9]
-    reader.extend(contexts[:, :9], tokens[:, :9])
+    memory, length = Memory(PrefixReader(layer, lambda ids: table[ids])), [9, 9]
+    memory.begin(tokens[:, :9], contexts[:, :9])
     for step in range(12):
         if step % 3 != 1:  # some rows wait for others
-            found = reader.last()
+            _, found = memory.last()
             for b in range(2):
                 assert np.allclose(found[b], at_once[b, length[b] - 1], atol=1e-5)
         if step == 4:
@@ -87,7 +88,7 @@ def test_rows_in_pieces(layer):
         for b in range(2):  # behind those that count lies what was rejected
             rows[b, : grown[b]] = contexts[b, length[b] : length[b] + grown[b]]
             after[b, : grown[b]] = tokens[b, length[b] : length[b] + grown[b]]
-        reader.extend(rows, after, count)
+        memory.extend(after, rows, count)
         length = [a + b for a, b in zip(length, grown)]
     assert max(length) < 60
 
@@ -111,7 +112,7 @@ def test_decoding_reads_what_training_reads(chunk):
     target, layers = Target.of(model), (1, 2)
     drafter = make_drafter(context_layers=layers, prefix_window=8)
     prompt = [3, 14, 15, 92, 65, 35, 89, 79, 3, 14, 15, 92]
-    watched = Watched(RecurrentProposer(drafter, target.embed))
+    watched = Watched(PrefixProposer(drafter, target.embed))
     options, verifier = DecodingOptions(max_tokens=40, prefill_step_size=chunk), verifier_of(model)
     text, heads = list(prompt), []
     for produced in speculative(verifier, watched, mx.array([prompt]), verifier.make_cache(), options, Alternating()):
@@ -143,13 +144,14 @@ def test_a_conversation_reads_on(tokenizer, count):
     drafter = make_drafter(context_layers=layers, prefix_window=24)
     cache, text, seen = make_prompt_cache(model), [], []
 
-    class Spy(PrefixReader):
+    class Spy(Memory):
         def last(self):
-            seen.append(super().last())
-            return seen[-1]
+            found = super().last()
+            seen.append(found[1])
+            return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proposers, "PrefixReader", Spy)
+        patch.setattr(proposer, "Memory", Spy)
         for turn in ([3, 14, 15, 92], [65, 35, 89], [79, 3]):
             seen.clear()
             options = {"max_tokens": count, "shape": DraftShape(3, 4, 7), "prompt_cache": cache}

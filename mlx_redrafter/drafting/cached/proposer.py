@@ -1,6 +1,6 @@
-"""Proposes with a drafter that has a cache of its own: a beam over its scores, level by level.
+"""Proposes with drafters that remember the text: in a cache of their own, or in that of their prefix attention.
 
-Knows nothing of how the drafter computes.
+Knows nothing of how a drafter computes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import mlx.core as mx
 from mlx_redrafter.drafting.beam_search import candidate_tree, grow
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.head import ContextReader
-from mlx_redrafter.drafting.cached.memory import Memory
-from mlx_redrafter.drafting.proposers import LEFT, Proposer
+from mlx_redrafter.drafting.cached.memory import Memory, Reader
+from mlx_redrafter.drafting.drafter_files import DrafterBase, Embedder
+from mlx_redrafter.drafting.prefix_attention import PrefixReader
+from mlx_redrafter.drafting.proposers import LEFT, Proposer, RecurrentProposer
+from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import Drafted, Plan
 from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
@@ -22,22 +25,23 @@ from mlx_redrafter.target.tree import CandidateTree
 WINDOW = 4096  # tokens of a prompt whose contexts are read: heads are trained on texts about so long
 
 
-class CachedProposer(Proposer):
-    """Beam search over a drafter with a cache of its own.
+class RememberingProposer(Proposer):
+    """Keeps a memory of the text up to date, which a subclass drafts from.
 
     Args:
-        drafter: the drafter.
-        temperature: of its probabilities, by which nodes are chosen.
+        drafter: the drafter, one object in all turns of a conversation.
+        reader: of its rows.
         text: all tokens before the first step, where they are known, of a text that another one began; for
             drafters that read tokens alone.
+
+    Attributes:
+        memory: what was read.
     """
 
-    def __init__(self, drafter: DraftModel | ContextReader, temperature: float = 1.0, text: Sequence[int] = ()):
-        self.drafter, self.temperature, self.text = drafter, temperature, text
-        self.context_layers, self._reads_contexts = drafter.context_layers, isinstance(drafter, ContextReader)
-        if self._reads_contexts:
-            self.prefix_window = WINDOW
-        self.memory = Memory(drafter)
+    def __init__(self, drafter: DrafterBase | DraftModel, reader: Reader, text: Sequence[int] = ()):
+        self._owner, self._reader, self._text = drafter, reader, text
+        self.context_layers, self._reads_contexts = drafter.context_layers, not isinstance(drafter, DraftModel)
+        self.memory = Memory(reader)
         self._rows = self._held = 0  # read of the text before, and its length
         self._before: mx.array | None = None  # the context of its last token
         self._unread = 0  # tokens of the text that have no row
@@ -45,7 +49,7 @@ class CachedProposer(Proposer):
 
     def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
         if not self._rows:  # nothing was left to go on from
-            self.memory = Memory(self.drafter)
+            self.memory = Memory(self._reader)
         after = mx.concatenate([text, root[:, None].astype(text.dtype)], axis=1)
         found: mx.array | None = None
         if self._reads_contexts:
@@ -53,14 +57,66 @@ class CachedProposer(Proposer):
             if self._rows and self._before is not None and whole:
                 contexts = mx.concatenate([self._before, contexts], axis=1)
             elif self._rows:  # there is a gap
-                self.memory, self._rows = Memory(self.drafter), 0
+                self.memory, self._rows = Memory(self._reader), 0
             after, found = after[:, -contexts.shape[1] :], contexts
         elif not self._rows and text.shape[0] == 1:
-            earlier = list(self.text[: len(self.text) - text.shape[1]])
+            earlier = list(self._text[: len(self._text) - text.shape[1]])
             after = mx.concatenate([mx.array([earlier], after.dtype), after], axis=1) if earlier else after
         self.memory.begin(after, found)
         self._unread = self._held + text.shape[1] + 1 - (self._rows + after.shape[1])
         self._root_is_known = False
+
+    def advance(self, accepted: Accepted, contexts: mx.array) -> None:
+        found: mx.array | None = None
+        plain = accepted.path.shape[1] == 1
+        if self._reads_contexts:
+            found = contexts if plain else mx.take_along_axis(contexts, accepted.path[..., None], axis=1)
+        self.memory.extend(accepted.tokens, found, None if plain else accepted.count + 1)
+
+    def learn(self, tokens: list[int]) -> None:
+        if self._root_is_known:
+            self.memory.learn(len(tokens))
+        self._root_is_known = True
+
+    def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
+        rows = tokens - self._unread
+        if self.memory.cut(rows):
+            LEFT[cache] = self.memory, tokens, context, rows, self._owner
+
+    def resume(self, cache: Any, tokens: int) -> None:
+        memory, known, context, rows, owner = LEFT.pop(cache, (None, 0, None, 0, None))
+        self._held = tokens
+        if owner is self._owner and known == tokens:
+            self.memory, self._rows, self._before = memory, rows, context
+
+    def tighten(self, longest: int) -> None:
+        self.memory.tighten(longest)
+
+    def join(self, other: Proposer) -> None:
+        assert isinstance(other, RememberingProposer)
+        self.memory.join(other.memory)
+
+    def keep(self, texts: list[int]) -> None:
+        self.memory.keep(texts)
+
+    def arrays(self) -> list[mx.array]:
+        return self.memory.arrays()
+
+
+class CachedProposer(RememberingProposer):
+    """Beam search over a drafter with a cache of its own, level by level.
+
+    Args:
+        drafter: the drafter.
+        temperature: of its probabilities, by which nodes are chosen.
+        text: as for `RememberingProposer`.
+    """
+
+    def __init__(self, drafter: DraftModel | ContextReader, temperature: float = 1.0, text: Sequence[int] = ()):
+        super().__init__(drafter, drafter, text)
+        self.drafter, self.temperature = drafter, temperature
+        if self._reads_contexts:
+            self.prefix_window = WINDOW
 
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         assert isinstance(plan, Drafted)
@@ -90,38 +146,15 @@ class CachedProposer(Proposer):
             return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), beam.tokens[:, :, 0]], axis=1))
         return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)
 
-    def advance(self, accepted: Accepted, contexts: mx.array) -> None:
-        found: mx.array | None = None
-        plain = accepted.path.shape[1] == 1
-        if self._reads_contexts:
-            found = contexts if plain else mx.take_along_axis(contexts, accepted.path[..., None], axis=1)
-        self.memory.extend(accepted.tokens, found, None if plain else accepted.count + 1)
 
-    def learn(self, tokens: list[int]) -> None:
-        if self._root_is_known:
-            self.memory.learn(len(tokens))
-        self._root_is_known = True
+class PrefixProposer(RememberingProposer, RecurrentProposer):
+    """Beam search over a recurrent drafter with prefix attention; arguments as for `RecurrentProposer`."""
 
-    def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
-        rows = tokens - self._unread
-        if self.memory.cut(rows):
-            LEFT[cache] = self.memory, tokens, context, rows
+    def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
+        RecurrentProposer.__init__(self, drafter, embed, temperature)
+        RememberingProposer.__init__(self, drafter, PrefixReader(drafter.prefix, embed))
+        self.prefix_window = drafter.config.prefix_window
 
-    def resume(self, cache: Any, tokens: int) -> None:
-        memory, known, context, *rows = LEFT.pop(cache, (None, 0, None))
-        self._held = tokens
-        if isinstance(memory, Memory) and memory.reader is self.drafter and known == tokens:
-            self.memory, [self._rows], self._before = memory, rows, context
-
-    def tighten(self, longest: int) -> None:
-        self.memory.tighten(longest)
-
-    def join(self, other: Proposer) -> None:
-        assert isinstance(other, CachedProposer)
-        self.memory.join(other.memory)
-
-    def keep(self, texts: list[int]) -> None:
-        self.memory.keep(texts)
-
-    def arrays(self) -> list[mx.array]:
-        return self.memory.arrays()
+    def project(self, context: mx.array) -> mx.array:
+        _, added = self.memory.last()
+        return super().project(context) + added
