@@ -120,13 +120,15 @@ class Matcher:
                 kept.append(tokens[row])
                 above.append(seats[parent])
                 seats[row] = len(kept) - 1
-            if more := self.forced(max(rows, len(least))):
+            if row < known:
+                needed[row] = tokens[row + 1]
+            elif more := self.forced(max(rows, len(least))):
                 needed[row] = more[0]
                 ahead.append((odds[row], seats[row], more))
 
         self._walk(tokens, parents, note)
         order = sorted(ahead, key=lambda one: -one[0])
-        forced = {seat for _, seat, _ in ahead}
+        forced = {seats[row] for row in needed}
         if chain:
             order = [one for one in order if one[1] == len(kept) - 1]
         for probable, seat, more in order:

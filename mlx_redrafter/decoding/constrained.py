@@ -43,7 +43,7 @@ def prune(
     odds: Odds,
     root: mx.array,
     certain: Sequence[int] = (),
-) -> tuple[CandidateTree, Grown]:
+) -> Grown:
     """The rows that the grammar allows, and what it forces in the place of the others (batch size 1).
 
     Args:
@@ -54,11 +54,13 @@ def prune(
         root: (1,) the step's.
         certain: forced tokens behind the root, of which the last is the root of the tree.
     """
-    tokens, parents, valid = (_host(array) for array in (tree.tokens, tree.parents, tree.valid))
-    first = [*_host(root[None]), *certain[:-1]] if certain else []
+    known: Any = [tree.tokens[0], tree.parents[0], tree.valid[0], root]
+    mx.eval(known)  # together, so that the host waits once
+    tokens, parents, valid, before_it = (array.tolist() for array in known)
+    first = [*before_it, *certain[:-1]] if certain else []
     before = len(first)
     seats = {row: before + i for i, row in enumerate(row for row in range(tree.rows) if valid[row])}
-    grown = matcher.grow(
+    return matcher.grow(
         [*first, *(tokens[row] for row in seats)],
         [*(max(0, i - 1) for i in range(before + 1)), *(seats[parents[row]] for row in seats if row)],
         before + max(tree.rows, 1 + plan.num_draft_tokens),
@@ -67,28 +69,23 @@ def prune(
         odds.least,
         before,
     )
-    return CandidateTree.static(mx.array([grown.tokens], mx.int32), tuple(grown.parents)), grown
 
 
-def mask_tree(matcher: Matcher, tree: CandidateTree, logits: mx.array) -> mx.array:
-    """The logits (1, M, vocab) of a pruned tree, -inf for what the grammar forbids behind each row."""
+def mask(matcher: Matcher, logits: mx.array, tokens: Sequence[int] = (0,), parents: Sequence[int] = (0,)) -> mx.array:
+    """Logits with -inf for what the grammar forbids behind each row.
+
+    Args:
+        logits: (1, M, vocab), or (1, vocab) for the token that comes next.
+        tokens, parents: of M rows. They are the host's: one value of the device, and all waits for the verification.
+    """
     mx.async_eval(logits)  # the device verifies while the masks are made
-    return masked(logits, matcher.allowed(_host(tree.tokens), _host(tree.parents)))
-
-
-def mask_next(matcher: Matcher, logits: mx.array) -> mx.array:
-    """The same for logits (1, vocab) of the token that comes next."""
-    mx.async_eval(logits)
-    return masked(logits, matcher.allowed([0], [0]))
+    return masked(logits, matcher.allowed(tokens, parents))
 
 
 def masked(logits: mx.array, words: np.ndarray) -> mx.array:
-    """Args: logits (..., vocab); words (rows, words) uint32, 32 tokens in each, the lowest bit the first."""
-    bits = mx.array(words)[..., None] >> mx.arange(32, dtype=mx.uint32)
-    allowed = (bits & 1).reshape(words.shape[0], -1)[:, : logits.shape[-1]].astype(mx.bool_)
-    return mx.where(allowed.reshape(logits.shape), logits, mx.array(-mx.inf, logits.dtype))
+    """Args: logits (..., vocab); words (rows, words) uint32, 32 tokens in each, the lowest bit the first.
 
-
-def _host(row: mx.array) -> list[Any]:
-    values: Any = row[0].tolist()
-    return values
+    The host takes the bits apart, too, as the device would do it behind the verification.
+    """
+    bits = np.unpackbits(words.view(np.uint8), axis=1, count=logits.shape[-1], bitorder="little")
+    return mx.where(mx.array(bits.view(np.bool_)).reshape(logits.shape), logits, mx.array(-mx.inf, logits.dtype))

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.constrained import jump, mask_next
+from mlx_redrafter.decoding.constrained import jump, mask
 from mlx_redrafter.decoding.logits_processors import process
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner, StepRead
@@ -55,7 +55,7 @@ def speculative(
     if processors:
         logits = process(processors, history, logits)
     if matcher is not None:
-        logits = mask_next(matcher, logits)
+        logits = mask(matcher, logits)
     root = options.choose(logits[:, None], cache.length[:, None])[:, 0]
     if (ranks := verifier.target.ranks) is not None:
         root = ranks.agree(root)
@@ -145,7 +145,7 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
     if options.processors:
         logits = process(options.processors, history, logits)
     if (matcher := options.matcher) is not None:
-        logits = mask_next(matcher, logits)
+        logits = mask(matcher, logits)
     token = choose()
     while made != options.max_tokens:
         current, current_logits = token, logits
@@ -161,7 +161,7 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
         if matcher is not None:
             mx.async_eval(logits)  # the device goes on while the host reads the token
             matcher.take(wait_for(current)[0])
-            logits = mask_next(matcher, logits)
+            logits = mask(matcher, logits)
         token = choose()
         yield Produced(wait_for(current)[0], current_logits, [False], from_prompt=made == 1)
         if made % 256 == 0:

@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.constrained import FARTHEST, mask_tree, prune
+from mlx_redrafter.constraints.matcher import Grown
+from mlx_redrafter.decoding.constrained import FARTHEST, mask, prune
 from mlx_redrafter.decoding.logits_processors import process_tree
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Odds
@@ -155,17 +156,16 @@ class SpeculativeStep:
             tree = proposer.propose(self.context, root, plan, chain_only=chain_only)
             if ranks is not None:
                 tree = tree.agreed(ranks)
-        drafts: int = tree.rows - 1
-        forced: Collection[int] = ()
+        grown: Grown | None = None
         if matcher is not None and not isinstance(plan, Plain):
-            tree, grown = prune(matcher, tree, plan, chain_only, odds or Odds(), self.root, certain)
-            drafts, forced = grown.drafts, grown.forced
+            grown = prune(matcher, tree, plan, chain_only, odds or Odds(), self.root, certain)
+            tree = CandidateTree.static(mx.array([grown.tokens], mx.int32), tuple(grown.parents))
         submit_part(tree.tokens, tree.ancestors)
         hidden, logits = self.verifier(tree, cache, () if proposer is None else proposer.context_layers)
         if self.options.processors:
             logits = self.process(tree, logits)
         if matcher is not None:
-            logits = mask_tree(matcher, tree, logits)
+            logits = mask(matcher, logits, *((grown.tokens, grown.parents) if grown is not None else ()))
         choices = self.options.choose(logits, cache.length[:, None] + tree.depths + 1)
         if ranks is not None:
             choices = ranks.agree(choices)
@@ -180,6 +180,7 @@ class SpeculativeStep:
         if not tree.in_order:
             logits = mx.take_along_axis(logits, accepted.path[..., None], axis=1)
         path, parents = (None, None) if tree.in_order else (accepted.path, tree.parents)
+        drafts, forced = (tree.rows - 1, set[int]()) if grown is None else (grown.drafts, grown.forced)
         return Submitted(
             accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents, len(certain), drafts, forced
         )
