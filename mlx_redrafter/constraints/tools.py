@@ -67,7 +67,7 @@ class ToolCalls:
             return " ".join(map(piece, parts_of(text))) or '""'
 
         start, think, thought = tokenizer.tool_call_start, tokenizer.think_start, tokenizer.think_end
-        head, *name = parts_of(start)  # <|open|>, and tools<|sep|>
+        head, *name = parts if (parts := parts_of(start))[0] in special else [start]  # <|open|>, and tools<|sep|>
 
         def free(*without: str) -> str:
             """Text and special tokens, but no tag of calls, and none of the tokens that these tags begin with."""
