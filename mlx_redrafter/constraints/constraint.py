@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_redrafter.constraints.endless import endless
 from mlx_redrafter.constraints.room import with_room
-from mlx_redrafter.constraints.strictness import tightened
+from mlx_redrafter.constraints.strictness import check_multiples, tightened
 from mlx_redrafter.errors import UserError, one_line
 
 MOST_BYTES = 64 * 1024  # of a schema or a grammar; they are checked in less than half a second
@@ -72,6 +72,7 @@ def json_schema(schema: str | dict[str, Any] | bool, name: str = "the JSON schem
 
 def for_guidance(schema: dict[str, Any], name: str) -> dict[str, Any]:
     """A schema as llguidance takes it to be kept, as JSON is written here. Raises UserError."""
+    check_multiples(schema, name)
     guidance = schema.get("x-guidance")
     options = SPACING | (guidance if isinstance(guidance, dict) else {}) | ONE_SPELLING
     return {**tightened(schema, name), "x-guidance": options}

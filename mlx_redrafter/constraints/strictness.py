@@ -5,14 +5,20 @@ Formats have the exceptions of their RFCs, expressions are JavaScript's, and a n
 
 from __future__ import annotations
 
+import decimal
 import json
+import math
 import re
+from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 from mlx_redrafter.errors import UserError
 
 DATA = ("const", "enum", "default", "examples")  # JSON that is no schema
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+LARGEST = 2**53  # llguidance rounds whole numbers above, and ends the process at the smallest of 64 bits
 UNKEPT = ("contentEncoding", "contentMediaType", "contentSchema")  # what a string holds is not looked into
 # llguidance takes 29 February of every year, and a leap second at any time.
 _DATE = (
@@ -52,6 +58,9 @@ def tightened(schema: Any, name: str) -> Any:
     for word in UNKEPT:
         if word in schema:
             raise UserError(f"{name}: {word} cannot be kept")
+    for word in BOUNDS:
+        if isinstance(bound := schema.get(word), int | float) and not -LARGEST <= bound <= LARGEST:
+            raise UserError(f"{name}: {word} cannot be kept, expected a number from -2^53 to 2^53")
     spelt = [schema.get(word) for word in ("const", "enum", "required")]
     spelt += named if isinstance(named := schema.get("properties"), dict) else ()
     if _UNSPELT.search(json.dumps(spelt, ensure_ascii=False)):
@@ -103,3 +112,30 @@ def _check_min_properties(schema: dict[str, Any], name: str) -> None:
     named = schema.get("additionalProperties") is False and "patternProperties" not in schema
     if isinstance(least, int | float) and isinstance(required, list) and not named and least > len(required) + 1:
         raise UserError(f"{name}: minProperties above 1 cannot be kept, expected properties that are required instead")
+
+
+def check_multiples(schema: Any, name: str) -> None:
+    """Refuses steps of numbers that have too many remainders together, wherever they stand in a document.
+
+    llguidance follows every remainder: most of a second for 100,000 of them, and soon all memory.
+    """
+    steps = [step for step in _steps(schema) if 0 < step <= LARGEST]
+    if not steps:
+        return
+    whole, parts = math.lcm(*(step.numerator for step in steps)), math.gcd(*(step.denominator for step in steps))
+    _, digits, zeros = (decimal.Decimal(whole) / parts).normalize().as_tuple()
+    first = int("".join(map(str, digits)))
+    if first > 99 and first * 10 ** max(0, int(zeros)) > 100_000:
+        raise UserError(f"{name}: multipleOf cannot be kept, expected a least common multiple of at most five digits")
+
+
+def _steps(schema: Any) -> Iterator[Fraction]:
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _steps(part)
+    elif isinstance(schema, dict):
+        for word, value in schema.items():
+            if word == "multipleOf" and type(value) in (int, float):
+                yield Fraction(str(value))
+            elif word not in DATA:
+                yield from _steps(value)

@@ -13,12 +13,13 @@ from typing import Any
 from mlx_redrafter.constraints.constraint import for_guidance
 from mlx_redrafter.constraints.fence import fenced
 from mlx_redrafter.constraints.raw_text import raw_text
+from mlx_redrafter.constraints.strictness import LARGEST
 from mlx_redrafter.errors import UserError
 
 DEFINITIONS = ("$defs", "definitions")
 NOTES = {*DEFINITIONS, "title", "description", "$comment", "default", "examples"}
 BESIDE = NOTES | {"type", "properties", "required", "additionalProperties", "$schema"}
-EXACT = {"minimum": -(2**53), "maximum": 2**53}  # a parser makes a whole number of what has no fraction
+EXACT = {"minimum": -LARGEST, "maximum": LARGEST}  # a parser makes a whole number of what has no fraction
 SCALARS = {"string", "integer", "number", "boolean", "null"}
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_redrafter.constraints.constraint import json_schema, regex
+from mlx_redrafter.constraints.constraint import json_schema, lark, regex
 from mlx_redrafter.constraints.matcher import Grown, Matcher
 from mlx_redrafter.errors import UserError
 
@@ -74,6 +74,34 @@ def test_a_vocabulary_without_the_letter(stories_pair):
     matcher.take([stories_pair[2].get_vocab()["a"]])
     with pytest.raises(UserError, match="no token of the model's vocabulary"):
         matcher.take([0])
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        lark('start: start "a"'),
+        lark("start: b\nb: start"),
+        lark('start: "a" start'),
+        lark('start: "a"{100000000}'),
+        lark("start: A\nA: /.*a.{12}/ & /.*b.{13}/ & /.*c.{14}/"),
+        regex("a?" * 500 + "a" * 500),
+    ],
+)
+def test_what_goes_on_for_ever_is_given_up(tokenizer, grammar):
+    """If this fails, a grammar that nothing finite fulfils, or whose automaton explodes, holds a server up."""
+    with pytest.raises(UserError, match="structured output: ") as refused:
+        matcher = Matcher(grammar, tokenizer, 4096)
+        for _ in range(50):
+            bits = np.unpackbits(matcher.allowed([0], [0]).view(np.uint8), bitorder="little")
+            matcher.take(matcher.forced(9) or np.nonzero(bits)[0][:1].tolist())
+    assert "\n" not in str(refused.value)
+
+
+def test_left_recursion(tokenizer):
+    """If this fails, a list that is written from its end is taken for endless."""
+    matcher = Matcher(lark('start: start "a" | "b"'), tokenizer, 4096)
+    matcher.take(ids(tokenizer, "baa"))
+    assert "a" in told(tokenizer, matcher)[0] and "b" not in told(tokenizer, matcher)[0]
 
 
 def test_references_may_be_deep(tokenizer):

@@ -28,6 +28,9 @@ CASES = [  # a schema, texts that it allows, texts that it does not
     ({"patternProperties": {"^a.$": False}}, ['{"a\u2028": 1}'], ['{"ab": 1}']),
     (OPEN, ['{"a": 1, "b": "x"}'], ['{"\\u0061": "x"}', '{"a": "x"}']),
     (OPEN | {"x-guidance": {"json_allowed_escapes": "u"}}, ['{"a": 1}'], ['{"\\u0061": "x"}']),
+    ({"type": "number", "multipleOf": 0.25, "maximum": 2**53}, ["0.75", "-1", "9007199254740992"], ["0.8"]),
+    ({"type": "integer", "multipleOf": 25_000_000}, ["50000000"], ["5000000"]),
+    ({"multipleOf": 0.01, "allOf": [{"multipleOf": 15}, {"multipleOf": 0.2}]}, ["30"], ["5", "0.2"]),
     ({"type": "object", "minProperties": 1}, ['{"b": 1}'], ["{}"]),
     ({"properties": {"format": {"const": "date"}}}, ['{"format": "date"}'], ['{"format": "2024-02-28"}']),
 ]
@@ -35,6 +38,10 @@ REFUSED = {
     "contentEncoding": {"properties": {"a": {"contentEncoding": "base64"}}},
     "contentMediaType": {"items": [{"contentMediaType": "application/json"}]},
     "minProperties": {"type": "object", "minProperties": 2, "required": []},
+    "minimum": {"type": "integer", "minimum": -(2**63), "maximum": -(2**63)},
+    "exclusiveMaximum": {"items": {"type": "number", "exclusiveMaximum": 1e300}},
+    "multipleOf": {"properties": {"a": {"type": "number", "multipleOf": 0.12345678}}},
+    "common multiple": {"$defs": {"a": {"multipleOf": 997}, "b": {"multipleOf": 991}}},
     "control characters": {"enum": ["a\x01"]},
     "name of a property": {"properties": {"\x7f": {}}},
 }

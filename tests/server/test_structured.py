@@ -1,5 +1,6 @@
 """Structured answers over HTTP: what was asked for, or one clear refusal, and the server goes on."""
 
+import functools
 import json
 
 import jsonschema
@@ -9,6 +10,9 @@ from support.schemas import SCHEMAS
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
 LARGE = {"type": "object", "properties": {f"field{i:05}": {"type": "string"} for i in range(30_000)}}
+
+DEEP = functools.reduce(lambda inner, _: {"items": inner}, range(200), {})
+EXPLODING = f"^{'a?' * 500}{'a' * 500}$"
 
 
 def form(schema):
@@ -47,8 +51,11 @@ def test_answers_fulfil_their_schema(served):
         ({"type": "strin"}, "response_format.json_schema.schema: Invalid type"),
         (False, "response_format.json_schema.schema is false"),
         ("x", "response_format.json_schema.schema: 'x' is not of type"),
+        (DEEP, "response_format.json_schema.schema: recursion limit exceeded"),
+        ({"type": "string", "pattern": EXPLODING}, "structured output: lexer error: too many expressions"),
+        ({"type": "integer", "maximum": -(2**63)}, "response_format.json_schema.schema: maximum cannot be kept"),
     ],
-    ids=["unsupported", "endless", "large", "wrong", "never", "none"],
+    ids=["unsupported", "endless", "large", "wrong", "never", "none", "deep", "exploding", "far"],
 )
 def test_what_cannot_be_kept_is_refused(served, schema, words):
     """If this fails, a wrong schema ends the server, or its answer is something else."""
