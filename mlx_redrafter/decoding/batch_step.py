@@ -83,7 +83,9 @@ class Arrival:
         size = max(1, min(text.options.prefill_step_size for text in self.texts) // batch)
         part = self._tokens[:, self._read : self._read + size]
         layers = () if self.proposers is None else self.proposers[0].context_layers
-        hidden, self._logits = self.verifier.target.forward(part, self.cache.layers, context_layers=layers)
+        hidden, logits = self.verifier.target.forward(part, self.cache.layers, context_layers=layers)
+        if len(self.texts[0].prompt) == 1:  # nobody else asks for them, and lazy ones hold on to what they are made of
+            self._logits = logits
         self._read += part.shape[1]
         if self.proposers is not None:
             assert hidden is not None
@@ -203,7 +205,10 @@ class BatchStep(SpeculativeStep):
         self.texts = texts
         processors = [processor for text in texts for processor in text.options.processors]
         self.options = DecodingOptions(
-            functools.partial(choose_each, [t.options.choose for t in texts]), -1, processors
+            functools.partial(choose_each, [text.options.choose for text in texts]),
+            -1,
+            processors,
+            keep_logits=any(text.options.keep_logits for text in texts),
         )
 
     def cache_of(self, text: BatchText) -> list[Any]:

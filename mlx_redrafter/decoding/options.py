@@ -26,6 +26,7 @@ class DecodingOptions:
         matcher: what a text has to be, at its beginning; follows one text. None for anything.
         prefill_step_size: prompt tokens read at a time.
         progress: called with the prompt tokens read so far and in all.
+        keep_logits: give the logits of what a step produced to who asked for it; False where nobody looks at them.
         kv_bits, kv_group_size, quantized_kv_start: keep the KV cache in so many bits once
             it holds so many rows; None keeps it as it is.
 
@@ -39,6 +40,7 @@ class DecodingOptions:
     matcher: Matcher | None = None
     prefill_step_size: int = 2048
     progress: Progress | None = None
+    keep_logits: bool = True
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000

@@ -81,9 +81,9 @@ class PositionKeyed:
     def draw(self, seeds: Sequence[int], logits: mx.array, positions: mx.array) -> mx.array:
         """The same with a seed for each entry of the batch."""
         batch, rows, vocab = logits.shape
-        logprobs = logits.astype(mx.float32).reshape(-1, vocab)
-        logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
-        if 0 < self.top_p < 1:
+        logprobs = logits.astype(mx.float32).reshape(-1, vocab)  # up to a number per row
+        if 0 < self.top_p < 1:  # everything else goes by differences alone
+            logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
             logprobs = apply_top_p(logprobs, self.top_p)
         if self.min_p > 0:
             logprobs = apply_min_p(logprobs, self.min_p, min(self.min_tokens_to_keep, vocab))

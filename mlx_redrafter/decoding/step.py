@@ -29,7 +29,8 @@ class Produced:
 
     Attributes:
         tokens: the new tokens, at least one.
-        logits: (len(tokens) or more, vocab_size) the target's, row i for tokens[i]; lazy.
+        logits: (len(tokens) or more, vocab_size) the target's, row i for tokens[i]; lazy. (..., 0) where nobody
+            looks at them, see `DecodingOptions`: they would be the largest thing that outlives a step.
         drafted: whether tokens[i] had been drafted; all but the last of a speculative step.
         from_prompt: True for a token that follows the prompt and that no step made.
         last: False for a part of a step's tokens that more of them follow.
@@ -177,7 +178,9 @@ class SpeculativeStep:
         if tree.rows > 1:
             hidden = mx.take_along_axis(hidden, accepted.last[:, None, None], axis=1)
         self.context = hidden[:, 0]
-        if not tree.in_order:
+        if not self.options.keep_logits:
+            logits = mx.zeros((*accepted.tokens.shape, 0), logits.dtype)
+        elif not tree.in_order:
             logits = mx.take_along_axis(logits, accepted.path[..., None], axis=1)
         path, parents = (None, None) if tree.in_order else (accepted.path, tree.parents)
         drafts, forced = (tree.rows - 1, set[int]()) if grown is None else (grown.drafts, grown.forced)

@@ -82,7 +82,7 @@ def answering(source: Generator[Any], request: Request, args: GenerationArgument
             response.text, stopped = stops.take(response.text, last=ended)
             if stopped:
                 response.finish_reason, request.stopped_by = "stop", stops.found
-            if args.logprobs or args.top_logprobs > 0:
+            if asks_for_logprobs(args):
                 request.logprobs.append(described(response, args.top_logprobs, tokenizer))
             else:
                 response.logprobs = _UNASKED
@@ -90,6 +90,10 @@ def answering(source: Generator[Any], request: Request, args: GenerationArgument
             yield response
             if stopped or ended or request.cancelled.is_set():
                 return
+
+
+def asks_for_logprobs(args: GenerationArguments) -> bool:
+    return bool(args.logprobs) or args.top_logprobs > 0
 
 
 def recorded(

@@ -23,7 +23,7 @@ class GenerationResponse:
         text: the next segment; may be empty.
         token: the token it ends with.
         logprobs: (vocab_size,) log-probabilities that the token was chosen from; lazy, for the
-            thread that took the response.
+            thread that took the response; empty where they were not asked for.
         from_draft: whether the token had been drafted.
         prompt_tokens, prompt_tps: length of the prompt, and tokens per second reading it.
         generation_tokens, generation_tps: tokens so far, and per second.
@@ -144,7 +144,7 @@ def responses(
             yield GenerationResponse(
                 text=text,
                 token=token,
-                logprobs=row - mx.logsumexp(row),
+                logprobs=row - mx.logsumexp(row) if row.size else row,
                 from_draft=produced.drafted[0],
                 prompt_tokens=prompt_tokens,
                 prompt_tps=prompt_tps,

@@ -9,6 +9,7 @@ is tried for a few steps; where that does not help, it is waited for twice as lo
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,24 @@ FIRST_GAP, LARGEST_GAP = 32, 512  # steps between two trials
 COARSE = 64  # tokens of context that make no difference to a step's time
 
 
+@dataclasses.dataclass
+class Trials:
+    """When plans are tried that are not in use, for one number of texts.
+
+    Attributes:
+        best: the plan in use.
+        steps: so far.
+        due, gap: the step of the next trial, and steps from there to the one after.
+        tried: the step at which each plan was tried last.
+    """
+
+    best: Plan | None = None
+    steps: int = 0
+    due: int = FIRST_GAP
+    gap: int = FIRST_GAP
+    tried: dict[Plan, int] = dataclasses.field(default_factory=dict)
+
+
 class BatchController(BatchPlanner):
     """The planner of one batch.
 
@@ -37,6 +56,7 @@ class BatchController(BatchPlanner):
         plans: to choose from, besides plain decoding.
         costs: of the steps of one text.
         slowness: of steps of several, by how many texts and by plan; outlives batches.
+        trials: by how many texts; outlives batches.
         clock: seconds; not the machine's in tests.
     """
 
@@ -46,17 +66,15 @@ class BatchController(BatchPlanner):
         plans: Sequence[Drafted],
         costs: Costs,
         slowness: Slowness,
+        trials: dict[int, Trials],
         clock: Callable[[], float] = time.perf_counter,
     ):
         super().__init__(PLAIN)
         self.acceptance, self.clock = acceptance, clock
         self.plans: list[Plan] = [PLAIN, *plans]
-        self.costs, self.slowness = costs, slowness
+        self.costs, self.slowness, self.trials = costs, slowness, trials
         self._table: dict[tuple[int, Plan, int], float] = {}
-        self._best: Plan | None = None
-        self._steps, self._due, self._gap = 0, FIRST_GAP, FIRST_GAP
         self._trial: Plan | None = None
-        self._tried: dict[Plan, int] = {}  # when
         self._left = self._unread = 0  # steps of the trial that are to be asked for, and to be read
         self._made = self._read = 0  # tokens of those that were read, and for how many texts
         self._prolonged = False
@@ -69,21 +87,22 @@ class BatchController(BatchPlanner):
         if self._trial is not None and self._trial in rates and self._left > 0:
             self._left -= 1
             return self._trial
-        best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == self._best else 1.0))
-        if best != self._best:
-            self._best, self._gap, self._due = best, FIRST_GAP, min(self._due, self._steps + FIRST_GAP)
-        self._steps += 1
-        if self._steps < self._due:
+        trials = self.trials.setdefault(rounded(texts), Trials())
+        best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == trials.best else 1.0))
+        if best != trials.best:
+            trials.best, trials.gap, trials.due = best, FIRST_GAP, min(trials.due, trials.steps + FIRST_GAP)
+        trials.steps += 1
+        if trials.steps < trials.due:
             return best
         others = sorted((plan for plan in fit if plan != best), key=lambda plan: -rates[plan])
         others = [plan for plan in others if rates[plan] > CLOSE * rates[best]] or others[: best == PLAIN]
         if not others:
             return best
-        trial = min(others, key=lambda plan: self._tried.get(plan, -1))
-        self._trial, self._tried[trial], self._prolonged = trial, self._steps, False
+        trial = min(others, key=lambda plan: trials.tried.get(plan, -1))
+        self._trial, trials.tried[trial], self._prolonged = trial, trials.steps, False
         self._left, self._unread, self._made, self._read = BURST - 1, BURST, 0, 0
-        self._gap = min(2 * self._gap, LARGEST_GAP)
-        self._due = self._steps + self._gap
+        trials.gap = min(2 * trials.gap, LARGEST_GAP)
+        trials.due = trials.steps + trials.gap
         return trial
 
     def _seconds(self, plan: Plan, texts: int, length: int) -> float:
@@ -119,7 +138,8 @@ class BatchController(BatchPlanner):
     def _end_trial(self, plan: Plan, texts: int, length: int) -> None:
         """Ends a trial, or goes on with one that went better than what is in use."""
         seconds = self._seconds(plan, texts, length) * self.slowness.value(rounded(texts), plan)
-        better = self._best is not None and self._made / self._read / seconds > self._rate(self._best, texts, length)
+        best = self.trials[rounded(texts)].best if rounded(texts) in self.trials else None
+        better = best is not None and self._made / self._read / seconds > self._rate(best, texts, length)
         if self._prolonged or plan == PLAIN or not better:
             self._trial = None
             return
@@ -147,4 +167,4 @@ def batch_planner(
         return BatchPlanner(PLAIN if drafter is None or shape is None else Drafted(shape)), None
     session = session_for(verifier, drafter)
     plans = [arm.plan for arm in session.memory.arms if isinstance(arm.plan, Drafted)]
-    return BatchController(session.memory.acceptance, plans, session.costs, session.batches), session
+    return BatchController(session.memory.acceptance, plans, session.costs, session.batches, session.trials), session

@@ -61,7 +61,8 @@ class Session:
 
     Attributes:
         memory: what choosing goes by.
-        batches: how much slower than computed steps of several texts are.
+        batches, trials: how much slower than computed steps of several texts are, and when other plans are tried for
+            them (see `batch_controller`).
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Session:
         self.verifier, self.key, self.drafter_digest = verifier, key, drafter_digest
         self.costs, self.measured_now = costs, measured_now
         self.memory = PairMemory(costs, acceptance, [PLAIN, *map(Drafted, shapes)])
-        self.batches = Slowness(TIMES, TRUSTED)
+        self.batches, self.trials = Slowness(TIMES, TRUSTED), dict[int, Any]()
         self._structured: PairMemory | None = None
         self._fixed: dict[tuple[DraftShape, bool], PairMemory] = {}
         self._saved = acceptance.steps

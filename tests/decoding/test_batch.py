@@ -231,3 +231,17 @@ def test_an_end_inside_a_step(model):
     parts = finish(batch_of(model, make_drafter()), [text])
     assert text.tokens == expected[: ends + 1] and text.finish_reason == "stop"
     assert [t for step in parts for part in step for t in part.produced.tokens] == text.tokens
+
+
+def test_logits_are_kept_for_those_who_look_at_them(model):
+    """If this fails, logits of all texts outlive every step, or somebody who asked gets none."""
+    for wanted in ([False, False], [False, True]):
+        batch = batch_of(model, make_drafter())
+        for prompt, keep_logits in zip(PROMPTS, wanted, strict=False):
+            batch.add(BatchText(prompt, DecodingOptions(max_tokens=6, keep_logits=keep_logits)))
+        while len(batch):
+            for part in batch.step():
+                found = part.produced.logits
+                if wanted[1] and not part.text.ended:
+                    assert mx.argmax(found[: len(part.produced.tokens)], axis=-1).tolist() == part.produced.tokens
+                assert any(wanted) or found.size == 0

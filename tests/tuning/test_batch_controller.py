@@ -33,9 +33,10 @@ class Device:
         return plans
 
 
-def controller_on(device, slowness=None, right=0.7):
-    slowness = slowness or Slowness(32, 5)
-    return BatchController(AcceptanceModel([right] * 7), CHAINS, device.costs, slowness, clock=lambda: device.now)
+def controller_on(device, slowness=None, right=0.7, trials=None):
+    slowness, trials = slowness or Slowness(32, 5), {} if trials is None else trials
+    acceptance = AcceptanceModel([right] * 7)
+    return BatchController(acceptance, CHAINS, device.costs, slowness, trials, clock=lambda: device.now)
 
 
 def test_more_texts_get_fewer_drafts():
@@ -54,6 +55,16 @@ def test_plain_is_the_floor_and_comes_to_an_end():
     assert 0 < sum(plan != PLAIN for plan in plans) <= 3 * BURST
     easy = device.run(controller, 2, 4 * LARGEST_GAP)
     assert sum(plan == PLAIN for plan in easy[-LARGEST_GAP:]) <= 8 * BURST
+
+
+def test_short_batches_do_not_try_again_and_again():
+    """If this fails, writing a few short texts at a time costs a trial each time."""
+    device, slowness, trials = Device(slower=dict.fromkeys(CHAINS, 1.3)), Slowness(32, 5), {}
+    device.run(controller_on(device, slowness, trials=trials), 8, 10 * FIRST_GAP, right=0)
+    plans = []
+    for _ in range(6):
+        plans += device.run(controller_on(device, slowness, right=0.3, trials=trials), 8, 2 * FIRST_GAP, right=0)
+    assert 0 < sum(plan != PLAIN for plan in plans) <= 2 * BURST
 
 
 def test_times_of_the_steps_count():

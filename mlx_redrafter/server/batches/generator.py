@@ -20,7 +20,7 @@ from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.server.batches.row import Dress, Response, Row, empty
 from mlx_redrafter.server.provider import Provider
 from mlx_redrafter.server.requests import Arguments
-from mlx_redrafter.server.text_stream import with_budget
+from mlx_redrafter.server.text_stream import asks_for_logprobs, with_budget
 from mlx_redrafter.target.cache.kv_cache import refused
 from mlx_redrafter.text.batches.generate import proposers
 from mlx_redrafter.text.generate import steps_of, what_to_draft
@@ -90,7 +90,12 @@ class BatchGenerator:
         try:
             tokenizer = self._provider.tokenizer
             processors = with_budget(processors, args.request, tokenizer)
-            options = DecodingOptions(max_tokens=limit, processors=processors, prefill_step_size=self._sizes[1])
+            options = DecodingOptions(
+                max_tokens=limit,
+                processors=processors,
+                prefill_step_size=self._sizes[1],
+                keep_logits=asks_for_logprobs(args),
+            )
             prompt = [token for part in parts for token in part]
             cache = make_prompt_cache(self._provider.model) if cache is None else cache
             row = Row(uid, args, tokenizer, prompt, cache, options, self._dress)

@@ -147,7 +147,11 @@ def batch_generate(
         for ids, limit, choose, cache in zip(encoded, limits, choosers, caches, strict=True):
             check_prompt(target, ids, cached(cache or []))
             options = DecodingOptions(
-                choose, limit, tuple(logits_processors or ()), prefill_step_size=prefill_step_size
+                choose,
+                limit,
+                tuple(logits_processors or ()),
+                prefill_step_size=prefill_step_size,
+                keep_logits=return_logprobs,
             )
             texts.append(BatchText(ids, options, tokenizer.eos_token_ids.__contains__, cache, return_prompt_caches))
         verifier, kept = verifier_for(model, drafter), None
