@@ -85,8 +85,11 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the KV cache of the running texts."""
-        return 0 if self._step is None else sum(array.nbytes for array in self._step.cache.arrays())
+        """Bytes of what is kept of the running texts: their KV caches, and what their drafter has of its own."""
+        if self._step is None:
+            return 0
+        own = [] if self._step.proposer is None else self._step.proposer.arrays()
+        return sum(array.nbytes for array in [*self._step.cache.arrays(), *own])
 
     def cache_of(self, text: BatchText) -> list[Any] | None:
         """mlx-lm caches of what has been read of a running text: all but the last of its tokens."""
@@ -146,11 +149,15 @@ class Batch:
 
     def _tighten(self) -> None:
         assert self._step is not None
-        more = 0 if self._ahead is None else 1 + self._ahead[1].most
-        lengths = [text.length for text in self._step.texts]
+        lengths, more = [text.length for text in self._step.texts], self._more
         self._step.cache.tighten(max(lengths) + more, min(lengths) + more)
         if self._step.proposer is not None:
             self._step.proposer.tighten(1 + max(lengths) + more)  # and the root, which the cache does not hold
+
+    @property
+    def _more(self) -> int:
+        """By how much a step that is on its way makes texts longer at most."""
+        return 0 if self._ahead is None else 1 + self._ahead[1].most
 
     def _leave(self, texts: list[BatchText]) -> None:
         for text in texts:
@@ -159,7 +166,7 @@ class Batch:
             return
         places = [place for place, text in enumerate(self._step.texts) if not text.ended]
         if places:
-            self._step.keep(places)
+            self._step.keep(places, max(self._step.texts[place].length for place in places) + self._more)
         else:
             self._step = self._ahead = None
         mx.clear_cache()

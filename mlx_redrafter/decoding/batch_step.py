@@ -80,7 +80,8 @@ class Arrival:
         """Reads one part of the prompts, and says how many rows it was."""
         self._tell(self._read)
         batch, total = self._tokens.shape
-        size = max(1, min(text.options.prefill_step_size for text in self.texts) // batch)
+        asked = min(text.options.prefill_step_size for text in self.texts)
+        size = max(1, min(asked, self.verifier.target.rows_at_once) // batch)
         part = self._tokens[:, self._read : self._read + size]
         layers = () if self.proposers is None else self.proposers[0].context_layers
         hidden, logits = self.verifier.target.forward(part, self.cache.layers, context_layers=layers)
@@ -191,10 +192,10 @@ class BatchStep(SpeculativeStep):
         self.root = mx.concatenate([self.root, arrived.root])
         self._set([*self.texts, *arrived.texts])
 
-    def keep(self, places: list[int]) -> None:
-        """Keeps the texts in these places, at least one."""
+    def keep(self, places: list[int], bound: int) -> None:
+        """Keeps the texts in these places, at least one, of which none is longer than the bound."""
         index = mx.array(places)
-        rows.keep(self.cache, places)
+        rows.keep(self.cache, places, bound)
         if self.proposer is not None:
             self.proposer.keep(places)
         self.context, self.root = self.context[index], self.root[index]

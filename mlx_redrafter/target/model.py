@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
@@ -26,6 +27,9 @@ from mlx_redrafter.target.attention import ATTENTION
 from mlx_redrafter.target.layers import RawLayers, Tap, find_layers
 from mlx_redrafter.target.rope import positions_per_row
 from mlx_redrafter.target.splitting import is_pipelined, ranks_of
+
+_SHARE, _FEWEST = 0.03, 128  # of the weights' bytes; rows
+_NUMBERS = 40  # hidden states that are there at once for each row, about, as wide as the numbers of one or two layers
 
 
 class Target:
@@ -83,6 +87,12 @@ class Target:
     def dtype(self) -> mx.Dtype:
         """The type of the embeddings, which is that of the model's activations."""
         return self.embed(mx.zeros((1, 1), mx.int32)).dtype
+
+    @functools.cached_property
+    def rows_at_once(self) -> int:
+        """Rows whose numbers take a small share of the memory that the weights do while the model reads them."""
+        weights = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        return max(_FEWEST, int(_SHARE * weights / (_NUMBERS * max(1, self.hidden_size) * self.dtype.size)))
 
     @property
     def num_layers(self) -> int:

@@ -18,9 +18,9 @@ from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
 
 from mlx_redrafter.system.partial_submit import submit_part
-from mlx_redrafter.target.cache.frame import TreeFrame, map_arrays, rows_along, write_rows
+from mlx_redrafter.target.cache.frame import Path, Places, TreeFrame, map_arrays
 
-BLOCK = 256  # rows by which buffers grow
+BLOCK, LEAST = 256, 64  # rows by which the buffers of one text grow, and of many texts each
 READ_BLOCK = 32  # attention reads the bound on the length rounded up to this
 
 
@@ -34,7 +34,7 @@ class TreeRows:
         frame: of the verification that is going on.
         base: position of the first row in the buffers.
         rows: the last tree's keys and values, as the buffers keep them.
-        pending: rows of an accepted path and the position they go to. The next verification
+        pending: rows of an accepted path and where they go. The next verification
             writes them, in front of its own rows: MLX updates a buffer in place only where no
             earlier operation still has to read it, which is sure a whole pass later.
         window: how many rows up to itself a row sees; None for all.
@@ -43,7 +43,7 @@ class TreeRows:
     frame: TreeFrame | None = None
     base = 0
     rows: Any = None
-    pending: tuple[Any, mx.array] | None = None
+    pending: tuple[Any, Places] | None = None
     window: int | None = None
     keys: Any
     values: Any
@@ -84,7 +84,7 @@ class TreeRows:
         if frame.split_rows:
             keys, values = frame.joined(keys), frame.joined(values)
         self.rows = self.encode(keys), self.encode(values)
-        self._write(self.rows, frame.length + frame.before if frame.before else frame.length)
+        self._write(self.rows, frame.places)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Any, Any]:
@@ -100,14 +100,13 @@ class TreeRows:
         """Rows in the form that the buffers keep them in."""
         return rows
 
-    def _write(self, rows: Any, position: mx.array) -> None:
-        """Writes rows into the buffers, from position (B,) on."""
-        self.keys, self.values = map_arrays(write_rows, (self.keys, self.values), rows, start=position - self.base)
+    def _write(self, rows: Any, places: Places) -> None:
+        self.keys, self.values = map_arrays(places.write, (self.keys, self.values), rows, base=self.base)
 
-    def move(self, path: mx.array, length: mx.array) -> None:
-        """Moves one path's rows together behind the first tree row; path (B, D) without the root."""
+    def move(self, path: Path) -> None:
+        """Moves one path's rows together behind the first tree row."""
         if self.rows is not None:
-            self.pending = map_arrays(rows_along, self.rows, path=path), length + 1
+            self.pending = map_arrays(path.rows, self.rows), path.places
 
     def flush(self) -> None:
         """Writes the rows of an accepted path that are still to be moved."""
@@ -122,7 +121,9 @@ class TreeRows:
 
     def reserve(self, rows: int, drop: int = 0) -> None:
         """Grows the buffers to hold at least `rows` rows, in whole blocks; the first `drop` may go for that."""
-        more = -(-(rows - (self.keys if isinstance(self.keys, mx.array) else self.keys[0]).shape[2]) // BLOCK) * BLOCK
+        batch, _, capacity, _ = self.shape
+        block = max(LEAST, BLOCK // batch)
+        more = -(-(rows - capacity) // block) * block
         if more <= 0:
             return
 
@@ -132,6 +133,15 @@ class TreeRows:
 
         self.keys, self.values = map_arrays(grow, (self.keys, self.values))
         self.base += drop
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, kv_heads, capacity, width) of the buffers that are there."""
+        return (self.keys if isinstance(self.keys, mx.array) else self.keys[0]).shape
+
+    def room(self, bound: int) -> int:
+        """How many rows of the buffers have to be there where no text is longer than the bound, and few more follow."""
+        return min(self.shape[2], -(-(bound - self.base + READ_BLOCK) // LEAST) * LEAST)
 
     def end(self, length: int) -> None:
         """Back to what mlx-lm's cache is after `length` tokens."""
@@ -145,7 +155,7 @@ class TreeRows:
             map_arrays(found.append, (self.keys, self.values))
         if self.pending is not None:
             map_arrays(found.append, self.pending[0])
-            found.append(self.pending[1])
+            found.append(self.pending[1].position)
         return found
 
 

@@ -29,6 +29,7 @@ class TreeFrame:
         replaying: recurrent layers are being brought to where the accepted rows end.
         offset: what the model hands to its rope: (B, M) positions, (B,) the first ones, or (B * M,).
         rows, before: M and P.
+        places: where the rows are written.
         every_row: (B, M), all True: the mask that recurrent layers are given.
     """
 
@@ -48,6 +49,7 @@ class TreeFrame:
         self.offset = first if self.chain else self.length[:, None] + self.depths
         if self.split_rows:
             self.offset = self.offset.reshape(-1)
+        self.places = Places(first)
         self.every_row = mx.ones(self.depths.shape, mx.bool_)
         self._masks: dict[tuple[int, int, int | None], mx.array] = {}
 
@@ -119,16 +121,48 @@ def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, axis: int = 2)
     """
     if buffer.shape[0] == 1:
         return mx.slice_update(buffer, rows, start, axes=(axis,))
+    return mx.put_along_axis(buffer, _index(start, rows, axis), rows, axis=axis)
+
+
+def _index(start: mx.array, rows: mx.array, axis: int) -> mx.array:
+    """The place along `axis` of every number of the rows."""
     places = start[:, None] + mx.arange(rows.shape[axis], dtype=start.dtype)
     others = [a for a in range(1, rows.ndim) if a != axis]
-    return mx.put_along_axis(buffer, mx.broadcast_to(mx.expand_dims(places, others), rows.shape), rows, axis=axis)
+    return mx.broadcast_to(mx.expand_dims(places, others), rows.shape)
 
 
-def rows_along(rows: mx.array, path: mx.array) -> mx.array:
-    """(B, heads, D, width) rows of one path, of (B, heads, M, width) of a tree; path (B, D) int32."""
-    if rows.shape[0] == 1:
-        return mx.take(rows, path[0], axis=2)
-    return mx.take_along_axis(rows, path[:, None, :, None], axis=2)
+class Places:
+    """Where rows go, from position (B,) on. What is computed for that is computed once for all layers."""
+
+    def __init__(self, position: mx.array):
+        self.position = position
+        self._starts: dict[int, mx.array] = {0: position}
+        self._indices: dict[tuple[int, ...], mx.array] = {}
+
+    def write(self, buffer: mx.array, rows: mx.array, base: int) -> mx.array:
+        """A buffer (B, heads, capacity, width), row 0 at position `base`, with rows (B, heads, n, width) written."""
+        if base not in self._starts:
+            self._starts[base] = self.position - base
+        if buffer.shape[0] == 1:
+            return write_rows(buffer, rows, self._starts[base])
+        key = base, *rows.shape
+        if key not in self._indices:
+            self._indices[key] = _index(self._starts[base], rows, 2)
+        return mx.put_along_axis(buffer, self._indices[key], rows, axis=2)
+
+
+class Path:
+    """One path of a tree (B, D) int32, and where its rows go: behind the root's, which is at position (B,)."""
+
+    def __init__(self, path: mx.array, root: mx.array):
+        self.places = Places(root + 1)
+        self._index = path[0] if path.shape[0] == 1 else path[:, None, :, None]
+
+    def rows(self, rows: mx.array) -> mx.array:
+        """(B, heads, D, width) the path's, of (B, heads, M, width) of a tree."""
+        if rows.shape[0] == 1:
+            return mx.take(rows, self._index, axis=2)
+        return mx.take_along_axis(rows, self._index, axis=2)
 
 
 def map_arrays(function: Callable[..., Any], *buffers: Any, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache as PlainKVCache
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.cache.attention import LayerCache, QuantizedLayerCache, WindowCache, with_contents
-from mlx_redrafter.target.cache.frame import TreeFrame
+from mlx_redrafter.target.cache.frame import Path, TreeFrame
 from mlx_redrafter.target.cache.recurrent import AT_ONCE, RecurrentCache, RecurrentStep
 from mlx_redrafter.target.tree import CandidateTree
 
@@ -139,14 +139,14 @@ class KVCache:
             most: the largest value that count can have.
         """
         assert self.length is not None
-        steps = []
+        steps, kept = [], None if path is None else Path(path, self.length)
         for cache in leaves(self.layers):
             if isinstance(cache, RecurrentCache):
                 assert cache.step is not None
                 cache.step.keep(1 + count)
                 steps.append(cache.step)
-            elif path is not None:
-                cache.move(path, self.length)
+            elif kept is not None:
+                cache.move(kept)
         self.steps.append((self.length, steps))
         self._most = max(self._most, 1 + most)
         self.length = self.length + 1 + count

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
 from mlx_redrafter.target.cache.attention import LayerCache, TreeRows, WindowCache
-from mlx_redrafter.target.cache.frame import map_arrays
+from mlx_redrafter.target.cache.frame import Places, map_arrays
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves
 from mlx_redrafter.target.cache.recurrent import RecurrentCache
 
@@ -34,21 +34,26 @@ def can_pad(cache: KVCache, length: int) -> bool:
 def join(cache: KVCache, other: KVCache) -> None:
     """Takes the texts of another cache of the same model behind those of this one; `begin_trees` was called of both."""
     assert cache.length is not None and other.length is not None
+    cache.bound, cache.low = max(cache.bound, other.bound), min(cache.low, other.low)
     for mine, theirs in zip(leaves(cache.layers), leaves(other.layers), strict=True):
         if isinstance(mine, RecurrentCache):
             mine.cache = [a if a is None else mx.concatenate([a, b]) for a, b in zip(mine.cache, theirs.cache)]
             mine.step = None
         elif mine.keys is not None:
-            _join_rows(mine, theirs)
+            _join_rows(mine, theirs, cache.bound)
     cache.length = mx.concatenate([cache.length, other.length])
-    cache.bound, cache.low = max(cache.bound, other.bound), min(cache.low, other.low)
     cache.steps.clear()
 
 
-def keep(cache: KVCache, texts: Sequence[int]) -> None:
-    """Keeps these texts, at least one, in this order."""
+def keep(cache: KVCache, texts: Sequence[int], bound: int | None = None) -> None:
+    """Keeps these texts, at least one, in this order.
+
+    Args:
+        bound: none of them is longer, nor will be after the steps that are on their way; None where it is not known.
+    """
     assert cache.length is not None
-    index = mx.array(list(texts), mx.int32)
+    index, places = mx.array(list(texts), mx.int32), dict[int, Places]()
+    cache.bound = cache.bound if bound is None else bound
 
     def kept(array: mx.array) -> mx.array:
         return mx.take(array, index, axis=0)
@@ -58,10 +63,13 @@ def keep(cache: KVCache, texts: Sequence[int]) -> None:
             layer.cache = [None if array is None else kept(array) for array in layer.cache]
             layer.step = None
             continue
+        if bound is not None and layer.keys is not None:  # what the longest text had and nobody needs any more
+            layer.map(_beginning(layer.room(bound)))
         layer.map(kept)
         layer.rows = None
         if layer.pending is not None:
-            layer.pending = map_arrays(kept, layer.pending[0]), kept(layer.pending[1])
+            rows, to = layer.pending
+            layer.pending = map_arrays(kept, rows), places.setdefault(id(to), Places(kept(to.position)))
     cache.length = kept(cache.length)
     cache.steps.clear()
 
@@ -84,22 +92,26 @@ def taken_out(cache: KVCache, text: int, length: int) -> KVCache:
     return alone
 
 
-def _join_rows(mine: TreeRows, theirs: TreeRows) -> None:
+def _beginning(rows: int) -> Callable[[mx.array], mx.array]:
+    return lambda buffer: buffer[:, :, :rows]
+
+
+def _join_rows(mine: TreeRows, theirs: TreeRows, bound: int) -> None:
     mine.flush()
     theirs.flush()
     mine.rows = None
-    capacity = [
-        (layer.keys if isinstance(layer.keys, mx.array) else layer.keys[0]).shape[2] for layer in (mine, theirs)
-    ]
     base = min(mine.base, theirs.base)
-    end = max(mine.base + capacity[0], theirs.base + capacity[1])
+    room = {layer: layer.room(bound) for layer in (mine, theirs)}
+    end = max(layer.base + rows for layer, rows in room.items())
 
     def joined(a: mx.array, b: mx.array) -> mx.array:
-        parts = []
-        for array, layer in ((a, mine), (b, theirs)):
-            before = layer.base - base
-            parts.append(mx.pad(array, [(0, 0), (0, 0), (before, end - base - before - array.shape[2]), (0, 0)]))
-        return mx.concatenate(parts)
+        batch, heads, _, width = a.shape
+        both, place = mx.zeros((batch + b.shape[0], heads, end - base, width), a.dtype), 0
+        for array, layer in ((a, mine), (b, theirs)):  # written into one buffer: nothing is there in a padded form
+            first = layer.base - base
+            both[place : place + array.shape[0], :, first : first + room[layer]] = array[:, :, : room[layer]]
+            place += array.shape[0]
+        return both
 
     mine.keys, mine.values = map_arrays(joined, (mine.keys, mine.values), (theirs.keys, theirs.values))
     mine.base = base

@@ -7,7 +7,7 @@ from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_redrafter.target.cache.attention import BLOCK, LayerCache
-from mlx_redrafter.target.cache.frame import rows_along, tree_mask, write_rows
+from mlx_redrafter.target.cache.frame import Path, Places, tree_mask
 from mlx_redrafter.target.cache.kv_cache import KVCache, refused
 from mlx_redrafter.target.tree import CandidateTree
 
@@ -124,9 +124,9 @@ def test_to_mlx_lm_and_back():
 def test_write_and_move(batch):
     buffer = mx.zeros((batch, 2, 12, 3))
     start = mx.arange(batch, dtype=mx.int32)
-    out = write_rows(buffer, rows_of(1, 4, batch), start)
-    path = mx.broadcast_to(mx.array([[3]], mx.int32), (batch, 1))
-    moved = write_rows(out, rows_along(rows_of(1, 4, batch), path), start + 1)
+    out = Places(start + 5).write(buffer, rows_of(1, 4, batch), base=5)
+    path = Path(mx.broadcast_to(mx.array([[3]], mx.int32), (batch, 1)), start)
+    moved = path.places.write(out, path.rows(rows_of(1, 4, batch)), base=0)
     for b in range(batch):
         assert out[b, 0, :, 0].tolist() == [0] * b + [1, 2, 3, 4] + [0] * (8 - b)
         assert moved[b, 0, :, 0].tolist() == [0] * b + [1, 4, 3, 4] + [0] * (8 - b)
@@ -142,8 +142,8 @@ def test_an_accepted_path_is_moved_without_reading_the_buffers():
     before = cache.layers[0].keys
     cache.commit(mx.array([[2, 5]], mx.int32), mx.array([2], mx.int32), most=2)
     assert cache.layers[0].keys is before
-    rows, position = cache.layers[0].pending
-    assert rows[0][0, 0, :, 0].tolist() == [52, 55] and position.tolist() == [6]
+    rows, places = cache.layers[0].pending
+    assert rows[0][0, 0, :, 0].tolist() == [52, 55] and places.position.tolist() == [6]
     assert {id(array) for array in rows} <= {id(array) for array in cache.arrays()}
     write_tree(cache, 60, 2)
     assert cache.layers[0].pending is None
