@@ -18,7 +18,6 @@ from mlx_redrafter.decoding.batch_step import Arrival, Arrived, BatchStep, in_ml
 from mlx_redrafter.decoding.batch_text import BatchText, TextStep
 from mlx_redrafter.decoding.loop import wait_for
 from mlx_redrafter.decoding.planner import BatchPlanner, StepRead
-from mlx_redrafter.decoding.sampling import Chooser
 from mlx_redrafter.decoding.step import Produced, Submitted
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.target.cache import rows
@@ -33,7 +32,7 @@ class Batch:
 
     Args:
         verifier: with a capability other than "none".
-        proposer_for: makes who drafts for a text from how its tokens are chosen; None drafts nothing.
+        proposer_for: makes who drafts for a text; None drafts nothing.
         planner: says what each step drafts.
         most_texts: that run at once; others wait for their turn.
         chunk: prompt tokens that are read between two steps; at least one prompt goes on.
@@ -48,7 +47,7 @@ class Batch:
     def __init__(
         self,
         verifier: Verifier,
-        proposer_for: Callable[[Chooser], Proposer] | None,
+        proposer_for: Callable[[BatchText], Proposer] | None,
         planner: BatchPlanner,
         most_texts: int = 32,
         chunk: int = 2048,
@@ -123,7 +122,7 @@ class Batch:
             count = counts[row]
             new = tokens[row][: count + 1]
             text.length += count + 1
-            reads.append(StepRead(current.plan, new, text.length, most=current.most))
+            reads.append(StepRead(current.plan, new, text.length, most=current.most, follows=text.follows))
             if paths is not None and parents is not None:
                 reads[-1].path, reads[-1].parents = paths[row][: len(new)], parents[row]
             new = text.take(new)
@@ -142,7 +141,8 @@ class Batch:
     def _submit(self) -> tuple[list[BatchText], Submitted]:
         step = self._step
         assert step is not None
-        plan = self.planner.plan(len(step.texts), max(text.length for text in step.texts))
+        follows = [text.follows for text in step.texts]
+        plan = self.planner.plan(len(step.texts), max(text.length for text in step.texts), follows)
         if (ranks := self.verifier.target.ranks) is not None:
             plan = ranks.share(plan)
         return list(step.texts), step.submit(plan)
@@ -212,7 +212,7 @@ class Batch:
                 texts.append(text)
         proposers = None
         if self.proposer_for is not None:
-            proposers = [self.proposer_for(text.options.choose) for text in texts]
+            proposers = [self.proposer_for(text) for text in texts]
         return Arrival(self.verifier, texts, proposers)
 
     def _join(self, arrived: Arrived) -> list[TextStep]:
@@ -226,6 +226,8 @@ class Batch:
                     arrived.cache.end_trees(text.known)
                     text.cache = in_mlx_lms_form(self.verifier, arrived.cache)
                 return found
+        for text in arrived.texts:
+            text.follows = self.planner.follow([*text.before, *text.prompt, *text.tokens])
         if self._step is None:
             self._step = BatchStep(self.verifier, arrived)
         else:

@@ -130,7 +130,7 @@ class Arrival:
         target = self.verifier.target
         if self.proposers is None:
             return None, mx.zeros((len(places), target.context_size(())), target.dtype)
-        [hidden] = self._hidden
+        [hidden], self._hidden = self._hidden, []
         before, contexts = self._tokens.shape[1] - hidden.shape[1], []
         for n, place in enumerate(places):
             proposer, length = self.proposers[place], self._lengths[place]
@@ -140,6 +140,7 @@ class Arrival:
             contexts.append(mine[:, -1])
             if n:
                 self.proposers[places[0]].join(proposer)
+                mx.eval(self.proposers[places[0]].arrays())  # or as many in a row would be there at once
         return self.proposers[places[0]], mx.concatenate(contexts)
 
     def _tell(self, read: int) -> None:

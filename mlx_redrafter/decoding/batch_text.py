@@ -6,7 +6,7 @@ Knows nothing of other texts, nor of the device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_redrafter.decoding.options import DecodingOptions
@@ -30,6 +30,7 @@ class BatchText:
         ends: told of every token in order, says whether the text ends with it.
         prompt_cache: mlx-lm caches to go on from; they are used up, and None once its prompt is being read.
         wants_cache: leave what was read of it in `cache` when it ends.
+        before: the tokens that prompt_cache holds, where they are known; lookup finds what is repeated of them.
 
     Raises:
         UserError: a constraint: pruning is for one tree, and a batch shares a shape.
@@ -42,6 +43,7 @@ class BatchText:
         finish_reason: "stop", "length", "removed" or "error" once it has ended.
         error: what ended it, if one of its own functions did.
         cache: mlx-lm caches of the `known` tokens.
+        follows: what the planner has for it.
     """
 
     prompt: list[int]
@@ -49,12 +51,14 @@ class BatchText:
     ends: Callable[[int], bool] = _never
     prompt_cache: list[Any] | None = None
     wants_cache: bool = False
+    before: Sequence[int] = ()
     tokens: list[int] = dataclasses.field(default_factory=list)
     length: int = 0
     start: int = 0
     finish_reason: str | None = None
     error: Exception | None = None
     cache: list[Any] | None = None
+    follows: Any = None
 
     def __post_init__(self) -> None:
         if self.options.matcher is not None:

@@ -6,7 +6,8 @@ Knows nothing of what steps cost; `tuning` has a planner that adapts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from mlx_redrafter.drafting.shape import Plan
 
@@ -20,6 +21,7 @@ class StepRead:
         tokens: what it produced: the accepted drafts and the target's own choice after them.
         length: tokens in the KV cache after it.
         most: rows below one another that it checked, where they are not as many as the plan says.
+        follows: what the planner of a batch has for this text.
         path, parents: of a tree, the rows of the accepted path, the root (row 0) first, and
             each row's parent; None where the rows are a chain.
         forced: places in `tokens` that a grammar forced: whoever drafted those was neither right nor wrong.
@@ -34,6 +36,7 @@ class StepRead:
     most: int | None = None
     forced: Collection[int] = ()
     certain: int = 0
+    follows: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +87,15 @@ class BatchPlanner:
     def __init__(self, always: Plan):
         self.always = always
 
-    def plan(self, texts: int, length: int) -> Plan:
-        """What the next step drafts for each of so many texts, of which the longest has so many tokens."""
+    def follow(self, tokens: list[int]) -> Any:
+        """Is told of a text that joins with these tokens; gets what it returns with each of the text's steps."""
+
+    def plan(self, texts: int, length: int, follows: Sequence[Any] = ()) -> Plan:
+        """What the next step drafts for each of so many texts, of which the longest has so many tokens.
+
+        Args:
+            follows: what `follow` returned for each of them.
+        """
         return self.always
 
     def learn(self, steps: list[StepRead], timed: bool = True) -> None:

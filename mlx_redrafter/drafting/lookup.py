@@ -10,6 +10,7 @@ joins the tree of another proposer, takes the place of a chain, or stands alone.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -55,6 +56,23 @@ class TextBuffer:
     def tighten(self, unused: int) -> None:
         """Tells the host's bound how many tokens of a step were not accepted."""
         self._bound -= unused
+
+    def limit(self, longest: int) -> None:
+        """Tells the host's bound that no text has more tokens."""
+        self._bound = min(self._bound, LONGEST - 1 + longest)
+
+    def join(self, other: TextBuffer) -> None:
+        """Takes other texts behind these."""
+        rows = max(self.tokens.shape[1], other.tokens.shape[1])
+        both = [
+            mx.pad(a, [(0, 0), (0, rows - a.shape[1])], constant_values=NOTHING) for a in (self.tokens, other.tokens)
+        ]
+        self.tokens, self.end = mx.concatenate(both), mx.concatenate([self.end, other.end])
+        self._bound = max(self._bound, other._bound)
+
+    def keep(self, texts: mx.array) -> None:
+        """Keeps these texts, in this order."""
+        self.tokens, self.end = self.tokens[texts], self.end[texts]
 
     def continuation(self, count: int) -> tuple[mx.array, mx.array]:
         """What followed the most recent of the longest matches.
@@ -126,11 +144,13 @@ class LookupProposer(Proposer):
 
     Args:
         inner: the other proposer, a head; None where lookup alone drafts.
-        index: the text so far on the host, which this proposer extends.
+        index: the text so far on the host, which this proposer extends; None for a text of a batch, which is on the
+            device from its beginning to its end.
+        before: tokens in front of the prompt, of a text of a batch.
     """
 
-    def __init__(self, inner: Proposer | None, index: TextIndex):
-        self.inner, self.index = inner, index
+    def __init__(self, inner: Proposer | None, index: TextIndex | None, before: Sequence[int] = ()):
+        self.inner, self.index, self._before = inner, index, list(before)
         if inner is not None:
             self.context_layers, self.prefix_window = inner.context_layers, inner.prefix_window
             self.from_any_root = inner.from_any_root
@@ -144,7 +164,10 @@ class LookupProposer(Proposer):
             self.inner.begin(text, root, contexts)
         self.text, self._unused, self._root = None, 0, root
         self._in_flight.clear()
-        if text.shape[0] > 1:  # the host follows one text only
+        if self.index is None:
+            before = [mx.array([self._before], text.dtype)] if self._before else []
+            self.text = TextBuffer(mx.concatenate([*before, text, root[:, None]], axis=1))
+        elif text.shape[0] > 1:  # the host follows one text only
             self.text = TextBuffer(mx.concatenate([text, root[:, None]], axis=1))
 
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
@@ -159,6 +182,7 @@ class LookupProposer(Proposer):
             depth = min(plan.shape.beam_length - 1, plan.shape.num_draft_tokens)
         self._unused = 0
         if self.text is None:  # given up: made from the host's copy
+            assert self.index is not None
             text = mx.array([self.index.tokens], mx.int32)
             if self._root is not None:
                 text = mx.concatenate([text, self._root[:, None].astype(mx.int32)], axis=1)
@@ -176,12 +200,14 @@ class LookupProposer(Proposer):
     def advance(self, accepted: Accepted, contexts: mx.array) -> None:
         if self.inner is not None:
             self.inner.advance(accepted, contexts)
-        self._in_flight.append(accepted)
-        self._unused += 1
         if self.text is not None:
             self.text.extend(accepted)
-            if self._unused > KEPT and self.text.tokens.shape[0] == 1:
-                self.text = None
+        if self.index is None:
+            return
+        self._in_flight.append(accepted)
+        self._unused += 1
+        if self.text is not None and self._unused > KEPT and self.text.tokens.shape[0] == 1:
+            self.text = None
 
     def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
         if self.inner is not None:
@@ -197,9 +223,28 @@ class LookupProposer(Proposer):
             if self.text is not None:
                 self.text.tighten(read.tokens.shape[1] - len(tokens))
         self._root = None
+        assert self.index is not None  # nobody tells of a text of a batch
         self.index.extend(tokens)
         if self.inner is not None:
             self.inner.learn(tokens)
+
+    def tighten(self, longest: int) -> None:
+        if self.inner is not None:
+            self.inner.tighten(longest)
+        if self.text is not None:
+            self.text.limit(longest)
+
+    def join(self, other: Proposer) -> None:
+        assert isinstance(other, LookupProposer) and self.text is not None and other.text is not None
+        self.text.join(other.text)
+        if self.inner is not None and other.inner is not None:
+            self.inner.join(other.inner)
+
+    def keep(self, texts: list[int]) -> None:
+        assert self.text is not None
+        self.text.keep(mx.array(texts))
+        if self.inner is not None:
+            self.inner.keep(texts)
 
     def arrays(self) -> list[mx.array]:
         mine = [] if self.inner is None else self.inner.arrays()

@@ -176,9 +176,8 @@ class Provider(ModelProvider):
             session_for(verifier, self.drafter)
 
     def _can_batch(self) -> bool:
-        """Whether texts can be written together: lookup alone and quantised caches are for one."""
-        alone = self.drafter is None and (self.lookup or OFF) != OFF
-        if alone or self.cli_args.kv_bits is not None or self.cli_args.decode_concurrency == 1:
+        """Whether texts can be written together: quantised caches are for one."""
+        if self.cli_args.kv_bits is not None or self.cli_args.decode_concurrency == 1:
             return False
         return verifier_for(self.model, self.drafter).capability != NONE
 

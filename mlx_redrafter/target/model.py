@@ -18,11 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
 from mlx_redrafter.system.ranks import LAUNCHED_TOGETHER
+from mlx_redrafter.system.weights import tensors
 from mlx_redrafter.target.attention import ATTENTION
 from mlx_redrafter.target.layers import RawLayers, Tap, find_layers
 from mlx_redrafter.target.rope import positions_per_row
@@ -91,7 +91,7 @@ class Target:
     @functools.cached_property
     def rows_at_once(self) -> int:
         """Rows whose numbers take a small share of the memory that the weights do while the model reads them."""
-        weights = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        weights = sum(array.nbytes for array in tensors(self.model).values())
         return max(_FEWEST, int(_SHARE * weights / (_NUMBERS * max(1, self.hidden_size) * self.dtype.size)))
 
     @property

@@ -15,9 +15,12 @@ from collections.abc import Callable, Sequence
 
 from mlx_redrafter.decoding.planner import BatchPlanner, StepRead
 from mlx_redrafter.drafting.kinds import Drafter
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Plan
+from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, LookedUp, Plan
 from mlx_redrafter.target.verification import Verifier
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
+from mlx_redrafter.tuning.lookup_controller import BETTER as LOOKUP_BETTER
+from mlx_redrafter.tuning.lookup_controller import COUNTS, DEEPEST, LookupFollower, LookupMemory
 from mlx_redrafter.tuning.running import Slowness
 from mlx_redrafter.tuning.session import Session, session_for
 from mlx_redrafter.tuning.step_costs import Costs
@@ -28,6 +31,7 @@ CLOSE = 0.8  # of the speed in use, from which on a plan is worth a trial; besid
 BURST, LONGER = 4, 12  # steps of a trial, and steps more if they went better than what is in use
 FIRST_GAP, LARGEST_GAP = 32, 512  # steps between two trials
 COARSE = 64  # tokens of context that make no difference to a step's time
+FEW = 3  # tokens of a lookup where it drafts whether that pays or not
 
 
 @dataclasses.dataclass
@@ -57,6 +61,8 @@ class BatchController(BatchPlanner):
         costs: of the steps of one text.
         slowness: of steps of several, by how many texts and by plan; outlives batches.
         trials: by how many texts; outlives batches.
+        lookup: "off", "auto", or "on" to look up wherever something is found.
+        found: how often lookups were right.
         clock: seconds; not the machine's in tests.
     """
 
@@ -67,10 +73,13 @@ class BatchController(BatchPlanner):
         costs: Costs,
         slowness: Slowness,
         trials: dict[int, Trials],
+        lookup: str = OFF,
+        found: LookupMemory | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         super().__init__(PLAIN)
         self.acceptance, self.clock = acceptance, clock
+        self.lookup, self.found = lookup, found or LookupMemory()
         self.plans: list[Plan] = [PLAIN, *plans]
         self.costs, self.slowness, self.trials = costs, slowness, trials
         self._table: dict[tuple[int, Plan, int], float] = {}
@@ -81,7 +90,49 @@ class BatchController(BatchPlanner):
         self._last: tuple[int, Plan] | None = None
         self._read_at = 0.0
 
-    def plan(self, texts: int, length: int) -> Plan:
+    def follow(self, tokens: list[int]) -> LookupFollower | None:
+        return None if self.lookup == OFF else LookupFollower(TextIndex(tokens), self.found)
+
+    def plan(self, texts: int, length: int, follows: Sequence[LookupFollower | None] = ()) -> Plan:
+        plan = self._without_lookup(texts, length)
+        if plan == self._trial or not any(follow is not None and follow.kind for follow in follows):
+            return plan
+        return self._with_lookup(plan, length, [follow.expected() for follow in follows if follow is not None])
+
+    def _with_lookup(self, plan: Plan, length: int, right: list[list[float]]) -> Plan:
+        """The plan, with lookup in it or in its place where that should bring more tokens per second.
+
+        Args:
+            right: of each text, right tokens to expect of a lookup of 0, 1, 2, ... tokens; none where it finds nothing.
+        """
+        texts, best, most = len(right), plan, LOOKUP_BETTER * self._rate(plan, len(right), length)
+
+        def offer(other: Plan, tokens: float) -> None:
+            nonlocal best, most
+            if (rate := tokens / texts / self._step_seconds(other, texts, length)) > most:
+                best, most = other, rate
+
+        if isinstance(plan, Drafted):
+            expected, depth = (
+                self.acceptance.expected(plan.shape),
+                min(plan.shape.beam_length - 1, plan.num_draft_tokens),
+            )
+            if plan.shape.beam_width == 1:  # a chain makes way, in a tree both have a place
+                each = [found[min(depth, DEEPEST)] if found[1] else expected for found in right]
+            else:
+                each = [max(expected, found[min(depth, DEEPEST)]) for found in right]
+            both = Drafted(plan.shape, with_lookup=True)
+            if self.lookup == ON:
+                return both
+            offer(both, texts + sum(each))
+        for count in COUNTS:
+            if texts * (1 + count) <= MOST_ROWS:
+                offer(LookedUp(count), texts + sum(found[count] for found in right))
+        if self.lookup == ON and best == plan:
+            return LookedUp(min(FEW, max(1, MOST_ROWS // texts - 1)))
+        return best
+
+    def _without_lookup(self, texts: int, length: int) -> Plan:
         fit = [plan for plan in self.plans if plan == PLAIN or texts * (1 + plan.num_draft_tokens) <= MOST_ROWS]
         rates = {plan: self._rate(plan, texts, length) for plan in fit}
         if self._trial is not None and self._trial in rates and self._left > 0:
@@ -114,7 +165,11 @@ class BatchController(BatchPlanner):
     def _rate(self, plan: Plan, texts: int, length: int) -> float:
         """Expected tokens per second of each text."""
         tokens = 1 + self.acceptance.expected(plan.shape) if isinstance(plan, Drafted) else 1.0
-        return tokens / (self._seconds(plan, texts, length) * self.slowness.value(rounded(texts), plan))
+        return tokens / self._step_seconds(plan, texts, length)
+
+    def _step_seconds(self, plan: Plan, texts: int, length: int) -> float:
+        """Of a step, as slow as such steps lately were."""
+        return self._seconds(plan, texts, length) * self.slowness.value(rounded(texts), plan)
 
     def learn(self, steps: list[StepRead], timed: bool = True) -> None:
         now = self.clock()
@@ -125,9 +180,12 @@ class BatchController(BatchPlanner):
                 expected = self._seconds(plan, texts, length)
                 self.slowness.learn(rounded(texts), plan, (now - self._read_at) / expected)
             self._last = texts, plan
-            if isinstance(plan, Drafted):
-                for step in steps:
+            for step in steps:
+                if isinstance(plan, Drafted) and not plan.with_lookup:
                     self.acceptance.learn(step)
+                if isinstance(step.follows, LookupFollower):
+                    step.follows.index.extend(step.tokens)
+                    step.follows.learn(step)
             if plan == self._trial:
                 self._made, self._read = self._made + sum(len(step.tokens) for step in steps), self._read + texts
                 self._unread -= 1
@@ -154,17 +212,22 @@ def rounded(texts: int) -> int:
 
 
 def batch_planner(
-    verifier: Verifier, drafter: Drafter | None, shape: DraftShape | None
+    verifier: Verifier, drafter: Drafter | None, shape: DraftShape | None, lookup: str = OFF
 ) -> tuple[BatchPlanner, Session | None]:
     """Who plans for a batch; the session, too, if one was needed, for what it learns to be saved.
 
     Args:
         verifier: with a capability other than "none".
-        drafter: the target's; None drafts nothing.
-        shape: the one to keep to; None to choose.
+        drafter: the target's; None drafts nothing, but for what lookup finds.
+        shape: the one to keep to, with what lookup finds in every step if it is not off; None to choose.
+        lookup: "off", "auto" or "on".
     """
-    if drafter is None or shape is not None:
-        return BatchPlanner(PLAIN if drafter is None or shape is None else Drafted(shape)), None
+    if drafter is None and lookup == OFF:
+        return BatchPlanner(PLAIN), None
+    if drafter is not None and shape is not None:
+        return BatchPlanner(Drafted(shape, with_lookup=lookup != OFF)), None
     session = session_for(verifier, drafter)
     plans = [arm.plan for arm in session.memory.arms if isinstance(arm.plan, Drafted)]
-    return BatchController(session.memory.acceptance, plans, session.costs, session.batches, session.trials), session
+    memory = session.memory
+    kept = session.costs, session.batches, session.trials
+    return BatchController(memory.acceptance, plans, *kept, lookup, memory.lookup), session

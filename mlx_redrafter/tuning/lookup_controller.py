@@ -44,7 +44,48 @@ class LookupMemory:
         return list(itertools.accumulate(shares, initial=0.0))
 
 
-class LookupController:
+class LookupFollower:
+    """Follows one text: what lookup would say next, and how it would have fared.
+
+    Args:
+        index: the text so far; somebody else extends it.
+        memory: of all texts of a pair.
+    """
+
+    def __init__(self, index: TextIndex, memory: LookupMemory):
+        self.index, self.memory = index, memory
+        self._waiting: list[tuple[int, int, list[int]]] = []  # class, place and tokens of lookups yet to be judged
+        self._forced = set[int]()  # places in the text
+
+    @property
+    def kind(self) -> int:
+        """The class of the step that comes next."""
+        return bisect.bisect_right(STREAKS, self.index.streak) if self.index.continuation(1) else 0
+
+    def expected(self) -> list[float]:
+        """Right tokens to expect of a lookup of 0, 1, 2, ... DEEPEST tokens; none where nothing is found."""
+        kind = self.kind
+        return self.memory.expected(kind) if kind else [0.0] * (1 + DEEPEST)
+
+    def learn(self, step: StepRead) -> None:
+        """Judges the lookups that the text has gone past; `index` has the step's tokens already."""
+        text = self.index.tokens
+        self._forced.update(len(text) - len(step.tokens) + place for place in step.forced)
+        still: list[tuple[int, int, list[int]]] = []
+        for kind, place, tokens in self._waiting:
+            seen = text[place : place + len(tokens)]
+            right = next((i for i, (a, b) in enumerate(zip(tokens, seen)) if a != b), len(seen))
+            if right == len(seen) < len(tokens):
+                still.append((kind, place, tokens))
+            else:
+                self.memory.learn(kind, right, {i for i in range(right) if place + i in self._forced})
+        found = self.index.continuation(DEEPEST)
+        if found:
+            still.append((self.kind, len(text), found))
+        self._waiting = still
+
+
+class LookupController(LookupFollower):
     """Follows one text (batch size 1).
 
     Args:
@@ -64,16 +105,10 @@ class LookupController:
         speed: Callable[[int], float],
         longest: int = DEEPEST,
     ):
-        self.index, self.mode, self.memory = index, mode, memory
+        super().__init__(index, memory)
+        self.mode = mode
         self._seconds, self._speed = seconds, speed
         self._longest, self._counts = longest, [count for count in COUNTS if count <= longest]
-        self._waiting: list[tuple[int, int, list[int]]] = []  # class, place and tokens of lookups yet to be judged
-        self._forced = set[int]()  # places in the text
-
-    @property
-    def kind(self) -> int:
-        """The class of the step that comes next."""
-        return bisect.bisect_right(STREAKS, self.index.streak) if self.index.continuation(1) else 0
 
     def plan(self, plan: Plan, length: int) -> Plan:
         """What was planned, or a lookup in its place or beside it where that should bring more tokens per second."""
@@ -94,20 +129,3 @@ class LookupController:
             joins = right[min(plan.shape.beam_length - 1, DEEPEST)] > JOINS
             return Drafted(plan.shape, with_lookup=joins)
         return best
-
-    def learn(self, step: StepRead) -> None:
-        """Judges the lookups that the text has gone past; `index` has the step's tokens already."""
-        text = self.index.tokens
-        self._forced.update(len(text) - len(step.tokens) + place for place in step.forced)
-        still: list[tuple[int, int, list[int]]] = []
-        for kind, place, tokens in self._waiting:
-            seen = text[place : place + len(tokens)]
-            right = next((i for i, (a, b) in enumerate(zip(tokens, seen)) if a != b), len(seen))
-            if right == len(seen) < len(tokens):
-                still.append((kind, place, tokens))
-            else:
-                self.memory.learn(kind, right, {i for i in range(right) if place + i in self._forced})
-        found = self.index.continuation(DEEPEST)
-        if found:
-            still.append((self.kind, len(text), found))
-        self._waiting = still

@@ -27,7 +27,7 @@ class Noted(BatchPlanner):
         super().__init__(plan)
         self.asked, self.learnt = [], []
 
-    def plan(self, texts, length):
+    def plan(self, texts, length, follows=()):
         self.asked.append((texts, length))
         return self.always
 

@@ -49,6 +49,41 @@ def test_the_text_grows_with_what_is_accepted():
     assert buffer.tokens[:, : LONGEST - 1].tolist() == [[NOTHING] * (LONGEST - 1)] * 2
 
 
+def test_texts_join_and_leave_with_what_they_said():
+    """If this fails, a text of a batch is looked up in another one, or its beginning is lost."""
+    rng = np.random.default_rng(3)
+
+    def begun(before, prompt):
+        proposer = LookupProposer(None, None, before)
+        proposer.begin(mx.array([prompt[:-1]], mx.int32), mx.array(prompt[-1:], mx.int32), mx.zeros((1, 1, 4)))
+        return proposer, [*before, *prompt]
+
+    first, text = begun([], [1, 2, 3])
+    texts = [text]
+    for before, prompt in (([], [4] * 300), ([5, 6, 7, 5], [6, 8]), ([1, 0, 1], [0])):
+        other, text = begun(before, prompt if len(prompt) > 1 else prompt * 2)
+        first.join(other)
+        texts.append(text)
+    for keep in ([0, 1, 2, 3], [2, 0, 3], [1, 0]):
+        first.keep(keep)
+        texts = [texts[place] for place in keep]
+        for _ in range(20):
+            drafted, choices = rng.integers(0, 3, (2, len(texts), 4))
+            accepted = accept(CandidateTree.chain(mx.array(drafted, mx.int32)), mx.array(choices, mx.int32))
+            first.advance(accepted, mx.zeros((len(texts), 4, 4)))
+            for text, count, new in zip(texts, accepted.count.tolist(), choices, strict=True):
+                text += new[: count + 1].tolist()
+            first.tighten(max(map(len, texts)))
+        root = mx.array([text[-1] for text in texts], mx.int32)
+        tree = first.propose(mx.zeros((len(texts), 4)), root, LookedUp(5))
+        found = first.text.continuation(5)[1].tolist()
+        assert any(found)
+        for n, text in enumerate(texts):
+            if found[n]:
+                assert tree.tokens[n, 1:].tolist() == looked_up_by_hand(text, 5)
+    assert first.text.tokens.shape[1] < 700 and not first._in_flight
+
+
 def paths_of(tree, row):
     """Token paths of the rows that count."""
     tokens, parents, valid = (x[row].tolist() for x in (tree.tokens, tree.parents, tree.valid))

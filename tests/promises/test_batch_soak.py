@@ -2,7 +2,7 @@
 
     BATCH_SOAK_MINUTES=30 pytest -s -m slow tests/promises/test_batch_soak.py
 
-prints how long tokens took and what memory was. BATCH_SOAK_PAIR="TARGET DRAFTER" takes another pair than the embedded
+prints how long tokens took and what memory was. BATCH_PAIR="TARGET DRAFTER" takes another pair than the embedded
 one, and BATCH_SOAK_BETWEEN=1.5 so many seconds between two texts, which is for the pair to keep up with.
 """
 
@@ -16,7 +16,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.memory import Peaks, resident
+from support.memory import PAIR, Peaks, resident
 
 import mlx_redrafter
 from mlx_redrafter.decoding.batch import Batch
@@ -27,7 +27,6 @@ from mlx_redrafter.tuning.batch_controller import batch_planner
 from mlx_redrafter.tuning.session import verifier_for
 
 MINUTES = float(os.environ.get("BATCH_SOAK_MINUTES", "0.5"))
-PAIR = os.environ.get("BATCH_SOAK_PAIR", "").split()
 MEAN, MOST = float(os.environ.get("BATCH_SOAK_BETWEEN", "0.15")), 16  # seconds between two arrivals; texts at once
 PARTS = 8  # of the soak, after each of which memory is looked at
 

@@ -18,8 +18,9 @@ from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import BatchPlanner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.drafting.kinds import proposer_for
+from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
@@ -45,7 +46,7 @@ class Turns(BatchPlanner):
         super().__init__(plans[0])
         self.plans, self.steps = plans, 0
 
-    def plan(self, texts, length):
+    def plan(self, texts, length, follows=()):
         self.steps += 1
         return self.plans[self.steps % len(self.plans)]
 
@@ -58,8 +59,10 @@ def pair(module):
     assert verifier.capability == MODULES[module]
     drafter = make_drafter() if module == "llama" else small_models.random_drafter(verifier.target)
     plans = [PLAIN, Drafted(DraftShape(1, 4, 3)), Drafted(DraftShape(1, 3, 2))]
+    plans += [LookedUp(3), Drafted(DraftShape(1, 4, 3), with_lookup=True)]
     if verifier.capability != CHAIN:
         plans += [Drafted(DraftShape(3, 4, 6)), Drafted(DraftShape(2, 3, 3, "beams"))]
+        plans += [Drafted(DraftShape(3, 4, 6), with_lookup=True)]
     return model, verifier, drafter, plans
 
 
@@ -134,9 +137,10 @@ def run(module, schedule):
     ]
     whose = {id(choose): text for choose, text in zip(own, wanted, strict=True)}  # prompts are read in any order
 
-    def proposer(choose):
-        prompt, chooser, *_ = whose[id(choose)]
-        return Knows(module, prompt, chooser) if right else proposer_for(drafter, verifier.target.embed)
+    def proposer(text):
+        prompt, chooser, *_ = whose[id(text.options.choose)]
+        inner = Knows(module, prompt, chooser) if right else proposer_for(drafter, verifier.target.embed)
+        return LookupProposer(inner, None, text.before)
 
     batch = Batch(
         verifier,

@@ -5,6 +5,8 @@ import pathlib
 
 import mlx.core as mx
 
+PAIR = os.environ.get("BATCH_PAIR", "").split()  # target and drafter that batches are looked at with; the embedded pair
+
 
 def resident(pid=None):
     """Kilobytes of memory that a process has, this one if it is not named."""

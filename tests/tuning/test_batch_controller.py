@@ -2,7 +2,7 @@ import pytest
 from support.costs import made_up
 
 from mlx_redrafter.decoding.planner import StepRead
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Plan
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp, Plan
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.batch_controller import BURST, FIRST_GAP, LARGEST_GAP, BatchController, rounded
 from mlx_redrafter.tuning.running import Slowness
@@ -94,6 +94,39 @@ def test_steps_behind_prompts_do_not_count():
         device.now += 50.0
         controller.learn([StepRead(plan, [5], 100)] * 2, timed=False)
     assert slowness.value(2, plan) == 1.0
+
+
+def looks_up(plan):
+    return isinstance(plan, LookedUp) or (isinstance(plan, Drafted) and plan.with_lookup)
+
+
+def told(texts, steps, right=0.1, lookup="auto"):
+    """Plans of steps in which every text goes on as it has begun: it repeats itself, or says nothing twice."""
+    device, acceptance = Device(), AcceptanceModel([right] * 7)
+    device.costs.draft = {1: {2: 0.1, 8: 0.4}}
+    controller = BatchController(
+        acceptance, CHAINS, device.costs, Slowness(32, 5), {}, lookup, clock=lambda: device.now
+    )
+    follows, plans = [controller.follow(text) for text in texts], []
+    for step in range(steps):
+        plans.append(controller.plan(len(texts), 100, follows))
+        device.now += device.costs.batch_seconds(plans[-1], len(texts), 100)
+        new = [text[step % 3] if text[0] == text[3] else 1000 * n + step for n, text in enumerate(texts)]
+        controller.learn([StepRead(plans[-1], [token], 100, follows=f) for token, f in zip(new, follows, strict=True)])
+    return plans
+
+
+def test_texts_that_repeat_themselves_are_looked_up():
+    """If this fails, lookup takes rows in a batch where it is wrong, or none where it would be right."""
+    repeating, other = [7, 8, 9] * 6, [*range(100, 118)]
+    alike = told([repeating] * 2, 20)
+    assert all(map(looks_up, alike[5:])) and any(isinstance(plan, LookedUp) for plan in alike)
+    assert not any(map(looks_up, told([other] * 2, 20)))
+    one_of_many = told([repeating, *[other] * 7], 20)
+    assert max(plan.num_draft_tokens for plan in one_of_many) < max(plan.num_draft_tokens for plan in alike)
+    on = told([repeating, other], 3, right=0.7, lookup="on")
+    assert all(isinstance(plan, Drafted) and plan.with_lookup for plan in on)
+    assert not any(map(looks_up, told([repeating] * 2, 20, lookup="off")))
 
 
 @pytest.mark.parametrize("texts, expected", [(1, 1), (2, 2), (3, 4), (5, 8), (16, 16), (17, 32)])

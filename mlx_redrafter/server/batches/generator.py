@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.drafting.shape import DraftShape
+from mlx_redrafter.drafting.shape import AUTO, DraftShape
 from mlx_redrafter.server.batches.row import Dress, Response, Row, empty
 from mlx_redrafter.server.provider import Provider
 from mlx_redrafter.server.requests import Arguments
@@ -66,12 +66,15 @@ class BatchGenerator:
         shape = provider.shape_for(None) if provider.drafter is not None else None
         with TURNS:
             self._verifier = verifier_for(provider.model, provider.drafter)
-            planned = batch_planner(self._verifier, provider.drafter, shape if isinstance(shape, DraftShape) else None)
+            fixed, self._lookup = what_to_draft(provider.drafter, shape or AUTO, provider.lookup)
+            shape = fixed if isinstance(fixed, DraftShape) else None
+            planned = batch_planner(self._verifier, provider.drafter, shape, self._lookup)
         self._planner, self._session = planned
         self._batch = self._new_batch()
 
     def _new_batch(self) -> Batch:
-        return Batch(self._verifier, proposers(self._verifier, self._provider.drafter), self._planner, *self._sizes)
+        who = proposers(self._verifier, self._provider.drafter, self._lookup)
+        return Batch(self._verifier, who, self._planner, *self._sizes)
 
     def insert_segments(
         self,

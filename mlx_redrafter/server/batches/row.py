@@ -95,7 +95,7 @@ class Row:
             processors=self.processors_after(before),
             progress=None if made else self.options.progress,
         )
-        self.text = BatchText(prompt, options, self._ends(), self.cache, wants_cache=True)
+        self.text = BatchText(prompt, options, self._ends(), self.cache, wants_cache=True, before=before)
         self.cache = []
         return self.text
 

@@ -24,6 +24,7 @@ from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import Chooser, draft_temperature, from_sampler, greedy
 from mlx_redrafter.decoding.step import Produced
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
+from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
 from mlx_redrafter.errors import UserError
@@ -98,6 +99,7 @@ def batch_generate(
     chooser: Chooser | Sequence[Chooser] | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     shape: DraftShape | str = AUTO,
+    lookup: str | None = None,
     completion_batch_size: int = 32,
     prefill_step_size: int = 2048,
 ) -> BatchResponse:
@@ -116,6 +118,7 @@ def batch_generate(
         chooser: as for `stream_generate`, or one per prompt: each with a seed of its own.
         logits_processors: for every text. With them, and with recurrent layers, every step waits for the one before.
         shape: how much every step drafts; "auto" goes by how many texts run, what steps cost here and what is accepted.
+        lookup: as for `stream_generate`; every text is looked up in itself. With a fixed shape, not "off" means always.
         completion_batch_size: texts at once.
         prefill_step_size: prompt tokens read between two steps.
 
@@ -138,7 +141,7 @@ def batch_generate(
     for name, values in (("max_tokens", limits), ("chooser", choosers), ("prompt_caches", caches)):
         if len(values) != count:
             raise UserError(f"{name} has {len(values)} entries, expected one for each of the {count} prompts")
-    fixed, _ = what_to_draft(drafter, shape, OFF)
+    fixed, lookup = what_to_draft(drafter, shape, lookup)
     texts = []
     with TURNS:
         target, encoded = Target.of(model), [encode(tokenizer, prompt) for prompt in prompts]
@@ -161,8 +164,8 @@ def batch_generate(
             _check_cache(model, cache)
         if isinstance(fixed, DraftShape) and drafter is not None:
             fixed.check(drafter.config.scored)
-        planner, kept = batch_planner(verifier, drafter, fixed if isinstance(fixed, DraftShape) else None)
-    batch = Batch(verifier, proposers(verifier, drafter), planner, completion_batch_size, prefill_step_size)
+        planner, kept = batch_planner(verifier, drafter, fixed if isinstance(fixed, DraftShape) else None, lookup)
+    batch = Batch(verifier, proposers(verifier, drafter, lookup), planner, completion_batch_size, prefill_step_size)
     found, stats = _run(model, batch, texts, return_logprobs, verbose)
     if kept is not None:
         kept.save()
@@ -221,11 +224,19 @@ def _run(
     return list(found.values()), stats
 
 
-def proposers(verifier: Verifier, drafter: Drafter | None) -> Callable[[Chooser], Proposer] | None:
+def proposers(verifier: Verifier, drafter: Drafter | None, lookup: str = OFF) -> Callable[[BatchText], Proposer] | None:
     """Makes who drafts for a text of a batch; None where nothing is drafted."""
-    if drafter is None:
+    if drafter is None and lookup == OFF:
         return None
-    return lambda choose: proposer_for(drafter, verifier.target.embed, draft_temperature(choose))
+
+    def make(text: BatchText) -> Proposer:
+        inner, embed = None, verifier.target.embed
+        if drafter is not None:
+            read = text.prompt[: max(1, len(text.prompt) - 1)]  # the last one is the root
+            inner = proposer_for(drafter, embed, draft_temperature(text.options.choose), [*text.before, *read])
+        return inner if inner is not None and lookup == OFF else LookupProposer(inner, None, text.before)
+
+    return make
 
 
 def _check_cache(model: nn.Module, cache: list[Any] | None) -> None:

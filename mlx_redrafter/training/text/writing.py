@@ -15,6 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
+from mlx_redrafter.target.attention import ATTENTION
 from mlx_redrafter.training.text.data_plan import DataPlan
 from mlx_redrafter.training.text.rendering import Renderer
 from mlx_redrafter.training.text.shards import Make, Progress, Recipe
@@ -96,7 +97,9 @@ def write(
         key = mx.random.key(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0]))
         rows = [prompts[row] for row in batch]
         at = np.array([temperatures[row] for row in batch], np.float32)
-        for row, tokens in zip(batch, _batch(model, rows, length, at, ends, key, warm_up, progress), strict=True):
+        with ATTENTION.in_place():
+            found = _batch(model, rows, length, at, ends, key, warm_up, progress)
+        for row, tokens in zip(batch, found, strict=True):
             written[row] = tokens
         mx.clear_cache()
     return written

@@ -36,6 +36,19 @@ def test_texts_tokens_and_logprobs_are_mlx_lms(pair):
     assert batch_generate(model, tokenizer, []).texts == []
 
 
+def test_each_text_is_looked_up_in_itself(pair):
+    """If this fails, texts that repeat themselves are written no faster together, or not as they are alone."""
+    model, drafter, tokenizer = pair
+    asked = {"max_tokens": 24, "return_token_ids": True}
+    prompts = ["x = [1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2,", *PROMPTS]
+    expected = batch_generate(model, tokenizer, prompts, **asked).token_ids
+    for options in ({}, {"drafter": drafter}, {"drafter": drafter, "shape": DraftShape(3, 4, 6)}):
+        found = batch_generate(model, tokenizer, prompts, lookup="on", **options, **asked)
+        assert found.token_ids == expected and found.stats.mean_acceptance_length > 1.2
+    with pytest.raises(UserError, match="lookup is 'sometimes'"):
+        batch_generate(model, tokenizer, prompts, lookup="sometimes")
+
+
 def test_a_draft_model(pair):
     """If this fails, a small model cannot draft for several texts, or changes them."""
     model, _, tokenizer = pair
