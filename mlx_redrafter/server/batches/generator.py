@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.drafting.shape import AUTO, DraftShape
+from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
 from mlx_redrafter.server.batches.row import Dress, Response, Row, empty
 from mlx_redrafter.server.provider import Provider
 from mlx_redrafter.server.requests import Arguments
@@ -126,8 +126,8 @@ class BatchGenerator:
         row.request.begun.set()
 
     def _join(self, row: Row) -> None:
-        drafter = self._provider.drafter
-        row.method, row.reason = "plain" if drafter is None else drafter.method, self._verifier.reason
+        drafter, alone = self._provider.drafter, "plain" if self._lookup == OFF else "lookup"
+        row.method, row.reason = alone if drafter is None else drafter.method, self._verifier.reason
         self._batch.add(row.move())
 
     def _bring_together(self) -> list[Response]:

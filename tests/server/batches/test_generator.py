@@ -90,6 +90,18 @@ def test_texts_are_those_of_requests_alone(client, sizes, gap):
     assert timings["method"] == "redrafter" and timings["draft_n"] == usage["draft_tokens"]
 
 
+def test_lookup_alone(sizes):
+    """If this fails, a server without a drafter looks nothing up where several ask, or says something else then."""
+    requests = [{"prompt": f"{story} {story} {story}", "max_tokens": 30, "temperature": 0} for story in STORIES[:3]]
+    with serving(*TINY[:2], "--draft", "none", "--dtype", "float32", "--lookup", "on") as client:
+        alone = [told(client.post(TEXT, **request)) for request in requests]
+        assert not sizes
+        found = together(client, requests)
+    assert [told(answer) for answer in found] == alone and max(sizes) > 1
+    assert any(answer["usage"].get("draft_tokens") for answer in found)
+    assert {answer["timings"]["method"] for answer in found} == {"lookup"}
+
+
 def test_streams_are_the_same_in_pieces(client, sizes):
     """If this fails, a piece of one text is lost, comes twice, or goes to another client."""
 
