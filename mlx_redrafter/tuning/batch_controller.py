@@ -113,14 +113,12 @@ class BatchController(BatchPlanner):
                 best, most = other, rate
 
         if isinstance(plan, Drafted):
-            expected, depth = (
-                self.acceptance.expected(plan.shape),
-                min(plan.shape.beam_length - 1, plan.num_draft_tokens),
-            )
+            expected = self.acceptance.expected(plan.shape)
+            depth = min(plan.shape.beam_length - 1, plan.num_draft_tokens, DEEPEST)
             if plan.shape.beam_width == 1:  # a chain makes way, in a tree both have a place
-                each = [found[min(depth, DEEPEST)] if found[1] else expected for found in right]
+                each = [found[depth] if found[1] else expected for found in right]
             else:
-                each = [max(expected, found[min(depth, DEEPEST)]) for found in right]
+                each = [max(expected, found[depth]) for found in right]
             both = Drafted(plan.shape, with_lookup=True)
             if self.lookup == ON:
                 return both
@@ -195,7 +193,7 @@ class BatchController(BatchPlanner):
 
     def _end_trial(self, plan: Plan, texts: int, length: int) -> None:
         """Ends a trial, or goes on with one that went better than what is in use."""
-        seconds = self._seconds(plan, texts, length) * self.slowness.value(rounded(texts), plan)
+        seconds = self._step_seconds(plan, texts, length)
         best = self.trials[rounded(texts)].best if rounded(texts) in self.trials else None
         better = best is not None and self._made / self._read / seconds > self._rate(best, texts, length)
         if self._prolonged or plan == PLAIN or not better:
