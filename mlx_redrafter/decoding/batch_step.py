@@ -189,6 +189,7 @@ class BatchStep(SpeculativeStep):
         rows.join(self.cache, arrived.cache)
         if self.proposer is not None and arrived.proposer is not None:
             self.proposer.join(arrived.proposer)
+            mx.eval(self.proposer.arrays())  # before the caches are put together: not both at once
         self.context = mx.concatenate([self.context, arrived.context])
         self.root = mx.concatenate([self.root, arrived.root])
         self._set([*self.texts, *arrived.texts])

@@ -23,7 +23,6 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
 from mlx_redrafter.system.ranks import LAUNCHED_TOGETHER
 from mlx_redrafter.system.weights import tensors
-from mlx_redrafter.target.attention import ATTENTION
 from mlx_redrafter.target.layers import RawLayers, Tap, find_layers
 from mlx_redrafter.target.rope import positions_per_row
 from mlx_redrafter.target.splitting import is_pipelined, ranks_of
@@ -150,7 +149,7 @@ class Target:
         """
         raw = isinstance(context_layers, RawLayers)
         taps = {n: self._tap(n, raw) for n in context_layers if raw or n != self.num_layers}
-        with standing_in([*self._stand_ins, *taps.values()]), positions_per_row(positions), ATTENTION.in_place():
+        with standing_in([*self._stand_ins, *taps.values()]), positions_per_row(positions):
             logits = self.model(tokens, cache=cache)
         hidden = None
         for _, recorder in reversed(self._stand_ins):  # the first that has seen a hidden state counts

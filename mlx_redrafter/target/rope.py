@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.target.fast import Replacement
+from mlx_redrafter.target.attention import MLXS, attention
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
 
     MLX takes one offset per batch entry, so the rows are moved to the batch axis. Every
     rope of mlx-lm ends in this function, whatever scales its frequencies and however it
-    is called. Calls from other threads do what they always did.
+    is called. Calls from other threads do what they always did. Attention is ours meanwhile, see `attention`.
 
     Args:
         positions: (B, M), or (B,) the first ones, of the rows that the model reads; in
@@ -30,11 +30,17 @@ def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
     """
     before = getattr(_LOCAL, "positions", None), getattr(_LOCAL, "tables", None)
     _LOCAL.positions, _LOCAL.tables = positions, {} if mx.default_device() == mx.cpu else None
+    with _LOCK:
+        _users[0] += 1
+        mx.fast.rope, mx.fast.scaled_dot_product_attention = _rope, attention
     try:
-        with _ROPE.in_place():
-            yield
+        yield
     finally:
         _LOCAL.positions, _LOCAL.tables = before
+        with _LOCK:
+            _users[0] -= 1
+            if not _users[0]:
+                mx.fast.rope, mx.fast.scaled_dot_product_attention = _FAST_ROPE, MLXS
 
 
 def _rope(a: mx.array, dims: int, *, offset: Any, **options: Any) -> mx.array:
@@ -64,12 +70,12 @@ def _rope(a: mx.array, dims: int, *, offset: Any, **options: Any) -> mx.array:
 def _rope_per_row(a: mx.array, dims: int, offset: Any, options: dict[str, Any]) -> mx.array:
     """MLX's rope with the rows on the batch axis where each has a position of its own."""
     if not isinstance(offset, mx.array) or offset.ndim != 2:
-        return _ROPE.own(a, dims, offset=offset, **options)
+        return _FAST_ROPE(a, dims, offset=offset, **options)
     batch, rows = offset.shape
     by_head = a if a.ndim == 4 else a.reshape(batch, -1, rows, a.shape[-1])
     heads = by_head.shape[1]
     moved = by_head.swapaxes(1, 2).reshape(batch * rows, heads, 1, -1)
-    turned = _ROPE.own(moved, dims, offset=offset.reshape(-1), **options)
+    turned = _FAST_ROPE(moved, dims, offset=offset.reshape(-1), **options)
     turned = turned.reshape(batch, rows, heads, -1).swapaxes(1, 2)
     return turned if a.ndim == 4 else turned.reshape(a.shape)
 
@@ -84,5 +90,7 @@ def _pairs(dims: int, traditional: bool, dtype: mx.Dtype) -> tuple[mx.array, mx.
     return first, swap
 
 
-_ROPE = Replacement("rope", _rope)
+_FAST_ROPE = mx.fast.rope
+_LOCK = threading.Lock()
 _LOCAL = threading.local()
+_users = [0]

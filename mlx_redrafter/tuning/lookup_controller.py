@@ -9,6 +9,7 @@ will be right is told by for how many tokens lookups have been right so far.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Callable, Container
 
@@ -44,6 +45,7 @@ class LookupMemory:
         return list(itertools.accumulate(shares, initial=0.0))
 
 
+@dataclasses.dataclass
 class LookupFollower:
     """Follows one text: what lookup would say next, and how it would have fared.
 
@@ -52,10 +54,11 @@ class LookupFollower:
         memory: of all texts of a pair.
     """
 
-    def __init__(self, index: TextIndex, memory: LookupMemory):
-        self.index, self.memory = index, memory
-        self._waiting: list[tuple[int, int, list[int]]] = []  # class, place and tokens of lookups yet to be judged
-        self._forced = set[int]()  # places in the text
+    index: TextIndex
+    memory: LookupMemory
+    # Class, place and tokens of lookups yet to be judged; places in the text that a grammar forced.
+    _waiting: list[tuple[int, int, list[int]]] = dataclasses.field(default_factory=list)
+    _forced: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def kind(self) -> int:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mlx_redrafter.target import attention
-from mlx_redrafter.target.attention import ATTENTION
+from mlx_redrafter.target.attention import MLXS
+from mlx_redrafter.target.rope import positions_per_row
 
 BATCH, HEADS, SHARED, ROWS, COLUMNS = 2, 6, 2, 21, 30
 
@@ -30,11 +31,11 @@ def test_in_parts(mask, rows, monkeypatch):
     """If this fails, a row looks at what it may not look at, or heads look at keys of others."""
     monkeypatch.setattr(attention, "_ROWS", (4, 4))
     mask = MASKS[mask][..., :rows, :] if isinstance(MASKS[mask], mx.array) else MASKS[mask]
-    expected = ATTENTION.own(*arrays(rows), scale=0.3, mask=mask)
-    with ATTENTION.in_place():
+    expected = MLXS(*arrays(rows), scale=0.3, mask=mask)
+    with positions_per_row():
         found = mx.fast.scaled_dot_product_attention(*arrays(rows), scale=0.3, mask=mask)
     assert np.allclose(found, expected, atol=1e-5)
-    assert mx.fast.scaled_dot_product_attention is ATTENTION.own
+    assert mx.fast.scaled_dot_product_attention is MLXS
 
 
 def test_a_prompt_never_has_all_its_scores_at_once():
@@ -44,7 +45,7 @@ def test_a_prompt_never_has_all_its_scores_at_once():
     mx.eval(queries, keys)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    with ATTENTION.in_place():
+    with positions_per_row():
         mx.eval(mx.fast.scaled_dot_product_attention(queries, keys, keys, scale=1.0, mask="causal"))
     assert mx.get_peak_memory() - before < 4 * rows * rows * 4 / 2
 
@@ -52,6 +53,6 @@ def test_a_prompt_never_has_all_its_scores_at_once():
 def test_half_precision_stays_mlxs():
     """If this fails, what is rounded once is rounded more often."""
     halves = [array.astype(mx.float16) for array in arrays()]
-    with ATTENTION.in_place():
+    with positions_per_row():
         found = mx.fast.scaled_dot_product_attention(*halves, scale=0.3)
-    assert mx.array_equal(found, ATTENTION.own(*halves, scale=0.3))
+    assert mx.array_equal(found, MLXS(*halves, scale=0.3))

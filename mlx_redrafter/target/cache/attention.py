@@ -84,7 +84,7 @@ class TreeRows:
         if frame.split_rows:
             keys, values = frame.joined(keys), frame.joined(values)
         self.rows = self.encode(keys), self.encode(values)
-        self._write(self.rows, frame.places)
+        self.keys, self.values = map_arrays(frame.places.write, (self.keys, self.values), self.rows, base=self.base)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Any, Any]:
@@ -100,9 +100,6 @@ class TreeRows:
         """Rows in the form that the buffers keep them in."""
         return rows
 
-    def _write(self, rows: Any, places: Places) -> None:
-        self.keys, self.values = map_arrays(places.write, (self.keys, self.values), rows, base=self.base)
-
     def move(self, path: Path) -> None:
         """Moves one path's rows together behind the first tree row."""
         if self.rows is not None:
@@ -111,7 +108,8 @@ class TreeRows:
     def flush(self) -> None:
         """Writes the rows of an accepted path that are still to be moved."""
         if self.pending is not None:
-            self._write(*self.pending)
+            rows, places = self.pending
+            self.keys, self.values = map_arrays(places.write, (self.keys, self.values), rows, base=self.base)
             self.pending = None
 
     def map(self, function: Callable[[mx.array], mx.array]) -> None:
@@ -121,7 +119,7 @@ class TreeRows:
 
     def reserve(self, rows: int, drop: int = 0) -> None:
         """Grows the buffers to hold at least `rows` rows, in whole blocks; the first `drop` may go for that."""
-        batch, _, capacity, _ = self.shape
+        batch, _, capacity, _ = (self.keys if isinstance(self.keys, mx.array) else self.keys[0]).shape
         block = max(LEAST, BLOCK // batch)
         more = -(-(rows - capacity) // block) * block
         if more <= 0:
@@ -134,14 +132,10 @@ class TreeRows:
         self.keys, self.values = map_arrays(grow, (self.keys, self.values))
         self.base += drop
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(B, kv_heads, capacity, width) of the buffers that are there."""
-        return (self.keys if isinstance(self.keys, mx.array) else self.keys[0]).shape
-
     def room(self, bound: int) -> int:
         """How many rows of the buffers have to be there where no text is longer than the bound, and few more follow."""
-        return min(self.shape[2], -(-(bound - self.base + READ_BLOCK) // LEAST) * LEAST)
+        capacity = (self.keys if isinstance(self.keys, mx.array) else self.keys[0]).shape[2]
+        return min(capacity, -(-(bound - self.base + READ_BLOCK) // LEAST) * LEAST)
 
     def end(self, length: int) -> None:
         """Back to what mlx-lm's cache is after `length` tokens."""

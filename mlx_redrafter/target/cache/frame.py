@@ -131,18 +131,18 @@ def _index(start: mx.array, rows: mx.array, axis: int) -> mx.array:
     return mx.broadcast_to(mx.expand_dims(places, others), rows.shape)
 
 
+@dataclasses.dataclass
 class Places:
     """Where rows go, from position (B,) on. What is computed for that is computed once for all layers."""
 
-    def __init__(self, position: mx.array):
-        self.position = position
-        self._starts: dict[int, mx.array] = {0: position}
-        self._indices: dict[tuple[int, ...], mx.array] = {}
+    position: mx.array
+    _starts: dict[int, mx.array] = dataclasses.field(default_factory=dict)  # by the position of a buffer's first row
+    _indices: dict[tuple[int, ...], mx.array] = dataclasses.field(default_factory=dict)
 
     def write(self, buffer: mx.array, rows: mx.array, base: int) -> mx.array:
         """A buffer (B, heads, capacity, width), row 0 at position `base`, with rows (B, heads, n, width) written."""
         if base not in self._starts:
-            self._starts[base] = self.position - base
+            self._starts[base] = self.position - base if base else self.position
         if buffer.shape[0] == 1:
             return write_rows(buffer, rows, self._starts[base])
         key = base, *rows.shape

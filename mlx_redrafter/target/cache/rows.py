@@ -1,7 +1,7 @@
 """Texts of a batch in the KV cache: one joins, some stay, one is taken out.
 
 Knows nothing of what a text is. A text is one entry of the batch axis in every buffer, with
-its own committed length; all of this only builds graphs, so a step may be on its way.
+its own committed length; a step may be on its way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def can_pad(cache: KVCache, length: int) -> bool:
 
 
 def join(cache: KVCache, other: KVCache) -> None:
-    """Takes the texts of another cache of the same model behind those of this one; `begin_trees` was called of both."""
+    """Takes the texts of another cache of the same model, which is used up, behind those of this one.
+
+    `begin_trees` was called of both. One layer after the other is put together at once, or all of them would be there
+    twice.
+    """
     assert cache.length is not None and other.length is not None
     cache.bound, cache.low = max(cache.bound, other.bound), min(cache.low, other.low)
     for mine, theirs in zip(leaves(cache.layers), leaves(other.layers), strict=True):
@@ -41,6 +45,8 @@ def join(cache: KVCache, other: KVCache) -> None:
             mine.step = None
         elif mine.keys is not None:
             _join_rows(mine, theirs, cache.bound)
+            theirs.keys = theirs.values = None
+            mx.eval(mine.arrays())
     cache.length = mx.concatenate([cache.length, other.length])
     cache.steps.clear()
 
