@@ -20,7 +20,7 @@ from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import Drafted, LookedUp, Plan
 from mlx_redrafter.target.acceptance import Accepted, accept
 from mlx_redrafter.target.cache.attention import BLOCK
-from mlx_redrafter.target.cache.frame import write_rows
+from mlx_redrafter.target.cache.frame import Places
 from mlx_redrafter.target.tree import CandidateTree
 
 NOTHING = -1  # stands where there is no token
@@ -50,7 +50,7 @@ class TextBuffer:
         self._bound += accepted.tokens.shape[1]
         if (more := -(-(self._bound - self.tokens.shape[1]) // BLOCK) * BLOCK) > 0:
             self.tokens = mx.pad(self.tokens, [(0, 0), (0, more)], constant_values=NOTHING)
-        self.tokens = write_rows(self.tokens, accepted.tokens, self.end + 1, axis=1)
+        self.tokens = Places(self.end + 1).write(self.tokens, accepted.tokens, axis=1)
         self.end = self.end + accepted.count + 1
 
     def tighten(self, unused: int) -> None:

@@ -109,26 +109,7 @@ def tree_mask(
         mask = committed & (columns >= first[:, None, :, None])
         if ancestors.shape[2] == rows:  # pieces are drafts of a few levels, which no window is shorter than
             ancestors = ancestors & (depths[:, :, None] - depths[:, None, :] < window)
-    return write_rows(mask, ancestors[:, None], length - start, axis=3)
-
-
-def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, axis: int = 2) -> mx.array:
-    """`buffer` with `rows` written along `axis`, for each b from index start[b] on.
-
-    Args:
-        buffer, rows: the batch first; equal shapes but for `axis`.
-        start: (B,) on the device.
-    """
-    if buffer.shape[0] == 1:
-        return mx.slice_update(buffer, rows, start, axes=(axis,))
-    return mx.put_along_axis(buffer, _index(start, rows, axis), rows, axis=axis)
-
-
-def _index(start: mx.array, rows: mx.array, axis: int) -> mx.array:
-    """The place along `axis` of every number of the rows."""
-    places = start[:, None] + mx.arange(rows.shape[axis], dtype=start.dtype)
-    others = [a for a in range(1, rows.ndim) if a != axis]
-    return mx.broadcast_to(mx.expand_dims(places, others), rows.shape)
+    return Places(length - start).write(mask, ancestors[:, None], axis=3)
 
 
 @dataclasses.dataclass
@@ -139,16 +120,23 @@ class Places:
     _starts: dict[int, mx.array] = dataclasses.field(default_factory=dict)  # by the position of a buffer's first row
     _indices: dict[tuple[int, ...], mx.array] = dataclasses.field(default_factory=dict)
 
-    def write(self, buffer: mx.array, rows: mx.array, base: int) -> mx.array:
-        """A buffer (B, heads, capacity, width), row 0 at position `base`, with rows (B, heads, n, width) written."""
+    def write(self, buffer: mx.array, rows: mx.array, base: int = 0, axis: int = 2) -> mx.array:
+        """A buffer with rows written along an axis.
+
+        Args:
+            buffer, rows: the batch first; equal shapes but for the axis.
+            base: position of the buffer's first row.
+        """
         if base not in self._starts:
             self._starts[base] = self.position - base if base else self.position
+        start, key = self._starts[base], (base, axis, *rows.shape)
         if buffer.shape[0] == 1:
-            return write_rows(buffer, rows, self._starts[base])
-        key = base, *rows.shape
+            return mx.slice_update(buffer, rows, start, axes=(axis,))
         if key not in self._indices:
-            self._indices[key] = _index(self._starts[base], rows, 2)
-        return mx.put_along_axis(buffer, self._indices[key], rows, axis=2)
+            places = start[:, None] + mx.arange(rows.shape[axis], dtype=start.dtype)
+            others = [a for a in range(1, rows.ndim) if a != axis]
+            self._indices[key] = mx.broadcast_to(mx.expand_dims(places, others), rows.shape)
+        return mx.put_along_axis(buffer, self._indices[key], rows, axis=axis)
 
 
 class Path:
