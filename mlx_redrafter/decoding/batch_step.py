@@ -80,11 +80,13 @@ class Arrival:
         """Reads one part of the prompts, and says how many rows it was."""
         self._tell(self._read)
         batch, total = self._tokens.shape
-        asked = min(text.options.prefill_step_size for text in self.texts)
-        size = max(1, min(asked, self.verifier.target.rows_at_once) // batch)
+        size, target = min(text.options.prefill_step_size for text in self.texts), self.verifier.target
+        if target.ranks is None:  # several processes have to take the same parts, and their weights differ
+            size = min(size, target.rows_at_once)
+        size = max(1, size // batch)
         part = self._tokens[:, self._read : self._read + size]
         layers = () if self.proposers is None else self.proposers[0].context_layers
-        hidden, logits = self.verifier.target.forward(part, self.cache.layers, context_layers=layers)
+        hidden, logits = target.forward(part, self.cache.layers, context_layers=layers)
         if len(self.texts[0].prompt) == 1:  # nobody else asks for them, and lazy ones hold on to what they are made of
             self._logits = logits
         self._read += part.shape[1]
