@@ -32,7 +32,7 @@ def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
     _LOCAL.positions, _LOCAL.tables = positions, {} if mx.default_device() == mx.cpu else None
     with _LOCK:
         _users[0] += 1
-        mx.fast.rope, mx.fast.scaled_dot_product_attention = _rope, attention
+        mx.fast.rope, mx.fast.scaled_dot_product_attention = _rope, attention  # type: ignore[assignment]
     try:
         yield
     finally:
