@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import mlx.core as mx
+from mlx_lm.generate import generation_stream
 from tqdm import tqdm
 
 from mlx_redrafter.errors import UserError
@@ -154,9 +155,20 @@ def measure(stream: Iterable, show: Callable[[str, bool], object] | None = None)
         if show is not None:
             show(response.text, drafted)
     seconds = time.perf_counter() - after_first
+    settle()
     steps = getattr(response, "steps", len(accepted))
     held = max(0, mx.get_peak_memory() - active)
     return Run(tokens, seconds, steps, before or len(tokens), to_first, accepted, held)
+
+
+def settle() -> None:
+    """Waits for steps that a loop has begun and not read, on its own stream or mlx-lm's.
+
+    The next text would be computed beside them; and where a model is split, processes may send what belongs to two
+    streams in different orders, which mixes them up.
+    """
+    for stream in (mx.default_stream(mx.default_device()), generation_stream):
+        mx.synchronize(stream)
 
 
 @dataclasses.dataclass

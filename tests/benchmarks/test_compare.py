@@ -1,8 +1,12 @@
 """Turns are fair, and the figures are those of the definitions."""
 
 import types
+from unittest.mock import create_autospec
 
+import mlx.core as mx
 import pytest
+from mlx_lm.generate import generation_stream
+from mlx_redrafter.benchmarks import compare
 from mlx_redrafter.benchmarks.compare import Run, Spread, measure, side_by_side, summarize, table, turn_order
 
 from mlx_redrafter.errors import UserError
@@ -37,6 +41,16 @@ def test_side_by_side_runs_each_on_each():
     assert calls[2:6] == [("a", (1, 2)), ("b", (1, 2)), ("b", (1, 2)), ("a", (1, 2))]
     assert [[run.tokens for run in text] for text in runs["b"]] == [[[1, 2]] * 2, [[3, 4, 5]] * 2]
     assert after == [(1, 2), (1, 2), (3, 4, 5), (3, 4, 5)]
+
+
+def test_nothing_is_left_on_its_way():
+    """If this fails, a method is timed beside a step that the one before it began."""
+    waited = create_autospec(mx.synchronize)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.mx, "synchronize", waited)
+        measure(iter([types.SimpleNamespace(token=1, text="", steps=1)]))
+    found = [call.args[0] for call in waited.call_args_list]
+    assert found == [mx.default_stream(mx.default_device()), generation_stream]
 
 
 def test_figures():
