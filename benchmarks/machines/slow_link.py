@@ -97,9 +97,10 @@ def launch(words: list[str], processes: int, seconds: float) -> int:
         for rank in range(processes):
             file = pathlib.Path(folder) / f"hosts-{rank}.json"
             file.write_text(json.dumps([[f"{HERE}:{port}"] for port in slow[rank]]))
-            environment = os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(file)}
+            # What steps cost over such a link is nothing to keep for these addresses.
+            environment = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(file), "MLX_REDRAFTER_TUNING": folder}
             command = [sys.executable, "-m", "mlx_redrafter.cli.main", *words]
-            running.append(subprocess.Popen(command, env=environment))
+            running.append(subprocess.Popen(command, env=os.environ | environment))
         codes = [process.wait() for process in running]
     return codes[0]
 
