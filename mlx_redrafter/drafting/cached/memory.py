@@ -1,7 +1,8 @@
 """What a drafter with a cache of its own has read of one text, and what waits to be read.
 
-Rows wait until something is drafted: steps that decode plainly cost nothing. What a step accepts is read
-once more, whatever proposed it, so drafts of other proposers, whole trees and plain steps are all the same.
+Rows wait until something is drafted, or until they take too much memory: steps that decode plainly cost next to
+nothing. What a step accepts is read once more, whatever proposed it, so drafts of other proposers, whole trees and
+plain steps are all the same.
 Knows nothing of beams.
 """
 
@@ -23,6 +24,7 @@ from mlx_redrafter.target.tree import CandidateTree
 
 CHUNK = 512  # rows of a prompt read at a time
 PIECE = 32  # rows, and waiting parts, that are read or put together at a time later
+LONGEST = 512  # rows behind the prompt that wait at most where they have contexts, which are some kilobytes each
 
 
 class Reader(Protocol):
@@ -84,6 +86,9 @@ class Memory:
         if len(self._waiting) > PIECE:  # of many plain steps; the prompt stays apart
             runs = itertools.groupby(self._waiting[1:], lambda r: r.count is None and r not in self._unknown)
             self._waiting[1:] = [r for exact, run in runs for r in (_joined(list(run)) if exact else run)]
+            behind = self._waiting if self._begun else self._waiting[1:]
+            if contexts is not None and sum(r.tokens.shape[1] for r in behind) > LONGEST:
+                self._found = self.last()
 
     def learn(self, count: int) -> None:
         """Is told how many rows of the oldest step not known so far count (batch size 1)."""
