@@ -119,23 +119,31 @@ def check_multiples(schema: Any, name: str) -> None:
 
     llguidance follows every remainder: most of a second for 100,000 of them, and soon all memory.
     """
-    steps = [step for step in _steps(schema) if 0 < step <= LARGEST]
+    found = list(_steps(schema))
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"{name}: multipleOf cannot be kept, expected a finite number")
+    steps = [Fraction(str(step)) for step in found if 0 < step <= LARGEST]
     if not steps:
         return
     whole, parts = math.lcm(*(step.numerator for step in steps)), math.gcd(*(step.denominator for step in steps))
     _, digits, zeros = (decimal.Decimal(whole) / parts).normalize().as_tuple()
     first = int("".join(map(str, digits)))
     if first > 99 and first * 10 ** max(0, int(zeros)) > 100_000:
-        raise UserError(f"{name}: multipleOf cannot be kept, expected a least common multiple of at most five digits")
+        raise UserError(
+            f"{name}: multipleOf cannot be kept, expected a least common multiple of at most 100,000 in the last"
+            " decimal place, or of two digits and zeros"
+        )
 
 
-def _steps(schema: Any) -> Iterator[Fraction]:
+def _steps(schema: Any) -> Iterator[float]:
     if isinstance(schema, list):
         for part in schema:
             yield from _steps(part)
     elif isinstance(schema, dict):
         for word, value in schema.items():
             if word == "multipleOf" and type(value) in (int, float):
-                yield Fraction(str(value))
+                yield value
+            elif word in BY_NAME and isinstance(value, dict):
+                yield from _steps(list(value.values()))
             elif word not in DATA:
                 yield from _steps(value)

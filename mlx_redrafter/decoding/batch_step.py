@@ -18,6 +18,7 @@ from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import choose_each
 from mlx_redrafter.decoding.step import SpeculativeStep
 from mlx_redrafter.drafting.proposers import Proposer
+from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.target.cache import rows
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached, leaves
 from mlx_redrafter.target.cache.recurrent import RecurrentCache
@@ -81,7 +82,8 @@ class Arrival:
         self._tell(self._read)
         batch, total = self._tokens.shape
         size, target = min(text.options.prefill_step_size for text in self.texts), self.verifier.target
-        if target.ranks is None:  # several processes have to take the same parts, and their weights differ
+        # On a GPU small parts would cost time. Several processes have to take the same, and their weights differ.
+        if on_cpu() and target.ranks is None:
             size = min(size, target.rows_at_once)
         size = max(1, size // batch)
         part = self._tokens[:, self._read : self._read + size]

@@ -41,6 +41,8 @@ REFUSED = {
     "minimum": {"type": "integer", "minimum": -(2**63), "maximum": -(2**63)},
     "exclusiveMaximum": {"items": {"type": "number", "exclusiveMaximum": 1e300}},
     "multipleOf": {"properties": {"a": {"type": "number", "multipleOf": 0.12345678}}},
+    "multipleOf ": {"properties": {"default": {"type": "integer", "multipleOf": 999983}}},
+    "a finite number": {"multipleOf": float("inf")},
     "common multiple": {"$defs": {"a": {"multipleOf": 997}, "b": {"multipleOf": 991}}},
     "control characters": {"enum": ["a\x01"]},
     "name of a property": {"properties": {"\x7f": {}}},

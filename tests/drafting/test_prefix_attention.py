@@ -108,6 +108,31 @@ def test_little_waits(layer, monkeypatch):
     assert np.allclose(memory.last()[1], layer(contexts, table[tokens])[:, -1], atol=1e-5)
 
 
+def test_a_batch_holds_a_window(layer):
+    """If this fails, what prefix attention holds of texts in a batch grows with them."""
+    rng, length = np.random.default_rng(1), [30, 20]
+    contexts, table = mx.random.normal((2, 900, SIZE)), mx.random.normal((50, HIDDEN))
+    tokens = mx.array(rng.integers(0, 50, (2, 900)))
+    at_once, texts = layer(contexts, table[tokens]), []
+    for b, size in enumerate(length):
+        texts.append(Memory(PrefixReader(layer, lambda ids: table[ids])))
+        texts[b].begin(tokens[b : b + 1, :size], contexts[b : b + 1, :size])
+    memory, other = texts
+    memory.join(other)
+    for _ in range(200):
+        grown = rng.integers(1, 4, 2).tolist()
+        places = mx.array([[n, n + 1, n + 2] for n in length])
+        rows = mx.take_along_axis(contexts, places[..., None], axis=1)
+        memory.extend(mx.take_along_axis(tokens, places, axis=1), rows, mx.array(grown))
+        length = [a + b for a, b in zip(length, grown)]
+        _, found = memory.last()
+        mx.eval(found, memory.arrays())
+        memory.tighten(max(length) + 500)  # the prompts are longer than what is held of them
+    assert memory.cache.layers[0].keys.shape[2] < 200
+    for b in range(2):
+        assert np.allclose(found[b], at_once[b, length[b] - 1], atol=1e-5)
+
+
 class Alternating(Planner):
     """Chains, trees and plain steps in turn."""
 

@@ -72,6 +72,9 @@ class Memory:
         # Of whose count the host has not been told: a step or two; in batches it is told of none.
         self._unknown: deque[Rows] = deque(maxlen=4)
         self._found: tuple[mx.array | None, mx.array] | None = None  # what the last row says, where it was read early
+        # Of batches: a length that the next step to be read computes, and how many rows had been added by then.
+        self._told: tuple[mx.array, int] | None = None
+        self._added = 0
 
     def begin(self, tokens: mx.array, contexts: mx.array | None) -> None:
         """Takes the first rows, at least one; behind those that the cache holds, if it is there."""
@@ -101,9 +104,16 @@ class Memory:
         rows.tokens, rows.contexts, rows.count = exact.tokens, exact.contexts, None
 
     def tighten(self, longest: int) -> None:
-        """Is told that no text has more tokens, and so no more rows."""
-        if self.cache is not None and self._begun:
-            self.cache.bound = min(self.cache.bound, longest)
+        """Is told that no text has more tokens, and so no more rows; called when a step has been read."""
+        if self.cache is None or not self._begun:
+            return
+        if self._told is not None:
+            length, added = self._told
+            known: Any = length.tolist()
+            self.cache.low = max(self.cache.low, min(known))
+            longest = min(longest, max(known) + self._added - added)
+        self._told = None if self.cache.length is None else (self.cache.length, self._added)
+        self.cache.bound = min(self.cache.bound, longest)
 
     def last(self) -> tuple[mx.array | None, mx.array]:
         """Reads what waits, and gives what the last row says: contexts for rows behind it, (B, width), and scores."""
@@ -147,6 +157,7 @@ class Memory:
         chain = CandidateTree.chain(rows.tokens)
         hidden, scores = self.reader.read(chain, rows.contexts, self.cache, at=count - 1)
         self.cache.commit(None, count - 1, size - 1)
+        self._added += size
         return None if hidden is None else hidden[:, 0], scores[:, 0]
 
     def join(self, other: Memory) -> None:
@@ -154,12 +165,13 @@ class Memory:
         (hidden, scores), (their_hidden, their_scores) = self.last(), other.last()
         assert self.cache is not None and other.cache is not None
         join(self.cache, other.cache)
+        self._told = None
         together = None if hidden is None or their_hidden is None else mx.concatenate([hidden, their_hidden])
         self._found = together, mx.concatenate([scores, their_scores])
 
     def keep(self, texts: list[int]) -> None:
         """Keeps these texts, in this order."""
-        index = mx.array(texts)
+        index, self._told = mx.array(texts), None
         if self.cache is not None and self._begun:
             keep(self.cache, texts)
         for part in self._waiting:
