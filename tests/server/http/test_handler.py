@@ -7,7 +7,7 @@ import re
 import socket
 
 import pytest
-from support.serving import serving
+from support.serving import serving, wait
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 ASK = {"prompt": "<greet>", "max_tokens": 1}
@@ -171,6 +171,13 @@ def test_metrics(served):
     usage = served.post(TEXT, prompt="Once upon a time", max_tokens=20)["usage"]
     served.refusal(TEXT, {})
     served.refusal("/any/path/at/all", {})
+    answers = (
+        'path="/v1/completions",status="200"',
+        'path="/v1/completions",status="400"',
+        'path="other",status="404"',
+    )
+    names = [f"mlx_redrafter_requests_total{{{answer}}}" for answer in answers]
+    wait(lambda: all(figures().get(name, 0) > before.get(name, 0) for name in names), 10)  # counted once they are given
     now = figures()
 
     def more(name):
