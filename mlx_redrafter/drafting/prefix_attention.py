@@ -35,7 +35,7 @@ class PrefixAttention(nn.Module):
     def __init__(self, context_size: int, hidden_size: int, exit_dim: int, window: int):
         super().__init__()
         heads = hidden_size // _HEAD_DIM if hidden_size % _HEAD_DIM == 0 else 1
-        self.window, self.heads = window, heads
+        self.window = window
         args = ModelArgs("llama", hidden_size, 1, 2 * hidden_size, heads, 1e-6, 1)
         self.input_context = nn.Linear(context_size, hidden_size, bias=False)
         self.input_token = nn.Linear(hidden_size, hidden_size, bias=False)

@@ -51,6 +51,14 @@ def make_model(seed: int = 0, vocab: int = 97, hidden: int = 32, **changes) -> M
     return model
 
 
+def filled(model, tokens: list[int]) -> list:
+    """mlx-lm's caches of a model that has read these tokens."""
+    cache = make_prompt_cache(model)
+    model(mx.array([tokens]), cache=cache)
+    mx.eval([c.state for c in cache])
+    return cache
+
+
 def make_drafter(vocab: int = 97, hidden: int = 32, seed: int = 0, **changes) -> RecurrentDrafter:
     """A drafter of random weights, large enough that every token it reads shows in what it says."""
     mx.random.seed(seed)

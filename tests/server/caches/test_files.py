@@ -13,8 +13,7 @@ import urllib.request
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
-from support import make_model
+from support import filled, make_model
 from support.commands import code_of
 from support.serving import TINY, serving
 
@@ -22,12 +21,6 @@ from mlx_redrafter import UserError
 from mlx_redrafter.server.caches.files import USES, CacheFiles
 
 MODEL = "a" * 32
-
-
-def filled(model, tokens):
-    cache = make_prompt_cache(model)
-    model(mx.array([tokens]), cache=cache)
-    return cache
 
 
 @pytest.fixture

@@ -6,19 +6,12 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_redrafter.benchmarks.architectures import small_models
-from support import make_model
+from support import filled, make_model
 
 from mlx_redrafter.drafting import proposers
 from mlx_redrafter.server.caches import memory
 from mlx_redrafter.server.caches.files import CacheFiles
 from mlx_redrafter.server.caches.memory import PromptCaches
-
-
-def filled(model, tokens):
-    cache = make_prompt_cache(model)
-    model(mx.array([tokens]), cache=cache)
-    mx.eval([c.state for c in cache])
-    return cache
 
 
 def test_what_drafters_left_goes(small_model):

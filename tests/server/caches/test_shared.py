@@ -7,8 +7,7 @@ from unittest.mock import create_autospec
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
-from support import make_model
+from support import filled, make_model
 
 from mlx_redrafter.server.caches import shared
 from mlx_redrafter.server.caches.shared import SharedPromptCaches
@@ -35,13 +34,6 @@ def two(monkeypatch):
     for one, model in zip(found, models, strict=True):
         one.open("m", model)
     return found, models
-
-
-def filled(model, tokens):
-    cache = make_prompt_cache(model)
-    model(mx.array([tokens]), cache=cache)
-    mx.eval([c.state for c in cache])
-    return cache
 
 
 def test_all_keep_the_same(two):
