@@ -31,9 +31,9 @@ class Grown:
     forced: set[int]
 
     @property
-    def drafts(self) -> int:
-        """Rows that can be right or wrong."""
-        return sum(parent not in self.forced for parent in self.parents[1:])
+    def drafted(self) -> list[bool]:
+        """Of each row, whether it can be right or wrong; the root counts along."""
+        return [True, *(parent not in self.forced for parent in self.parents[1:])]
 
 
 class Matcher:

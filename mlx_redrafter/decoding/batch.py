@@ -110,7 +110,7 @@ class Batch:
         may_go_on = any(text.goes_on_after(1) for text in texts) or len(texts) < len(self.running)
         if self._step.can_build_ahead and may_go_on:
             self._ahead = self._submit()
-        counts, tokens = wait_for(current.count), wait_for(current.tokens)
+        counts, tokens, rows_drafted = (wait_for(a) for a in (current.count, current.tokens, current.drafted))
         paths = None if current.path is None else wait_for(current.path)
         parents = None if current.parents is None else wait_for(current.parents)
         reads = []
@@ -126,8 +126,8 @@ class Batch:
             if paths is not None and parents is not None:
                 reads[-1].path, reads[-1].parents = paths[row][: len(new)], parents[row]
             new = text.take(new)
-            drafted = [i < count for i in range(len(new))]
-            produced = Produced(new, current.logits[row], drafted, plan=current.plan, drafts=current.drafts)
+            drafted, drafts = [i < count for i in range(len(new))], sum(rows_drafted[row]) - 1
+            produced = Produced(new, current.logits[row], drafted, plan=current.plan, drafts=drafts)
             found.append(TextStep(text, produced))
         self._tighten()
         self.planner.learn(reads, timed=not reads_prompts)

@@ -115,8 +115,8 @@ def speculative(
             mx.async_eval(step.history)
         if options.kv_bits is not None:
             options.quantize(cache.layers, length)
-        drafted = [True] * count + [False]
-        yield Produced(tokens, current.logits[0], drafted, plan=current.plan, drafts=current.drafts, forced=read.forced)
+        drafted, drafts = [True] * count + [False], sum(wait_for(current.drafted)[0]) - 1
+        yield Produced(tokens, current.logits[0], drafted, plan=current.plan, drafts=drafts, forced=read.forced)
         if 0 <= max_tokens <= made:
             break
 

@@ -55,7 +55,8 @@ class Submitted:
 
     `most` is the largest count it can have; `path` and `parents` are those of a tree, and
     None where rows lie in order. The first `certain` rows behind the root were forced, and nobody's drafts.
-    Behind the rows in `forced` a grammar forces the token; `drafts` counts the rows that are not behind those.
+    Behind the rows in `forced` a grammar forces the token; `drafted` (B, 1 + N) is False for rows behind those and
+    for rows that only fill the shape, True for the root.
     """
 
     count: mx.array
@@ -65,8 +66,8 @@ class Submitted:
     plan: Plan
     path: mx.array | None
     parents: mx.array | None
+    drafted: mx.array
     certain: int = 0
-    drafts: int = 0
     forced: Collection[int] = ()
 
 
@@ -183,9 +184,9 @@ class SpeculativeStep:
         elif not tree.in_order:
             logits = mx.take_along_axis(logits, accepted.path[..., None], axis=1)
         path, parents = (None, None) if tree.in_order else (accepted.path, tree.parents)
-        drafts, forced = (tree.rows - 1, set[int]()) if grown is None else (grown.drafts, grown.forced)
+        drafted, forced = (tree.valid, ()) if grown is None else (mx.array([grown.drafted]), grown.forced)
         return Submitted(
-            accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents, len(certain), drafts, forced
+            accepted.count, accepted.tokens, logits, tree.max_depth, plan, path, parents, drafted, len(certain), forced
         )
 
     def process(self, tree: CandidateTree, logits: mx.array) -> mx.array:

@@ -125,7 +125,7 @@ def watch(
         else:
             projected, tree, accepted = watched.steps.popleft()
             probabilities: Sequence[float | None] = [None] * tree.rows
-            by_lookup = isinstance(produced.plan, LookedUp)
+            by_lookup = isinstance(produced.plan, LookedUp) and produced.drafts > 0
             if isinstance(drafter, RecurrentDrafter) and projected is not None and not by_lookup:
                 probabilities = node_probabilities(drafter, verifier.target.embed, projected, tree)
             step = WatchedStep(_nodes(tree, accepted, probabilities), tokens, by_lookup)

@@ -195,7 +195,8 @@ class LookupProposer(Proposer):
         if tree is not None:
             drafted = tree.tokens[:, 1 : 1 + depth]
             tokens = mx.where(found[:, None], tokens[:, : drafted.shape[1]], drafted)
-        return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), tokens], axis=1))
+        alone = found if tree is None else None
+        return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), tokens], axis=1), alone)
 
     def advance(self, accepted: Accepted, contexts: mx.array) -> None:
         if self.inner is not None:

@@ -45,8 +45,8 @@ def accept(tree: CandidateTree, choices: mx.array) -> Accepted:
         path = tree.depths  # row i at depth i
         if path.shape[1] == 1:
             return Accepted(tree.parents[:, 0], path, choices, choices[:, 0], path[:, 0])
-        agrees = (tree.tokens[:, 1:] == choices[:, :-1]).astype(mx.int32)
-        count = mx.sum(mx.cumprod(agrees, axis=1), axis=1)
+        agrees = (tree.tokens[:, 1:] == choices[:, :-1]) & tree.valid[:, 1:]
+        count = mx.sum(mx.cumprod(agrees.astype(mx.int32), axis=1), axis=1)
         root = mx.take_along_axis(choices, count[:, None], axis=1)[:, 0]
         return Accepted(count, path, choices, root, count)
     agrees = (tree.tokens == mx.take_along_axis(choices, tree.parents, axis=1)) & tree.valid

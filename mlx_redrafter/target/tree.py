@@ -37,13 +37,17 @@ class CandidateTree:
     in_order: bool = False
 
     @classmethod
-    def chain(cls, tokens: mx.array) -> CandidateTree:
+    def chain(cls, tokens: mx.array, found: mx.array | None = None) -> CandidateTree:
         """A single path, of which everything but the tokens is known to the host.
 
         Args:
             tokens: (B, M) int32, the root first; the root alone is a plain step of decoding.
+            found: (B,) bool, False where all rows but the root only fill the shape; all True if left out.
         """
-        return cls.static(tokens, (0, *range(tokens.shape[1] - 1)))
+        tree = cls.static(tokens, (0, *range(tokens.shape[1] - 1)))
+        if found is not None:
+            tree.valid = found[:, None] | (tree.depths == 0)
+        return tree
 
     @classmethod
     def static(cls, tokens: mx.array, parents: tuple[int, ...]) -> CandidateTree:

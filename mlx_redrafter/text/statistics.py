@@ -19,7 +19,7 @@ class Statistics:
         drafts: rows that had been drafted and could be right or wrong.
         accepted: accepted[d - 1] is the number of steps that got at least d of them in.
         forced: tokens that a grammar forced, and that were verified with others.
-        plans: steps by what they drafted.
+        plans: steps by what they drafted; those that looked up in vain drafted nothing.
     """
 
     steps: int = 0
@@ -37,7 +37,8 @@ class Statistics:
         if self._in_step == 0:
             self.steps += 1
             self.drafts += produced.drafts
-            self.plans[produced.plan] += 1
+            found = produced.drafts or produced.forced or not isinstance(produced.plan, LookedUp)
+            self.plans[produced.plan if found else PLAIN] += 1
             self._right = 0
         elif self._in_step - 1 in produced.forced:
             self.forced += 1

@@ -1,3 +1,5 @@
+import dataclasses
+
 import mlx.core as mx
 import pytest
 from support import RANDOM, REPEATING, make_drafter, make_model, plainly
@@ -11,10 +13,12 @@ from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
 from mlx_redrafter.drafting.cached.mtp import MtpConfig, MtpHead
 from mlx_redrafter.drafting.kinds import proposer_for
+from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.text.statistics import Statistics
 
 PROMPTS = [RANDOM, REPEATING, RANDOM[:3], REPEATING[:9]]
 TREE = Drafted(DraftShape(3, 4, 6))
@@ -221,6 +225,25 @@ def test_one_leaves_while_prompts_are_read(model):
         batch.step()
     assert [len(text.tokens) for text in texts] == [0, 6, 6] and texts[0].finish_reason == "removed"
     assert texts[2].tokens == plainly(model, texts[2].prompt, 6)
+
+
+def test_what_lookup_does_not_find_is_no_draft(model):
+    """If this fails, a text's figures count rows as drafts that only fill the shape of the batch."""
+    texts = [BatchText(prompt, DecodingOptions(max_tokens=24)) for prompt in (REPEATING, RANDOM)]
+    counts = {id(text): Statistics() for text in texts}
+    batch = Batch(verifier_of(model), lambda text: LookupProposer(None, None, text.before), BatchPlanner(LookedUp(3)))
+    for n, parts in enumerate(finish(batch, texts)):
+        for part in parts:
+            statistics, produced = counts[id(part.text)], part.produced
+            assert sum(produced.drafted) <= produced.drafts in (0, 3)
+            assert n or produced.drafts == (3 if part.text is texts[0] else 0)  # no token of the second is there twice
+            for i in range(len(produced.tokens)):
+                statistics.count(dataclasses.replace(produced, last=i + 1 == len(produced.tokens)))
+    for text in texts:
+        figures = counts[id(text)].figures()
+        assert figures["draft_tokens"] == round(3 * figures["lookup_share"] * figures["steps"])
+        assert figures["plain_share"] == 1 - figures["lookup_share"] and text.tokens == plainly(model, text.prompt, 24)
+    assert counts[id(texts[1])].figures()["plain_share"] > 0
 
 
 def test_an_end_inside_a_step(model):

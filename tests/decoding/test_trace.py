@@ -138,9 +138,10 @@ def test_plain_steps_in_between_are_shown_as_such(pair, prefixes):
     written = tokens[: len(found[0][1])]
     for (step, made), read in zip(found[1:], planner.steps, strict=True):
         assert step.nodes[0].token == written[-1] and step.tokens == made == read.tokens[: len(made)]
-        assert len(step.nodes) == 1 + read.plan.num_draft_tokens
+        in_vain = isinstance(read.plan, LookedUp) and len(step.nodes) == 1  # nothing was found
+        assert in_vain or len(step.nodes) == 1 + read.plan.num_draft_tokens
         assert [node.token for node in step.nodes[1:] if node.accepted][: len(made)] == made[: len(read.tokens) - 1]
-        assert step.by_lookup == isinstance(read.plan, LookedUp)
+        assert step.by_lookup == (isinstance(read.plan, LookedUp) and not in_vain)
         assert all((node.probability is None) == step.by_lookup for node in step.nodes[1:])
         written += made
 

@@ -51,6 +51,9 @@ def test_rows_that_only_fill_the_shape_are_never_accepted():
     valid = [True] * 4 + [False] * 4
     accepted = accept(tree(valid), mx.array([[1, 4, 0, 0, 7, 0, 0, 8]], mx.int32))
     assert accepted.count.item() == 1 and accepted.root.item() == 4
+    chain = CandidateTree.chain(mx.array([[9, 1, 2]] * 2), mx.array([True, False]))
+    accepted = accept(chain, mx.array([[1, 2, 3]] * 2, mx.int32))
+    assert accepted.count.tolist() == [2, 0] and accepted.root.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("drafted", [[1, 2, 3], [1, 2, 4], [1, 4, 3], [4, 2, 3]])
