@@ -153,13 +153,11 @@ def node_probabilities(
         states.append(drafter.advance(embed(mx.array([token])), above))
     logits = drafter.logits(projected, mx.concatenate(states)).astype(mx.float32)
     shares = mx.softmax(logits, axis=-1)
-    drafts: dict[int, int] = {}
-    if drafter.config.draft_vocab_size is not None:
-        ids: Any = drafter.target_ids(mx.arange(drafter.config.scored)).tolist()
-        drafts = {target: draft for draft, target in enumerate(ids)}
+    ids: Any = drafter.get("vocab_map", mx.arange(drafter.config.scored)).tolist()
+    drafts = {target: draft for draft, target in enumerate(ids)}
     found: list[float | None] = [None]
     for row, token in enumerate(tokens[1:], 1):
-        draft = drafts.get(token) if drafts else token
+        draft = drafts.get(token)
         share: Any = None if draft is None else shares[parents[row], draft].item()
         found.append(share)
     return found

@@ -73,7 +73,7 @@ def _scores(
     """The drafter's log-probability of every entry of some beams, step by step along its own path."""
     tokens, origins = found["tokens"], found["origins"]
     cases, steps, width = tokens.shape
-    drafted = np.array(drafter.target_ids(mx.arange(drafter.config.scored)))
+    drafted = np.array(drafter.get("vocab_map", mx.arange(drafter.config.scored)))
     place = {int(token): i for i, token in enumerate(drafted)}
     first = origins[:, 0].any()  # there is only the root to grow from
     if first or origins.min() < 0 or origins.max() >= width or not {*map(int, tokens.reshape(-1))} <= place.keys():

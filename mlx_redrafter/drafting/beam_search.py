@@ -71,13 +71,13 @@ def beam_search(
         return drafter.logits(projected, state)
 
     first = drafter.logits(projected, state)
-    return grow(first, follow, drafter.target_ids, batch, width, length, temperature)
+    return grow(first, follow, drafter.get("vocab_map"), batch, width, length, temperature)
 
 
 def grow(
     scores: mx.array,
     follow: Callable[[mx.array, mx.array], mx.array],
-    target_ids: Callable[[mx.array], mx.array],
+    vocab_map: mx.array | None,
     batch: int,
     width: int,
     length: int,
@@ -89,7 +89,7 @@ def grow(
         scores: (B, scored) unnormalised, behind the root. Entries lie along the batch axis from then on,
             (B * W, ...): two axes cost MLX fewer operations than three.
         follow: takes a step's tokens (B, W) and origins (B, W), and gives the scores behind them, (B * W, scored).
-        target_ids: the target's ids of what is scored.
+        vocab_map: (scored,) the target's ids of what is scored; None where they are the same.
     """
     steps: list[tuple[mx.array, mx.array, mx.array]] = []
     for step in range(1, length):
@@ -109,7 +109,7 @@ def grow(
             all_scores = scores.reshape(batch, entries, vocab) + base[..., None]
             best, log_probs = top(all_scores.reshape(batch, entries * vocab), width)
             best, origins = best % vocab, best // vocab
-        steps.append((target_ids(best), origins, log_probs))
+        steps.append((best if vocab_map is None else vocab_map[best], origins, log_probs))
         if step < length - 1:
             scores = follow(steps[-1][0], origins)
     return Beam(*(mx.stack(list(parts), axis=1) for parts in zip(*steps, strict=True)))

@@ -136,6 +136,10 @@ class DrafterBase(nn.Module):
         widest: int = self.config.scored
         return widest
 
+    def take(self, name: str, module: Any) -> None:
+        """Keeps a module of the target's, which is no item of this one: its weights are no parameters here."""
+        object.__setattr__(self, name, module)
+
     def is_quantizable(self, path: str, module: nn.Module) -> bool:
         """Whether a module's matrix is one that quantisation takes."""
         return hasattr(module, "to_quantized")
@@ -200,7 +204,12 @@ class ScoringDrafter(DrafterBase):
 
     Attributes:
         config: also with `scored`, `draft_vocab_size` and `tie_output`.
+        lm_head: O, (..., width) -> (..., scored); the target's, once it is taken, with `tie_output`.
+        unread: how the names of weights begin that a draft step does not read.
     """
+
+    lm_head: Any
+    unread: tuple[str, ...]
 
     def add_output_layer(self, width: int) -> None:
         """Adds what scores features of this width, and the ids of what is scored where that is not all."""
@@ -209,8 +218,6 @@ class ScoringDrafter(DrafterBase):
         if self.config.draft_vocab_size is not None:
             self.vocab_map = mx.arange(self.config.draft_vocab_size, dtype=mx.int32)
             self.freeze(keys=["vocab_map"], recurse=False)
-        # Not an item of the module: a tied layer is the target's, no parameter of the drafter.
-        object.__setattr__(self, "_tied", None)
 
     def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As nn.Module's, but the vocabulary map holds ids and never learns."""
@@ -219,15 +226,8 @@ class ScoringDrafter(DrafterBase):
             self.freeze(keys=["vocab_map"], recurse=False)
         return self
 
-    def tie(self, layer: nn.Module) -> None:
-        """Gives a drafter with `tie_output` its layer, (..., width) -> (..., scored), from `target.output_layer`."""
-        object.__setattr__(self, "_tied", layer)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the drafter has its output layer; one with `tie_output` waits for `tie`."""
-        return not self.config.tie_output or self._tied is not None
-
-    def bytes_tied(self) -> int:
-        """Bytes of a tied layer, the target's rows that are read."""
-        return 0 if self._tied is None else sum(value.nbytes for value in tensors(self._tied).values())
+    def bytes_per_draft_step(self) -> int:
+        """Bytes of weights that one draft step reads, the target's rows of a tied layer included."""
+        tied = tensors(self.lm_head) if self.config.tie_output and hasattr(self, "lm_head") else {}
+        own = {name: value for name, value in tensors(self).items() if not name.startswith(self.unread)}
+        return sum(value.nbytes for value in (*own.values(), *tied.values()))

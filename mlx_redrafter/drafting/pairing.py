@@ -42,5 +42,5 @@ def tie(drafter: ScoringDrafter, target: Target) -> None:
     Raises:
         UserError: see `output_layer`.
     """
-    if not drafter.is_complete:
-        drafter.tie(output_layer(target, drafter.get("vocab_map")))
+    if not hasattr(drafter, "lm_head"):
+        drafter.take("lm_head", output_layer(target, drafter.get("vocab_map")))

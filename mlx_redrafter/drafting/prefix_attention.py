@@ -18,7 +18,6 @@ from mlx_lm.models.llama import ModelArgs, TransformerBlock
 
 from mlx_redrafter.drafting.drafter_files import Embedder
 from mlx_redrafter.target.cache.kv_cache import KVCache
-from mlx_redrafter.target.rope import positions_per_row
 from mlx_redrafter.target.tree import CandidateTree
 
 _HEAD_DIM = 64
@@ -98,5 +97,5 @@ class PrefixReader:
     ) -> tuple[None, mx.array]:
         """Reads rows behind what the cache holds; arguments as for `cached.head.ContextReader.read`."""
         assert contexts is not None
-        with cache.reading(tree, chain=tree.in_order) as positions, positions_per_row(positions):
+        with cache.reading(tree, chain=tree.in_order):
             return None, self.layer(contexts, self.embed(tree.tokens), cache, at)

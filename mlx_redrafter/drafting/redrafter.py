@@ -38,7 +38,6 @@ from mlx_redrafter.drafting.drafter_files import (
 from mlx_redrafter.drafting.prefix_attention import PrefixAttention
 from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.weights import tensors
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 
@@ -164,6 +163,7 @@ class RecurrentDrafter(ScoringDrafter):
 
     method = "redrafter"
     deepest = LONGEST_BEAM - 1
+    unread = ("vocab_map", "input_proj_context", "prefix.")  # once per step of decoding, but for the map
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -185,25 +185,6 @@ class RecurrentDrafter(ScoringDrafter):
     @property
     def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.config.context_layers
-
-    @property
-    def output_layer(self) -> Any:
-        """O: (..., exit_dim) -> (..., config.scored)."""
-        return self._tied if self.config.tie_output else self.lm_head
-
-    def target_ids(self, drafted: mx.array) -> mx.array:
-        """The target's ids of draft tokens, same shape, int32; the tokens themselves where all can be drafted."""
-        return drafted if self.config.draft_vocab_size is None else self.vocab_map[drafted]
-
-    def bytes_per_draft_step(self) -> int:
-        """Bytes of weights that one draft step reads, the target's rows of a tied layer included.
-
-        What is read once per step of decoding is not counted, the context's half of P and
-        prefix attention, nor is the one row of the embedding.
-        """
-        unread = ("vocab_map", "input_proj_context", "prefix.")
-        own = sum(value.nbytes for name, value in tensors(self).items() if not name.startswith(unread))
-        return own + self.bytes_tied()
 
     def project_context(self, context: mx.array) -> mx.array:
         """The part of the head that reads only the context h; once per step.
@@ -242,7 +223,7 @@ class RecurrentDrafter(ScoringDrafter):
         Returns:
             (..., config.scored), unnormalised.
         """
-        return self.output_layer(self.features(projected_context, state))
+        return self.lm_head(self.features(projected_context, state))
 
     def features(self, projected_context: mx.array, state: mx.array) -> mx.array:
         """What O reads, (..., exit_dim); arguments as for `logits`."""

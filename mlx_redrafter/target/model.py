@@ -123,11 +123,7 @@ class Target:
         return max(1, len(context_layers)) * self.hidden_size
 
     def forward(
-        self,
-        tokens: mx.array,
-        cache: list[Any],
-        positions: mx.array | None = None,
-        context_layers: tuple[int, ...] = (),
+        self, tokens: mx.array, cache: list[Any], context_layers: tuple[int, ...] = ()
     ) -> tuple[mx.array | None, mx.array]:
         """One call of the model on M rows.
 
@@ -138,7 +134,6 @@ class Target:
         Args:
             tokens: (B, M) ids.
             cache: one cache per layer.
-            positions: (B, M), or (B,) the first ones, where the caches read a tree.
             context_layers: which hidden states to give, by the number of layers passed, as
                 `check_layers` allows them; none for the last alone.
 
@@ -149,7 +144,7 @@ class Target:
         """
         raw = isinstance(context_layers, RawLayers)
         taps = {n: self._tap(n, raw) for n in context_layers if raw or n != self.num_layers}
-        with standing_in([*self._stand_ins, *taps.values()]), positions_per_row(positions):
+        with standing_in([*self._stand_ins, *taps.values()]), positions_per_row():
             logits = self.model(tokens, cache=cache)
         hidden = None
         for _, recorder in reversed(self._stand_ins):  # the first that has seen a hidden state counts

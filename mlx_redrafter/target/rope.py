@@ -27,9 +27,11 @@ def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
     Args:
         positions: (B, M), or (B,) the first ones, of the rows that the model reads; in
             place of whole numbers that a model finds by counting the rows of its keys.
+            Those that hold already where none are given.
     """
     before = getattr(_LOCAL, "positions", None), getattr(_LOCAL, "tables", None)
-    _LOCAL.positions, _LOCAL.tables = positions, {} if mx.default_device() == mx.cpu else None
+    _LOCAL.positions = before[0] if positions is None else positions
+    _LOCAL.tables = {} if mx.default_device() == mx.cpu else None
     with _LOCK:
         _users[0] += 1
         mx.fast.rope, mx.fast.scaled_dot_product_attention = _rope, attention  # type: ignore[assignment]

@@ -81,8 +81,8 @@ class Verifier:
         """
         split = self.found.split_rows
         tokens = tree.tokens.reshape(-1, 1) if split else tree.tokens
-        with cache.reading(tree, self.found.kind == CHAIN, split) as positions, standing_in(self._mixers):
-            hidden, logits = self.target.forward(tokens, cache.layers, positions, context_layers)
+        with cache.reading(tree, self.found.kind == CHAIN, split), standing_in(self._mixers):
+            hidden, logits = self.target.forward(tokens, cache.layers, context_layers)
         assert hidden is not None  # the kind is NONE otherwise
         if split:
             hidden, logits = (x.reshape(*tree.tokens.shape, x.shape[-1]) for x in (hidden, logits))

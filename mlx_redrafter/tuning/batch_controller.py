@@ -95,9 +95,8 @@ class BatchController(BatchPlanner):
 
     def plan(self, texts: int, length: int, follows: Sequence[LookupFollower | None] = ()) -> Plan:
         plan = self._without_lookup(texts, length)
-        if plan == self._trial or not any(follow is not None and follow.kind for follow in follows):
-            return plan
-        return self._with_lookup(plan, length, [follow.expected() for follow in follows if follow is not None])
+        right = [] if plan == self._trial else [follow.expected() for follow in follows if follow is not None]
+        return self._with_lookup(plan, length, right) if any(found[1] for found in right) else plan
 
     def _with_lookup(self, plan: Plan, length: int, right: list[list[float]]) -> Plan:
         """The plan, with lookup in it or in its place where that should bring more tokens per second.

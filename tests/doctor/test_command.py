@@ -1,5 +1,7 @@
 """The doctor's stages, compared between two CPU streams, one of which is broken on purpose."""
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -82,18 +84,13 @@ def broken_ranks(places, patch):
 
 
 def broken_positions(places, patch):
-    whole = Target.forward
+    whole = KVCache.reading
 
-    def forward(self, tokens, cache, positions=None, context_layers=()):
-        moved = positions if positions is None or not on(places.tested) else positions + 1
-        return whole(self, tokens, cache, moved, context_layers)
+    def reading(self, tree, *more):
+        moved = dataclasses.replace(tree, depths=tree.depths + 1) if on(places.tested) else tree
+        return whole(self, moved, *more)
 
-    # Caches tell a model its positions, too; both have to be off.
-    patch.setattr(Target, "forward", forward)
-    reading = KVCache.reading
-    patch.setattr(
-        KVCache, "reading", lambda self, a, d, *more: reading(self, a, d + 1 if on(places.tested) else d, *more)
-    )
+    patch.setattr(KVCache, "reading", reading)
 
 
 def broken_commit(places, patch):

@@ -96,10 +96,6 @@ class DraftModel(DrafterBase):
             raise UserError(f"{name}: this model cannot draft: {self.verifier.reason}")
         self.config.scored = min(self.config.vocab_size, target.vocab_size)
 
-    def target_ids(self, drafted: mx.array) -> mx.array:
-        """The target's ids of draft tokens: the same."""
-        return drafted
-
     def make_cache(self) -> KVCache:
         return self.verifier.make_cache()
 

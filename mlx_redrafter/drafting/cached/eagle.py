@@ -24,7 +24,6 @@ from mlx_redrafter.drafting.drafter_files import (
     whole_number,
 )
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.weights import tensors
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.layers import RawLayers
 from mlx_redrafter.target.model import Target
@@ -153,6 +152,7 @@ class EagleHead(ScoringDrafter, ContextReader):
     """The head's weights, and what its memory asks of it (see `cached.memory.Reader`)."""
 
     method = "eagle3"
+    unread = ("vocab_map", "fc.", "embed_tokens.")  # `fc` is read once per step, of an embedding a few rows
 
     def __init__(self, config: EagleConfig):
         super().__init__()
@@ -181,21 +181,6 @@ class EagleHead(ScoringDrafter, ContextReader):
     def _numbers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         return layers if self.config.unit_contexts else RawLayers(layers)
 
-    @property
-    def output_layer(self) -> Any:
-        """O: (..., width) -> (..., config.scored)."""
-        return self._tied if self.config.tie_output else self.lm_head
-
-    def target_ids(self, drafted: mx.array) -> mx.array:
-        """The target's ids of draft tokens, same shape, int32; the tokens themselves where all can be drafted."""
-        return drafted if self.config.draft_vocab_size is None else self.vocab_map[drafted]
-
-    def bytes_per_draft_step(self) -> int:
-        """Bytes of weights that one level of drafts reads; `fc` is read once per step, of an embedding a few rows."""
-        unread = ("vocab_map", "fc.", "embed_tokens.")
-        own = sum(value.nbytes for name, value in tensors(self).items() if not name.startswith(unread))
-        return own + self.bytes_tied()
-
     def rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
         assert contexts is not None
         if contexts.shape[-1] == TAPS * self.config.hidden_size:
@@ -206,7 +191,7 @@ class EagleHead(ScoringDrafter, ContextReader):
         return rows
 
     def scores(self, hidden: mx.array) -> mx.array:
-        scores: mx.array = self.output_layer(self.features(hidden))
+        scores: mx.array = self.lm_head(self.features(hidden))
         return scores
 
     def features(self, hidden: mx.array) -> mx.array:

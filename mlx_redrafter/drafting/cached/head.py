@@ -7,7 +7,6 @@ that the target has read, a row's own output takes the place of the context. Kno
 from __future__ import annotations
 
 import abc
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache as PlainKVCache
@@ -16,7 +15,6 @@ from mlx_redrafter.drafting.drafter_files import DrafterBase, Embedder
 from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.rope import positions_per_row
 from mlx_redrafter.target.tree import CandidateTree
 
 
@@ -37,14 +35,6 @@ class ContextReader(DrafterBase, abc.ABC):
     @abc.abstractmethod
     def scores(self, hidden: mx.array) -> mx.array:
         """Scores of the next token (B, M, scored) from the rows' outputs."""
-
-    def take(self, name: str, module: Any) -> None:
-        """Keeps a module of the target's, which is no item of this one: its weights are no parameters of the head."""
-        object.__setattr__(self, name, module)
-
-    def target_ids(self, drafted: mx.array) -> mx.array:
-        """The target's ids of draft tokens, same shape, int32; the tokens themselves where all can be drafted."""
-        return drafted
 
     def make_cache(self) -> KVCache:
         return KVCache([PlainKVCache()])
@@ -67,7 +57,7 @@ class ContextReader(DrafterBase, abc.ABC):
         Returns:
             the rows' outputs (B, M, width), and their scores of the next token (B, M, scored).
         """
-        with cache.reading(tree, chain=tree.in_order) as positions, positions_per_row(positions):
+        with cache.reading(tree, chain=tree.in_order):
             hidden = self.rows(tree.tokens, contexts, cache)
         if at is not None:
             hidden = mx.take_along_axis(hidden, at[:, None, None], axis=1)

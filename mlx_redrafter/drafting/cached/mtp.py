@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -74,15 +75,16 @@ class MtpConfig:
         config.quantization = read_quantization(fields, widths, source)
         return config
 
+    @functools.cached_property
     def family(self) -> nn.Module:
-        """mlx-lm's model of one layer, of random weights that nobody has computed."""
+        """mlx-lm's model of one layer, the head's; of random weights that nobody has computed until it has its own."""
         model_class, args = _get_classes(self.model)
         family: nn.Module = model_class(args.from_dict(copy.deepcopy(self.model | _ONE_LAYER)))
         return family
 
     def widths(self) -> dict[str, int]:
         """Of the matrices that quantisation splits into groups."""
-        layer = self.family().layers[0]
+        layer = self.family.layers[0]
         found = {name: m.weight.shape[-1] for name, m in layer.named_modules() if hasattr(m, "to_quantized")}
         return {"hidden_size": self.hidden_size} | found
 
@@ -104,37 +106,35 @@ class MtpHead(ContextReader):
     def __init__(self, config: MtpConfig):
         super().__init__()
         self.config = config
-        family = config.family()
-        # The model around it says which caches the layer has, and which weights no type may change.
-        self.take("_family", family)
+        # The model around the layer says which caches it has, and which weights no type may change.
+        family = config.family
         # Its own code makes the masks and calls the layer: it is called with what `fc` gives in place of embeddings.
         self.body: Any = dict(family.named_modules())[body_of(family)]
         self.body.embed_tokens = nn.Identity()
         size, eps = config.hidden_size, self.body.norm.eps
         self.embedding_norm, self.context_norm = nn.RMSNorm(size, eps=eps), nn.RMSNorm(size, eps=eps)
         self.fc = nn.Linear(2 * size, size, bias=False)
-        self.take("_output", None)
 
     def fit(self, target: Target) -> None:
         """Shares the target's embedding and output layer."""
         self.take("embed", target.embed)
-        if self._output is None:
-            self.take("_output", output_layer(target))
+        if not hasattr(self, "lm_head"):
+            self.take("lm_head", output_layer(target))
 
     def set_dtype(self, dtype: mx.Dtype, *given: Any) -> None:
         """As nn.Module's, but for weights that mlx-lm keeps in full, as a router's bias."""
-        may_cast = getattr(self._family, "cast_predicate", lambda name: True)
+        may_cast = getattr(self.config.family, "cast_predicate", lambda name: True)
         kept = {name: value for name, value in tensors(self).items() if not may_cast(name)}
         super().set_dtype(dtype, *given)
         self.update(tree_unflatten(list(kept.items())))
 
     def is_quantizable(self, path: str, module: nn.Module) -> bool:
         """Routers stay whole, which mlx-lm gives more bits than it gives experts."""
-        wanted = getattr(self._family, "quant_predicate", None)
+        wanted = getattr(self.config.family, "quant_predicate", None)
         return super().is_quantizable(path, module) and (wanted is None or wanted(path, module) is True)
 
     def make_cache(self) -> KVCache:
-        return KVCache(make_prompt_cache(self._family))
+        return KVCache(make_prompt_cache(self.config.family))
 
     def rows(self, tokens: mx.array, contexts: mx.array | None, cache: KVCache) -> mx.array:
         assert contexts is not None
@@ -144,5 +144,5 @@ class MtpHead(ContextReader):
         return rows
 
     def scores(self, hidden: mx.array) -> mx.array:
-        scores: mx.array = self._output(hidden)
+        scores: mx.array = self.lm_head(hidden)
         return scores

@@ -106,7 +106,7 @@ def _renamed(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 
 def _arranged(weights: dict[str, mx.array], config: MtpConfig) -> dict[str, mx.array]:
     """The tensors as mlx-lm arranges those of a model with this one layer, under the names of `MtpHead`."""
-    family = config.family()
+    family = config.family
     norms = mx.concatenate([weights.pop(f"{name}.weight") for name in _NORMS])
     given = {_LAYER + name: value for name, value in weights.items()}
     # All norms are of the family's kind: some are stored as what is to be added to 1. One with windows of convolution

@@ -141,7 +141,7 @@ class CachedProposer(RememberingProposer):
                 level += 1
                 return scores.reshape(batch * width, -1)
 
-            beam = grow(scores, follow, drafter.target_ids, batch, width, length, self.temperature)
+            beam = grow(scores, follow, drafter.get("vocab_map"), batch, width, length, self.temperature)
         if width == 1:
             return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), beam.tokens[:, :, 0]], axis=1))
         return candidate_tree(beam, root, shape.num_draft_tokens, shape.tree_policy)

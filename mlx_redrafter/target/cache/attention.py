@@ -191,6 +191,7 @@ class WindowCache(TreeRows, RotatingKVCache):  # type: ignore[misc]  # argument 
         super().end(length)
         if self.keys is not None:
             first = max(length - self.max_size, 0) - self.base
+            assert first >= 0  # rows below the base are gone
             self.map(lambda buffer: buffer[:, :, first : length - self.base])
             self._idx = self.keys.shape[2]
         self.base = 0

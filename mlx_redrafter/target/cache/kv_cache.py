@@ -20,6 +20,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.cache.attention import LayerCache, QuantizedLayerCache, WindowCache, with_contents
 from mlx_redrafter.target.cache.frame import Path, TreeFrame
 from mlx_redrafter.target.cache.recurrent import AT_ONCE, RecurrentCache, RecurrentStep
+from mlx_redrafter.target.rope import positions_per_row
 from mlx_redrafter.target.tree import CandidateTree
 
 
@@ -104,18 +105,15 @@ class KVCache:
         return True
 
     @contextlib.contextmanager
-    def reading(self, tree: CandidateTree, chain: bool, split_rows: bool = False) -> Iterator[mx.array | None]:
-        """While it lasts, the layers take a tree's rows behind the committed ones.
+    def reading(self, tree: CandidateTree, chain: bool, split_rows: bool = False) -> Iterator[None]:
+        """While it lasts, the layers take a tree's rows behind the committed ones, and rope knows their positions.
 
         Args:
             chain: rows stand in consecutive positions, and the model is told only the first.
             split_rows: the model gets each row as a batch entry of its own.
-
-        Yields:
-            the rows' positions, (B, M), (B,) the first ones, or (B * M,); None for a plain row.
         """
         if self._plain and tree.rows == 1:
-            yield None
+            yield
             return
         if self._plain:
             self.begin_trees()
@@ -124,7 +122,8 @@ class KVCache:
         for cache in leaves(self.layers):
             cache.prepare(frame)
         try:
-            yield frame.offset
+            with positions_per_row(frame.offset):
+                yield
         finally:
             for cache in leaves(self.layers):
                 cache.frame = None

@@ -93,7 +93,7 @@ class Eagle(Method):
     def scores(self, drafter: EagleHead, batch: Batch) -> Iterator[mx.array]:
         contexts, after, at = batch.whole
         texts, length, _ = contexts.shape
-        score, cache = scorer(drafter.output_layer, batch), _Unrolled()
+        score, cache = scorer(drafter.lm_head, batch), _Unrolled()
         text = drafter.layer(after, drafter.fc(contexts), "causal", cache)
         # Positions come rank by rank over all texts; the layer reads them text by text.
         roots = at.reshape(-1, texts).T % length

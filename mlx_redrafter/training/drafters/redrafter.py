@@ -78,7 +78,7 @@ class ReDrafter(Method):
         if batch.whole:
             contexts, after, at = batch.whole
             context = context + drafter.prefix(contexts, after).reshape(-1, context.shape[-1])[at]
-        score, state = scorer(drafter.output_layer, batch), None
+        score, state = scorer(drafter.lm_head, batch), None
         for embedding in batch.embeddings:
             rows = embedding.shape[0]
             state = drafter.advance(embedding, None if state is None else state[:rows])
