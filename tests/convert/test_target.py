@@ -1,6 +1,5 @@
 """Converting whole models: from PyTorch files and back, from shards, quantised again, in little memory."""
 
-import contextlib
 import json
 import pathlib
 import shutil
@@ -11,95 +10,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_redrafter.convert.export import _check_layout
 from mlx_redrafter.convert.target import convert_target
-from support import make_drafter
+from support.vicuna import TEXT, tensors, write_vicuna
 
 from mlx_redrafter import UserError, load
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.system.weights import read_weights
 from mlx_redrafter.text.loading import EMBEDDED
-
-HIDDEN, LAYERS, VOCAB = 64, 3, 300
-TEXT = "Hello, world. It is a naïve café, 12345 of them; import os and go on.\n"
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory):
-    """A tokenizer.model as Llama's was trained: byte fallback, nothing normalised, digits one by one."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "text.txt").write_text((pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md").read_text() + 20 * TEXT)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=VOCAB + 100,
-        hard_vocab_limit=False,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return folder / "tokenizer.model"
-
-
-def write_vicuna(folder, tokenizer_model, hidden=HIDDEN, layers=LAYERS, inner=96, shards=3, **config_changes):
-    """Vicuna's shape: Llama in float16 shards with an index, and a SentencePiece tokenizer alone."""
-    import sentencepiece
-
-    vocab = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model)).vocab_size()
-    folder.mkdir(parents=True)
-    shutil.copy(tokenizer_model, folder)
-    fields = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": vocab,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "float16",
-    }
-    (folder / "config.json").write_text(json.dumps(fields | config_changes))
-    shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
-    for i in range(layers):
-        at = f"model.layers.{i}"
-        shapes |= {f"{at}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
-        shapes |= {f"{at}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-        shapes |= {f"{at}.mlp.down_proj.weight": (hidden, inner)}
-        shapes |= {f"{at}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    shapes["model.norm.weight"] = (hidden,)
-    mx.random.seed(3)
-    draw = mx.random.normal if hidden == HIDDEN else mx.ones  # the large ones are only weighed
-    weights = {name: (0.2 * draw(shape)).astype(mx.float16) for name, shape in shapes.items()}
-    weight_map, names = {}, list(weights)
-    per_shard = -(-len(names) // shards)
-    for i in range(shards):
-        part = {name: weights[name] for name in names[i * per_shard : (i + 1) * per_shard]}
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        mx.save_safetensors(str(folder / file), part)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vicuna(tmp_path_factory, sentencepiece_model):
-    return write_vicuna(tmp_path_factory.mktemp("vicuna") / "hf", sentencepiece_model)
-
-
-def tensors(folder):
-    return read_weights(sorted(folder.glob("*.safetensors")))
 
 
 def equal(a, b):
@@ -194,70 +110,6 @@ def test_quantised_again(vicuna, tmp_path, capsys):
     assert equal(tensors(tmp_path / "x"), tensors(full))
 
 
-def without_shard_2(folder):
-    (folder / "model-00002-of-00003.safetensors").unlink()
-
-
-def rewrite_index(folder, change):
-    file = folder / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    index["weight_map"] = change(index["weight_map"])
-    file.write_text(json.dumps(index))
-
-
-def reshaped(folder):
-    file = folder / "model-00001-of-00003.safetensors"
-    weights = dict(mx.load(str(file)))
-    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:, :32]
-    mx.eval(weights)
-    mx.save_safetensors(str(file), weights)
-
-
-def config_of(folder, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (without_shard_2, "model-00002-of-00003.safetensors: no such file, though model.safetensors.index.json names"),
-        (
-            lambda f: rewrite_index(f, lambda m: {k: v for k, v in m.items() if "00002" not in v}),
-            "model-00002-of-00003.safetensors: is there, but model.safetensors.index.json does not name it",
-        ),
-        (
-            lambda f: rewrite_index(f, lambda m: m | {"model.extra": "model-00002-of-00003.safetensors"}),
-            "model-00002-of-00003.safetensors: tensor 'model.extra' is missing, though",
-        ),
-        (
-            lambda f: [(f / "model.safetensors.index.json").unlink(), without_shard_2(f)],
-            "model-00002-of-00003.safetensors: no such file, though model-00001-of-00003.safetensors is one of 3",
-        ),
-        (reshaped, "model.embed_tokens.weight"),
-        (lambda f: config_of(f, hidden_size=128), "mlx-lm cannot load it: Expected shape"),
-        (lambda f: config_of(f, num_hidden_layers=2), "mlx-lm cannot load it: Received"),
-        (
-            lambda f: config_of(f, model_type="recurrent_drafting_drafter"),
-            "is a drafter; use `mlx-redrafter convert dr",
-        ),
-        (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer that transformers can read"),
-        (lambda f: (f / "tokenizer.model").write_bytes(b"no"), "no tokenizer that transformers can read"),
-    ],
-    ids=lambda value: value[:40] if isinstance(value, str) else "",
-)
-def test_damaged_models(vicuna, tmp_path, capsys, damage, message):
-    """If this fails, a damaged model ends in a traceback, or leaves half a directory."""
-    source = tmp_path / "hf"
-    shutil.copytree(vicuna, source)
-    damage(source)
-    assert main(["convert", "target", "--hf-path", str(source), "--mlx-path", str(tmp_path / "mlx")]) == 2
-    err = capsys.readouterr().err
-    line = err.splitlines()[-1]
-    assert message in line and err.count("mlx-redrafter: error") == 1 and "Traceback" not in err, err
-    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -273,32 +125,6 @@ def test_flags_that_do_not_go_together(vicuna, tmp_path, capsys, flags, message)
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda shapes: {"model.mlp.switch.weight": (3, 4)}, "transformers has no tensor 'model.mlp.switch.weight'"),
-        (lambda shapes: {"model.norm.weight": (385,)}, r"'model.norm.weight' has shape \(385,\), but .* \(384,\)"),
-        (lambda shapes: shapes.pop("model.norm.weight") and {}, "tensor 'model.norm.weight' of transformers' model is"),
-        (lambda shapes: {}, None),  # the tied lm_head may be missing
-    ],
-)
-def test_export_checks_the_layout(change, message):
-    """If this fails, an export gives files that transformers reads as something else, or half."""
-    pytest.importorskip("torch")
-    target = EMBEDDED / "target"
-    shapes = {name: value.shape for name, value in tensors(target).items()}
-    shapes |= change(shapes)
-    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        _check_layout(target, target, shapes)
-
-
-def test_export_refuses_light_drafters(tmp_path, capsys):
-    make_drafter(draft_vocab_size=10).save(tmp_path / "light")
-    assert main(["convert", "export", "--mlx-path", str(tmp_path / "light"), "--hf-path", str(tmp_path / "hf")]) == 2
-    assert "draft_vocab_size is 10, for which this layout has no form" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["light"]
 
 
 def test_a_full_disk(tmp_path, capsys, monkeypatch):

@@ -15,13 +15,10 @@ from mlx_redrafter.decoding.loop import autoregressive, speculative, wait_for
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
-from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.lookup_index import TextIndex
-from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
-from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import CHAIN
@@ -159,89 +156,6 @@ def test_a_chain_only_target(small_model, chains_only):
     assert tokens == by_mlx_lm(small_model, [1, 2, 3], 30)
 
 
-@pytest.mark.parametrize("budget", [1, 5, 12, 16])
-def test_one_call_of_the_target_per_step_on_exactly_its_rows(small_model, budget):
-    """If this fails, a step reads the target's weights more than once, or checks rows nobody asked for."""
-    verifier = verifier_of(small_model)
-    rows, original = [], type(small_model).__call__
-
-    def counting(self, inputs, *args, **kwargs):
-        rows.append(inputs.shape)
-        return original(self, inputs, *args, **kwargs)
-
-    type(small_model).__call__ = counting
-    try:
-        shape = DraftShape(4, 5, budget)
-        cache = verifier.make_cache()
-        proposer, options = RecurrentProposer(make_drafter(), verifier.target.embed), DecodingOptions(greedy, 20)
-        planner = Planner(Drafted(shape))
-        produced = list(speculative(verifier, proposer, mx.array([[1, 2, 3]]), cache, options, planner))
-    finally:
-        type(small_model).__call__ = original
-    assert rows[:2] == [(1, 2), (1, 1)]  # the prompt: all but its last token, then that one
-    assert set(rows[2:]) == {(1, 1 + budget)}
-    assert len(rows) - 2 in (len(produced) - 1, len(produced))  # one step may have been submitted ahead
-
-
-@pytest.mark.parametrize("policy", ["best-first", "beams"])
-@pytest.mark.parametrize("width", [1, 4])
-def test_a_step_is_one_lazy_graph(small_model, policy, width, in_one_piece):
-    """If this fails, the host waits for the device in the middle of a step.
-
-    While mx.compile traces a function, reading any value that depends on its inputs raises.
-    """
-    verifier, drafter = verifier_of(small_model), make_drafter(context_layers=(1, 2))
-    cache, layers = verifier.make_cache(), drafter.context_layers
-    hidden, logits = prefill(verifier.target, mx.array([[1, 2, 3]]), cache.layers, DecodingOptions(), layers)
-    cache.begin_trees()
-    root = greedy(logits[:, None], None)[:, 0]
-    shape = DraftShape(width, 5, 4 * width, policy)
-    buffers = [(layer.keys, layer.values) for layer in cache.layers]
-
-    def traced(context, root, length, buffers):
-        for layer, (keys, values) in zip(cache.layers, buffers):
-            layer.keys, layer.values = keys, values
-        cache.length = length
-        proposer = RecurrentProposer(drafter, verifier.target.embed)
-        SpeculativeStep(verifier, proposer, DecodingOptions(), cache, context, root)(Drafted(shape))
-        raise Built  # the graph stands; compiling it would only cost time
-
-    with pytest.raises(Built):
-        mx.compile(traced)(hidden, root, cache.length, buffers)
-    with pytest.raises(ValueError, match="transform"):
-        mx.compile(lambda x: mx.array(int(x.item())))(mx.array(1))  # tracing does catch a read
-
-
-class Built(Exception):
-    """Raised where a graph has been built without a value having been read."""
-
-
-def test_steps_in_a_batch(small_model):
-    """If this fails, shapes are not batch first: rows of a batch mix."""
-    verifier, drafter = verifier_of(small_model), make_drafter()
-    prompts = mx.array([[1, 2, 3], [7, 5, 9]])
-    cache = verifier.make_cache()
-    hidden, logits = prefill(verifier.target, prompts, cache.layers, DecodingOptions())
-    cache.begin_trees(2)
-    root = greedy(logits[:, None], None)[:, 0]
-    proposer = RecurrentProposer(drafter, verifier.target.embed)
-    step = SpeculativeStep(verifier, proposer, DecodingOptions(), cache, hidden, root)
-    texts = [[t] for t in root.tolist()]
-    for _ in range(8):
-        submitted = step(Drafted(DraftShape(4, 5, 12)))
-        for b in range(2):
-            texts[b] += submitted.tokens[b, : submitted.count[b].item() + 1].tolist()
-    for b in range(2):
-        assert texts[b] == by_mlx_lm(small_model, prompts[b].tolist(), len(texts[b]))
-
-
-def test_a_drafter_of_another_model(small_model):
-    with pytest.raises(UserError, match="hidden_size is 48, but the target's is 32"):
-        check_pair(Target(small_model), make_drafter(hidden=48))
-    with pytest.raises(UserError, match="vocab_size is 96, but the target's is 97"):
-        check_pair(Target(small_model), make_drafter(vocab=96))
-
-
 def test_reading_a_step_does_not_wait_for_the_next():
     """If this fails, the host waits for the step that is on its way before it builds another: no overlap at all."""
     tokens, large = mx.array([[3, 1, 4]]), mx.random.normal((800, 800))
@@ -258,8 +172,11 @@ def test_reading_a_step_does_not_wait_for_the_next():
 
 
 TREE, WIDE = Drafted(DraftShape(4, 5, 12)), Drafted(DraftShape(2, 3, 4, "beams"))
+
 JOINED, JOINED_CHAIN = Drafted(DraftShape(4, 5, 7), True), Drafted(DraftShape(), True)
+
 THREE, FOUND, LONG = Drafted(DraftShape()), LookedUp(4), LookedUp(11)
+
 SCRIPTS = [  # a plain step behind another kind is asked for twice: when it is built ahead, it is not built
     [TREE, PLAIN, THREE, PLAIN, PLAIN, WIDE],
     [JOINED, FOUND, PLAIN, PLAIN, TREE, LONG, THREE, JOINED_CHAIN],

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from support import RANDOM, REPEATING, Script, looked_up_by_hand, make_drafter, make_model, plainly
+from support.steps import first_step
 
 from mlx_redrafter import stream_generate
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
-from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.lookup import KEPT, NOTHING, LookupProposer, TextBuffer, join
 from mlx_redrafter.drafting.lookup_index import LONGEST, TextIndex
 from mlx_redrafter.drafting.proposers import RecurrentProposer
@@ -193,44 +193,12 @@ def test_on_a_target_that_takes_chains_only(small_model, chains_only):
         assert decoded(small_model, make_drafter(), REPEATING, planner, verifier=verifier)[0] == plain
 
 
-def first_step(small_model, prompts, drafter):
-    verifier = verifier_of(small_model)
-    cache = verifier.make_cache()
-    hidden, logits = prefill(verifier.target, mx.array(prompts), cache.layers, DecodingOptions())
-    cache.begin_trees(len(prompts))
-    root = greedy(logits[:, None], None)[:, 0]
-    proposer = proposer_for(verifier, drafter, prompts[0])
-    proposer.begin(mx.array(prompts), root, hidden)
-    return SpeculativeStep(verifier, proposer, DecodingOptions(), cache, hidden, root)
-
-
-@pytest.mark.parametrize("plan", [CHAIN_PLAN, TREE_PLAN, LookedUp(7)], ids=str)
-def test_a_step_is_one_lazy_graph(small_model, plan, in_one_piece):
-    """If this fails, the host waits for the device to look something up."""
-    step = first_step(small_model, [REPEATING], make_drafter())
-    step.proposer.text = TextBuffer(mx.array([REPEATING]))
-    buffers = [(layer.keys, layer.values) for layer in step.cache.layers]
-
-    class Built(Exception):
-        pass
-
-    def traced(context, root, length, tokens, end, buffers):
-        step.context, step.root, step.cache.length = context, root, length
-        step.proposer.text.tokens, step.proposer.text.end = tokens, end
-        for layer, (keys, values) in zip(step.cache.layers, buffers):
-            layer.keys, layer.values = keys, values
-        step(plan)
-        raise Built
-
-    with pytest.raises(Built):
-        mx.compile(traced)(step.context, step.root, step.cache.length, *step.proposer.arrays(), buffers)  # type: ignore[call-arg]
-
-
 @pytest.mark.parametrize("plan", [TREE_PLAN, LookedUp(4)], ids=str)
 def test_steps_in_a_batch(small_model, plan):
     """If this fails, one row of a batch looks things up in another's text."""
     prompts = [REPEATING, [*REPEATING[1:], 7]]
-    step = first_step(small_model, prompts, make_drafter())
+    verifier = verifier_of(small_model)
+    step = first_step(verifier, prompts, proposer_for(verifier, make_drafter(), prompts[0]))
     texts = [[t] for t in step.root.tolist()]
     for i in range(2 * KEPT):
         # A copy that nothing makes anew is kept however long it is not needed.
@@ -259,7 +227,8 @@ def test_the_first_step_looks_up_with_the_root(small_model, plan):
         [root] = plainly(small_model, prompt, 1)
         prompt[10] = root
     assert plainly(small_model, prompt, 1) == [root]
-    step = first_step(small_model, [prompt], make_drafter())
+    verifier = verifier_of(small_model)
+    step = first_step(verifier, [prompt], proposer_for(verifier, make_drafter(), prompt))
     tree = step.proposer.propose(step.context, step.root, plan)
     assert held(step.proposer.text) == [*prompt, root]
     assert (50, 51, 52) in paths_of(tree, 0)

@@ -11,35 +11,12 @@ import os
 import pathlib
 
 import pytest
+from support.documents import ASSISTANT, USER, lines
 
 from mlx_redrafter import UserError
 from mlx_redrafter.training.text import documents as documents_module
 from mlx_redrafter.training.text.documents import Documents
-from mlx_redrafter.training.text.formats import Question, document, read_questions
-
-USER, ASSISTANT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
-
-
-def lines(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"messages": [USER, ASSISTANT], "text": None},
-        {"messages": [USER | {"content": [{"type": "text", "text": "Why?"}]}, ASSISTANT]},
-        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
-        {"conversations": [{"from": f, "value": v} for f, v in (("gpt", "Lost."), ("human", "Why?"), ("gpt", "So."))]},
-        {"conversations": [USER, ASSISTANT]},
-        {"prompt": [USER], "completion": [ASSISTANT]},
-        {"instruction": [USER], "output": [ASSISTANT]},
-    ],
-)
-def test_forms_of_conversations(record):
-    """If this fails, a common form of data is not read, or roles are mixed up."""
-    assert document(record, "here").messages == [USER, ASSISTANT]
+from mlx_redrafter.training.text.formats import read_questions
 
 
 def test_every_document_comes_back(tmp_path):
@@ -69,12 +46,19 @@ ALPACA = [
     {"instruction": "Add.", "input": "1 + 1", "output": "2"},
     {"instruction": 'Say, "hi".', "input": "", "output": "hi\nyou"},
 ]
+
 EXPECTED = [("Add.\n\n1 + 1", "2"), ('Say, "hi".', "hi\nyou")]
+
 AS_LINES = "".join(json.dumps(record) + "\n" for record in ALPACA)
+
 AS_CSV = 'instruction,input,output\r\nAdd.,1 + 1,2\r\n"Say, ""hi"".",,"hi\nyou"\r\n'
+
 SEMICOLONS = 'instruction;input;output\nAdd.;1 + 1;2\n"Say, ""hi"".";;"hi\nyou"\n'
+
 WAYS = dict.fromkeys(("a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.dat", "a"), AS_LINES)
+
 WAYS |= {"b.json": json.dumps(ALPACA), "b.JSON": json.dumps(ALPACA), "b": json.dumps(ALPACA, indent=1)}
+
 WAYS |= {"c.csv": AS_CSV, "c.CSV": AS_CSV, "c": AS_CSV, "cbom.csv": "\ufeff" + AS_CSV, "csemicolons.csv": SEMICOLONS}
 
 
@@ -267,35 +251,3 @@ def test_what_is_not_there(tmp_path):
         Documents(["nowhere.jsonl"], "--data")
     with pytest.raises(UserError, match=r"empty, no .jsonl file and no text or source file below it"):
         Documents([str(tmp_path)], "--data")
-
-
-def test_questions(tmp_path):
-    """If this fails, prompts are lost, or a file's own answers are taken for the target's."""
-    system = {"role": "system", "content": "Be brief."}
-    path = lines(
-        tmp_path / "a.jsonl",
-        {"turns": ["One?", "Two?"], "category": "x"},
-        {"prompt": "Continue:"},
-        {"messages": [system, USER, ASSISTANT, USER]},
-        {"prompt": [USER], "completion": [ASSISTANT]},
-        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
-    )
-    one, two, three, four, five = read_questions(path, "--prompts")
-    assert one == Question(f"{path} line 1", ["One?", "Two?"], category="x")
-    assert two == Question(f"{path} line 2", ["Continue:"], plain=True)
-    assert three == Question(f"{path} line 3", ["Why?", "Why?"], "Be brief.")
-    assert four.turns == five.turns == ["Why?"]
-    (tmp_path / "b.txt").write_text("One?\n\nTwo?\n")
-    assert [q.turns for q in read_questions(str(tmp_path / "b.txt"), "--prompts")] == [["One?"], ["Two?"]]
-    for content, message in (
-        (b'{"turns": []}\n', "line 1: turns: expected a list of texts"),
-        (b'{"turns": ["x", 1]}\n', r"line 1: turns\[1\]: found 1, expected text"),
-        (b'{"text": "x"}\n', "line 1: found the fields text; expected turns, prompt, instruction, messages, or conv"),
-        (json.dumps({"messages": [ASSISTANT]}).encode(), "messages: no message has the role user"),
-        (b"", "empty, expected prompts"),
-    ):
-        (tmp_path / "c.jsonl").write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            read_questions(str(tmp_path / "c.jsonl"), "--prompts")
-    with pytest.raises(UserError, match="--prompts nowhere: no such file"):
-        read_questions("nowhere", "--prompts")
