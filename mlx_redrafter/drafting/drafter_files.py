@@ -5,9 +5,11 @@ Knows nothing of how a drafter computes.
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +19,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json, replace_file, write_json
 from mlx_redrafter.system.weights import tensors
 
+C = TypeVar("C", bound="HeadConfig")
 D = TypeVar("D", bound="DrafterBase")
 Embedder = Callable[[mx.array], mx.array]  # the target's embedding: (..., hidden_size) for ids of any shape
 
@@ -62,42 +65,55 @@ def read_draft_vocab_size(fields: dict[str, Any], vocab_size: int, source: str) 
     return reduced
 
 
-def read_quantization(fields: dict[str, Any], widths: dict[str, int], source: str) -> dict[str, int] | None:
-    """The key "quantization" of a config.json, if it is there.
+@dataclasses.dataclass(kw_only=True)
+class HeadConfig(abc.ABC):
+    """What the configs of all heads have in common.
 
-    Args:
-        widths: the matrices' widths by name; all have to be quantised.
-
-    Raises:
-        UserError: one that mlx does not have, or that does not fit the widths.
+    Attributes:
+        quantization: {"group_size": int, "bits": int} of a quantised drafter, else None.
+        target_fingerprint: which target it was made for; see fingerprint.py.
+        right_by_depth: shares of right drafts at depth 1, 2, ... where all before were right, as training
+            measured them; a first guess for whoever chooses how much to draft.
     """
-    quantization = fields.get("quantization")
-    if quantization is None:
-        return None
-    if not (
-        isinstance(quantization, dict) and all(isinstance(quantization.get(k), int) for k in ("group_size", "bits"))
-    ):
-        raise UserError(f"{source}: quantization is {quantization!r}, expected group_size and bits")
-    try:
-        check_quantization(quantization["bits"], quantization["group_size"])
-        check_widths(widths, quantization["group_size"])
-    except UserError as error:
-        raise UserError(f"{source}: quantization: {error}") from error
-    return quantization
 
+    quantization: dict[str, int] | None = None
+    target_fingerprint: dict[str, Any] | None = None
+    right_by_depth: tuple[float, ...] = ()
+    model_type: ClassVar[str]
+    said: ClassVar[tuple[str, ...]] = ()  # keys that are there whatever their value is
 
-def read_notes(fields: dict[str, Any], source: str) -> dict[str, Any]:
-    """What training noted in a config.json: target_fingerprint and right_by_depth, as the configs' fields.
+    @abc.abstractmethod
+    def widths(self) -> dict[str, int]:
+        """Of the matrices that quantisation splits into groups."""
 
-    Raises:
-        UserError: unless they are an object and a list of shares, where they are there.
-    """
-    target, found = fields.get("target_fingerprint"), fields.get("right_by_depth", [])
-    if target is not None and not isinstance(target, dict):
-        raise UserError(f"{source}: target_fingerprint is {target!r}, expected an object")
-    if not isinstance(found, list) or not all(type(share) in (int, float) and 0 <= share <= 1 for share in found):
-        raise UserError(f"{source}: right_by_depth is {found!r}, expected a list of shares from 0 to 1")
-    return {"target_fingerprint": target, "right_by_depth": tuple(found)}
+    def with_notes(self: C, fields: dict[str, Any], source: str) -> C:
+        """Itself with what conversion and training noted in a config.json: the keys that all heads share.
+
+        Raises:
+            UserError: a value of another type or range, a quantisation that mlx does not have, or one that does not
+                fit the widths, all of which have to be quantised.
+        """
+        target, found = fields.get("target_fingerprint"), fields.get("right_by_depth", [])
+        if target is not None and not isinstance(target, dict):
+            raise UserError(f"{source}: target_fingerprint is {target!r}, expected an object")
+        if not isinstance(found, list) or not all(type(share) in (int, float) and 0 <= share <= 1 for share in found):
+            raise UserError(f"{source}: right_by_depth is {found!r}, expected a list of shares from 0 to 1")
+        self.target_fingerprint, self.right_by_depth = target, tuple(found)
+        if (given := fields.get("quantization")) is not None:
+            if not (isinstance(given, dict) and all(isinstance(given.get(k), int) for k in ("group_size", "bits"))):
+                raise UserError(f"{source}: quantization is {given!r}, expected group_size and bits")
+            try:
+                check_quantization(given["bits"], given["group_size"])
+                check_widths(self.widths(), given["group_size"])
+            except UserError as error:
+                raise UserError(f"{source}: quantization: {error}") from error
+            self.quantization = given
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of a config.json; what is not used is not said, but for some."""
+        fields = {"model_type": self.model_type, **dataclasses.asdict(self)}
+        return {name: value for name, value in fields.items() if value or name in self.said}
 
 
 def check_quantization(bits: int, group_size: int) -> None:

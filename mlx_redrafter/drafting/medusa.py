@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_redrafter.drafting.drafter_files import DrafterBase, read_notes, read_quantization, whole_number
+from mlx_redrafter.drafting.drafter_files import DrafterBase, HeadConfig, whole_number
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED, Choice, check_choices
 from mlx_redrafter.drafting.redrafter import ResidualBlock
 from mlx_redrafter.errors import UserError
@@ -25,7 +25,7 @@ MOST_HEADS = 31  # as many tokens as a beam can have after its root
 
 
 @dataclasses.dataclass
-class MedusaConfig:
+class MedusaConfig(HeadConfig):
     """Shape of a set of heads; the names are those of Medusa's config.json where it has them.
 
     Args:
@@ -34,9 +34,6 @@ class MedusaConfig:
         medusa_num_layers: residual blocks of each head, 0 or more.
         medusa_choices: the static tree, most useful nodes first; the published one, as far as
             there are heads for it, if the file does not say.
-        quantization: {"group_size": int, "bits": int} of quantised heads, else None.
-        target_fingerprint: which target they were made for; see fingerprint.py.
-        right_by_depth: as in `DrafterConfig`.
     """
 
     vocab_size: int
@@ -44,9 +41,8 @@ class MedusaConfig:
     medusa_num_heads: int
     medusa_num_layers: int = 1
     medusa_choices: tuple[Choice, ...] = ()
-    quantization: dict[str, int] | None = None
-    target_fingerprint: dict[str, Any] | None = None
-    right_by_depth: tuple[float, ...] = ()
+    model_type = MODEL_TYPE
+    said = ("medusa_num_layers",)
 
     def __post_init__(self) -> None:
         if not self.medusa_choices:
@@ -72,17 +68,10 @@ class MedusaConfig:
         choices: tuple[Choice, ...] = ()
         if fields.get("medusa_choices") is not None:
             choices = check_choices(fields["medusa_choices"], heads, source)
-        config = cls(vocab, hidden, heads, layers, choices, **read_notes(fields, source))
-        config.quantization = read_quantization(fields, config.widths(), source)
-        return config
+        return cls(vocab, hidden, heads, layers, choices).with_notes(fields, source)
 
     def widths(self) -> dict[str, int]:
-        """Of the matrices that quantisation splits into groups."""
         return {"hidden_size": self.hidden_size}
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-        return {key: value for key, value in fields.items() if value not in (None, ())}
 
 
 class MedusaHead(nn.Module):

@@ -28,10 +28,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_redrafter.drafting.drafter_files import (
+    HeadConfig,
     ScoringDrafter,
     read_draft_vocab_size,
-    read_notes,
-    read_quantization,
     true_or_false,
     whole_number,
 )
@@ -43,7 +42,7 @@ MODEL_TYPE = "recurrent_drafting_drafter"
 
 
 @dataclasses.dataclass
-class DrafterConfig:
+class DrafterConfig(HeadConfig):
     """Shape of a drafter; the names are those of Apple's config.json.
 
     Args:
@@ -61,10 +60,6 @@ class DrafterConfig:
         output_norm: z is normalised before O, as targets do; no part of Apple's weights.
         tie_output: O is the target's own output layer, or those of its rows that can be
             drafted; needs exit_dim = hidden_size.
-        quantization: {"group_size": int, "bits": int} of a quantised drafter, else None.
-        target_fingerprint: which target it was made for; see fingerprint.py.
-        right_by_depth: shares of right drafts at depth 1, 2, ... where all before were right, as training
-            measured them; a first guess for whoever chooses how much to draft.
     """
 
     vocab_size: int
@@ -77,9 +72,8 @@ class DrafterConfig:
     prefix_window: int = 0
     output_norm: bool = False
     tie_output: bool = False
-    quantization: dict[str, int] | None = None
-    target_fingerprint: dict[str, Any] | None = None
-    right_by_depth: tuple[float, ...] = ()
+    model_type = MODEL_TYPE
+    said = "num_draft_layers", "rnn"  # as Apple's config.json says always
 
     @property
     def scored(self) -> int:
@@ -123,18 +117,10 @@ class DrafterConfig:
             raise UserError(f"{source}: context_layers is {layers!r}, expected a list of rising numbers from 1 on")
         values["context_layers"] = tuple(layers or ())
         values["prefix_window"] = whole_number({"prefix_window": 0} | fields, "prefix_window", 0, source)
-        config = cls(**values, **read_notes(fields, source))
-        config.quantization = read_quantization(fields, config.widths(), source)
-        return config
+        return cls(**values).with_notes(fields, source)
 
     def widths(self) -> dict[str, int]:
-        """Of the matrices that quantisation splits into groups."""
         return {"hidden_size": self.hidden_size, "exit_dim": self.exit_dim}
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-        # What is not used is not said, but for what Apple's config.json says always.
-        return {name: value for name, value in fields.items() if value or name in ("num_draft_layers", "rnn")}
 
 
 def are_layers(value: Any) -> bool:

@@ -16,10 +16,9 @@ from mlx_lm.models.llama import MLP, Attention, ModelArgs
 
 from mlx_redrafter.drafting.cached.head import ContextReader
 from mlx_redrafter.drafting.drafter_files import (
+    HeadConfig,
     ScoringDrafter,
     read_draft_vocab_size,
-    read_notes,
-    read_quantization,
     true_or_false,
     whole_number,
 )
@@ -33,7 +32,7 @@ TAPS = 3
 
 
 @dataclasses.dataclass
-class EagleConfig:
+class EagleConfig(HeadConfig):
     """Shape of a head; `config.json` has these keys.
 
     Args:
@@ -49,7 +48,6 @@ class EagleConfig:
         unit_contexts: hidden states come at unit RMS, the last one behind the final norm, as recurrent heads read
             them; else as the layers return them.
         tie_output: the output layer is the target's own, or those of its rows that can be drafted; not stored.
-        quantization, target_fingerprint, right_by_depth: as in `DrafterConfig`.
     """
 
     vocab_size: int
@@ -62,9 +60,8 @@ class EagleConfig:
     norm_before_residual: bool = False
     unit_contexts: bool = False
     tie_output: bool = False
-    quantization: dict[str, int] | None = None
-    target_fingerprint: dict[str, Any] | None = None
-    right_by_depth: tuple[float, ...] = ()
+    model_type = MODEL_TYPE
+    said = ("output_norm",)
 
     @property
     def scored(self) -> int:
@@ -99,9 +96,7 @@ class EagleConfig:
             raise UserError(
                 f"{source}: the head is {layer['hidden_size']} wide, the target's {shared} {values['hidden_size']}"
             )
-        config = cls(**values, layer=layer, context_layers=tuple(layers), **read_notes(fields, source))
-        config.quantization = read_quantization(fields, config.widths(), source)
-        return config
+        return cls(**values, layer=layer, context_layers=tuple(layers)).with_notes(fields, source)
 
     def args(self) -> ModelArgs:
         """The layer's arguments, as mlx-lm has them."""
@@ -109,7 +104,6 @@ class EagleConfig:
         return ModelArgs.from_dict(usual | self.layer)
 
     def widths(self) -> dict[str, int]:
-        """Of the matrices that quantisation splits into groups."""
         args = self.args()
         attended = args.num_attention_heads * (args.head_dim or args.hidden_size // args.num_attention_heads)
         return {
@@ -118,10 +112,6 @@ class EagleConfig:
             "layer.intermediate_size": args.intermediate_size,
             "heads' width": attended,
         }
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-        return {name: value for name, value in fields.items() if value or name == "output_norm"}
 
 
 class EagleLayer(nn.Module):

@@ -21,7 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from mlx_redrafter.drafting.cached.head import ContextReader
-from mlx_redrafter.drafting.drafter_files import read_notes, read_quantization, whole_number
+from mlx_redrafter.drafting.drafter_files import HeadConfig, whole_number
 from mlx_redrafter.errors import UserError, one_line
 from mlx_redrafter.system.weights import tensors
 from mlx_redrafter.target.cache.kv_cache import KVCache
@@ -34,21 +34,18 @@ _ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "full_attentio
 
 
 @dataclasses.dataclass
-class MtpConfig:
+class MtpConfig(HeadConfig):
     """Shape of a layer; `config.json` has these keys.
 
     Args:
         vocab_size, hidden_size: of the target.
         model: the target's own config, from which mlx-lm makes its layers.
-        quantization, target_fingerprint, right_by_depth: as in `DrafterConfig`.
     """
 
     vocab_size: int
     hidden_size: int
     model: dict[str, Any]
-    quantization: dict[str, int] | None = None
-    target_fingerprint: dict[str, Any] | None = None
-    right_by_depth: tuple[float, ...] = ()
+    model_type = MODEL_TYPE
     tie_output: ClassVar[bool] = True
 
     @property
@@ -67,13 +64,12 @@ class MtpConfig:
         model = fields.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("model_type"), str):
             raise UserError(f"{source}: model is {model!r}, expected the config of a model")
-        config = cls(vocab, hidden, model, **read_notes(fields, source))
+        config = cls(vocab, hidden, model)
         try:
-            widths = config.widths()
+            _ = config.family
         except Exception as error:  # whatever mlx-lm makes of the config
             raise UserError(f"{source}: mlx-lm cannot make a layer of such a model: {one_line(error)}") from error
-        config.quantization = read_quantization(fields, widths, source)
-        return config
+        return config.with_notes(fields, source)
 
     @functools.cached_property
     def family(self) -> nn.Module:
@@ -83,14 +79,9 @@ class MtpConfig:
         return family
 
     def widths(self) -> dict[str, int]:
-        """Of the matrices that quantisation splits into groups."""
         layer = self.family.layers[0]
         found = {name: m.weight.shape[-1] for name, m in layer.named_modules() if hasattr(m, "to_quantized")}
         return {"hidden_size": self.hidden_size} | found
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-        return {name: value for name, value in fields.items() if value}
 
 
 def body_of(family: nn.Module) -> str:
