@@ -32,7 +32,7 @@ class Batch:
 
     Args:
         verifier: with a capability other than "none".
-        proposer_for: makes who drafts for a text; None drafts nothing.
+        proposer_for: makes who drafts for a text.
         planner: says what each step drafts.
         most_texts: that run at once; others wait for their turn.
         chunk: prompt tokens that are read between two steps; at least one prompt goes on.
@@ -47,7 +47,7 @@ class Batch:
     def __init__(
         self,
         verifier: Verifier,
-        proposer_for: Callable[[BatchText], Proposer] | None,
+        proposer_for: Callable[[BatchText], Proposer],
         planner: BatchPlanner,
         most_texts: int = 32,
         chunk: int = 2048,
@@ -87,8 +87,7 @@ class Batch:
         """Bytes of what is kept of the running texts: their KV caches, and what their drafter has of its own."""
         if self._step is None:
             return 0
-        own = [] if self._step.proposer is None else self._step.proposer.arrays()
-        return sum(array.nbytes for array in [*self._step.cache.arrays(), *own])
+        return sum(array.nbytes for array in self._step.cache.arrays() + self._step.proposer.arrays())
 
     def cache_of(self, text: BatchText) -> list[Any] | None:
         """mlx-lm caches of what has been read of a running text: all but the last of its tokens."""
@@ -151,8 +150,7 @@ class Batch:
         assert self._step is not None
         lengths, more = [text.length for text in self._step.texts], self._more
         self._step.cache.tighten(max(lengths) + more, min(lengths) + more)
-        if self._step.proposer is not None:
-            self._step.proposer.tighten(1 + max(lengths) + more)  # and the root, which the cache does not hold
+        self._step.proposer.tighten(1 + max(lengths) + more)  # and the root, which the cache does not hold
 
     @property
     def _more(self) -> int:
@@ -210,10 +208,7 @@ class Batch:
             padding = max(lengths) * len(lengths) - sum(lengths)
             if padding <= PASS * len(texts) and _begins(text) and rows.can_pad(empty, max(lengths)):
                 texts.append(text)
-        proposers = None
-        if self.proposer_for is not None:
-            proposers = [self.proposer_for(text) for text in texts]
-        return Arrival(self.verifier, texts, proposers)
+        return Arrival(self.verifier, texts, [self.proposer_for(text) for text in texts])
 
     def _join(self, arrived: Arrived) -> list[TextStep]:
         found = []

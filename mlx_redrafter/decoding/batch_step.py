@@ -31,14 +31,14 @@ class Arrived:
     """Texts before their first step in the batch: a cache of their own, and what a step begins with.
 
     Attributes:
-        context: (B, context_size) the target's hidden states before the root; zeros where nobody drafts.
+        context: (B, context_size) the target's hidden states before the root; zeros where nobody reads them.
         root: (B,) int32 the last token of the prompt, or the one after it.
         logits: (1, vocab_size) that the root was chosen from; None where the prompt ends with it.
     """
 
     texts: list[BatchText]
     cache: KVCache
-    proposer: Proposer | None
+    proposer: Proposer
     context: mx.array
     root: mx.array
     logits: mx.array | None = None
@@ -52,13 +52,13 @@ class Arrival:
 
     Args:
         texts: several where `rows.can_pad` says so; one of any kind.
-        proposers: of each; None drafts nothing.
+        proposers: of each.
 
     Attributes:
         failed: texts that one of their own functions has ended, since this was last emptied.
     """
 
-    def __init__(self, verifier: Verifier, texts: list[BatchText], proposers: list[Proposer] | None):
+    def __init__(self, verifier: Verifier, texts: list[BatchText], proposers: list[Proposer]):
         self.verifier, self.texts, self.proposers = verifier, texts, proposers
         self.cache = verifier.make_cache(texts[0].prompt_cache if len(texts) == 1 else None)
         self.failed: list[BatchText] = []
@@ -87,14 +87,14 @@ class Arrival:
             size = min(size, target.rows_at_once)
         size = max(1, size // batch)
         part = self._tokens[:, self._read : self._read + size]
-        layers = () if self.proposers is None else self.proposers[0].context_layers
-        hidden, logits = target.forward(part, self.cache.layers, context_layers=layers)
+        reads = self.proposers[0]
+        hidden, logits = target.forward(part, self.cache.layers, context_layers=reads.context_layers)
         if len(self.texts[0].prompt) == 1:  # nobody else asks for them, and lazy ones hold on to what they are made of
             self._logits = logits
         self._read += part.shape[1]
-        if self.proposers is not None:
+        if reads.prefix_window:
             assert hidden is not None
-            last = self.proposers[0].prefix_window + total - min(self._lengths)
+            last = reads.prefix_window + total - min(self._lengths)
             self._hidden = [mx.concatenate([*self._hidden, hidden], axis=1)[:, -last:]]
         mx.eval([layer.state for layer in self.cache.layers], self._hidden)
         mx.clear_cache()
@@ -126,26 +126,26 @@ class Arrival:
             if (ranks := self.verifier.target.ranks) is not None:
                 root = ranks.agree(root)
         proposer, context = self._proposer(places, root)
-        mx.async_eval(root, context, *self.cache.arrays(), *([] if proposer is None else proposer.arrays()))
+        mx.async_eval(root, context, *self.cache.arrays(), *proposer.arrays())
         return Arrived(texts, self.cache, proposer, context, root, logits)
 
-    def _proposer(self, places: list[int], root: mx.array) -> tuple[Proposer | None, mx.array]:
+    def _proposer(self, places: list[int], root: mx.array) -> tuple[Proposer, mx.array]:
         """Who drafts for the texts in these places, and the contexts of the tokens before their roots."""
-        target = self.verifier.target
-        if self.proposers is None:
-            return None, mx.zeros((len(places), target.context_size(())), target.dtype)
-        [hidden], self._hidden = self._hidden, []
+        target, first = self.verifier.target, self.proposers[places[0]]
+        shape = (*self._tokens.shape, target.context_size(first.context_layers))
+        unread = mx.broadcast_to(mx.zeros((), target.dtype), shape)  # takes no memory
+        [hidden], self._hidden = self._hidden or [unread], []
         before, contexts = self._tokens.shape[1] - hidden.shape[1], []
         for n, place in enumerate(places):
             proposer, length = self.proposers[place], self._lengths[place]
             end = length - before
             mine = hidden[place : place + 1, max(0, end - proposer.prefix_window) : end]
             proposer.begin(self._tokens[place : place + 1, :length], root[n : n + 1], mine)
-            contexts.append(mine[:, -1])
+            contexts.append(hidden[place : place + 1, end - 1])
             if n:
-                self.proposers[places[0]].join(proposer)
-                mx.eval(self.proposers[places[0]].arrays())  # or as many in a row would be there at once
-        return self.proposers[places[0]], mx.concatenate(contexts)
+                first.join(proposer)
+                mx.eval(first.arrays())  # or as many in a row would be there at once
+        return first, mx.concatenate(contexts)
 
     def _tell(self, read: int) -> None:
         """Calls who follows the reading of a prompt; one that fails ends its text alone."""
@@ -191,9 +191,8 @@ class BatchStep(SpeculativeStep):
     def join(self, arrived: Arrived) -> None:
         """More texts; they take part from the next step on."""
         rows.join(self.cache, arrived.cache)
-        if self.proposer is not None and arrived.proposer is not None:
-            self.proposer.join(arrived.proposer)
-            mx.eval(self.proposer.arrays())  # before the caches are put together: not both at once
+        self.proposer.join(arrived.proposer)
+        mx.eval(self.proposer.arrays())  # before the caches are put together: not both at once
         self.context = mx.concatenate([self.context, arrived.context])
         self.root = mx.concatenate([self.root, arrived.root])
         self._set([*self.texts, *arrived.texts])
@@ -202,8 +201,7 @@ class BatchStep(SpeculativeStep):
         """Keeps the texts in these places, at least one, of which none is longer than the bound."""
         index = mx.array(places)
         rows.keep(self.cache, places, bound)
-        if self.proposer is not None:
-            self.proposer.keep(places)
+        self.proposer.keep(places)
         self.context, self.root = self.context[index], self.root[index]
         self._set([self.texts[place] for place in places])
 

@@ -25,7 +25,7 @@ from mlx_redrafter.target.verification import Verifier
 
 def speculative(
     verifier: Verifier,
-    proposer: Proposer | None,
+    proposer: Proposer,
     prompt: mx.array,
     cache: KVCache,
     options: DecodingOptions,
@@ -47,7 +47,7 @@ def speculative(
     # Either reads tokens on the host, so no step can be built ahead of the one before.
     waits = bool(processors) or matcher is not None
     length = cached(cache.layers) + prompt.shape[1]
-    reads = ((), 1) if proposer is None else (proposer.context_layers, proposer.prefix_window)
+    reads = proposer.context_layers, proposer.prefix_window
     hidden, logits = prefill(verifier.target, prompt, cache.layers, options, *reads)
     cache.begin_trees(length=length)
     assert cache.length is not None and hidden is not None
@@ -60,12 +60,9 @@ def speculative(
     if (ranks := verifier.target.ranks) is not None:
         root = ranks.agree(root)
     step = SpeculativeStep(verifier, proposer, options, cache, hidden, root, history if processors else None)
-    mine: list[mx.array] = []
-    if proposer is not None:
-        proposer.begin(prompt, root, hidden)
-        mine = proposer.arrays()
+    proposer.begin(prompt, root, hidden)
     # Whatever goes on to the next step is on its way: another thread, with other streams, may build that step.
-    mx.async_eval(root, step.context, history, *cache.arrays(), *mine)
+    mx.async_eval(root, step.context, history, *cache.arrays(), *proposer.arrays())
     made, ahead = 1, None
 
     def submit(waiting: bool) -> Submitted | None:
@@ -74,7 +71,7 @@ def speculative(
         if ranks is not None:
             plan, odds = ranks.share((plan, odds))
         if matcher is not None and odds is not None:
-            plan = jump(matcher, plan, proposer is not None and proposer.from_any_root, odds)
+            plan = jump(matcher, plan, proposer.from_any_root, odds)
         if isinstance(plan, Plain) and not cache.plain_rows(length if waiting else None):
             return None
         return step.submit(plan, odds)
@@ -82,11 +79,9 @@ def speculative(
     if max_tokens != 1 and not waits:
         ahead = submit(waiting=True)
     tokens = wait_for(root)
-    if proposer is not None:
-        proposer.learn(tokens)
+    proposer.learn(tokens)
     if matcher is not None:
         matcher.take(tokens)
-    planner.begin()
     yield Produced(tokens, logits, [False], from_prompt=True)
     while made != max_tokens:
         current, ahead = ahead or submit(waiting=True), None
@@ -100,8 +95,7 @@ def speculative(
         tokens = wait_for(current.tokens)[0][: count + 1]
         made, length = made + count + 1, length + count + 1
         cache.tighten(length + (0 if ahead is None else 1 + ahead.most))
-        if proposer is not None:
-            proposer.learn(tokens)
+        proposer.learn(tokens)
         read = StepRead(current.plan, tokens, length, most=current.most, certain=current.certain)
         if current.path is not None and current.parents is not None:
             read.path, read.parents = wait_for(current.path)[0][: len(tokens)], wait_for(current.parents)[0]

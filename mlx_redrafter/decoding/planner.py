@@ -62,9 +62,6 @@ class Planner:
     def __init__(self, always: Plan):
         self.always = always
 
-    def begin(self) -> None:
-        """Is told that the token after the prompt has been read; the first step is under way."""
-
     def plan(self) -> Plan:
         """What the next step drafts; may be asked more than once for a step."""
         return self.always

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -47,6 +47,12 @@ class Produced:
     plan: Plan = PLAIN
     drafts: int = 0
     forced: Collection[int] = ()
+
+    def one_by_one(self) -> Iterator[Produced]:
+        """The same, token by token."""
+        for i, token in enumerate(self.tokens):
+            logits, drafted, last = self.logits[i : i + 1], self.drafted[i : i + 1], i + 1 == len(self.tokens)
+            yield dataclasses.replace(self, tokens=[token], logits=logits, drafted=drafted, last=self.last and last)
 
 
 @dataclasses.dataclass
@@ -125,7 +131,7 @@ class SpeculativeStep:
     processors (see `logits_processors`) or a constraint (see `constrained`).
 
     Attributes:
-        proposer: whose candidates are verified; None where all steps are plain.
+        proposer: whose candidates are verified.
         context: (B, context_size) the target's hidden states at the last committed token.
         root: (B,) int32 the token the target has chosen and not yet read.
         history: (n,) all tokens before the root, for logits processors.
@@ -134,7 +140,7 @@ class SpeculativeStep:
     def __init__(
         self,
         verifier: Verifier,
-        proposer: Proposer | None,
+        proposer: Proposer,
         options: DecodingOptions,
         cache: KVCache,
         contexts: mx.array,
@@ -149,7 +155,7 @@ class SpeculativeStep:
         assert cache.length is not None
         matcher, chain_only = self.options.matcher, self.verifier.capability == CHAIN
         ranks, certain = self.verifier.target.ranks, list[int]()
-        if isinstance(plan, Plain | Forced) or proposer is None:
+        if isinstance(plan, Plain | Forced):
             tree = CandidateTree.chain(self.root[:, None].astype(mx.int32))
         else:
             if matcher is not None and proposer.from_any_root and isinstance(plan, Drafted):
@@ -163,7 +169,7 @@ class SpeculativeStep:
             grown = prune(matcher, tree, plan, chain_only, odds or Odds(), self.root, certain)
             tree = CandidateTree.static(mx.array([grown.tokens], mx.int32), tuple(grown.parents))
         submit_part(tree.tokens, tree.ancestors)
-        hidden, logits = self.verifier(tree, cache, () if proposer is None else proposer.context_layers)
+        hidden, logits = self.verifier(tree, cache, proposer.context_layers)
         if self.options.processors:
             logits = self.process(tree, logits)
         if matcher is not None:
@@ -173,8 +179,7 @@ class SpeculativeStep:
             choices = ranks.agree(choices)
         accepted = accept(tree, choices)
         cache.commit(None if tree.in_order else accepted.path[:, 1:], accepted.count, tree.max_depth)
-        if proposer is not None:
-            proposer.advance(accepted, hidden)
+        proposer.advance(accepted, hidden)
         self.root = accepted.root
         if tree.rows > 1:
             hidden = mx.take_along_axis(hidden, accepted.last[:, None, None], axis=1)
@@ -201,5 +206,5 @@ class SpeculativeStep:
         if submitted.path is not None and submitted.parents is not None:
             # Of a tree's logits no choice was made in this form.
             arrays += [submitted.path, submitted.parents, submitted.logits]
-        mx.async_eval(arrays, [] if self.proposer is None else self.proposer.arrays())
+        mx.async_eval(arrays, self.proposer.arrays())
         return submitted

@@ -23,14 +23,18 @@ from mlx_redrafter.system.files import read_safetensors
 Drafter: TypeAlias = RecurrentDrafter | MedusaHeads | DraftModel | EagleHead | MtpHead
 
 
-def proposer_for(drafter: Drafter, embed: Embedder, temperature: float = 1.0, text: Sequence[int] = ()) -> Proposer:
-    """What proposes with a drafter.
+def proposer_for(
+    drafter: Drafter | None, embed: Embedder, temperature: float = 1.0, text: Sequence[int] = ()
+) -> Proposer:
+    """What proposes with a drafter; nothing without one.
 
     Args:
         embed: the target's embedding.
         temperature: of the drafter's probabilities, by which nodes are chosen.
         text: all tokens before the first step, where they are known; for drafters that read tokens alone.
     """
+    if drafter is None:
+        return Proposer()
     if isinstance(drafter, (DraftModel, ContextReader)):
         return CachedProposer(drafter, temperature, text)
     if isinstance(drafter, MedusaHeads):

@@ -143,25 +143,23 @@ class LookupProposer(Proposer):
     that the tree has not got; a chain is replaced as a whole.
 
     Args:
-        inner: the other proposer, a head; None where lookup alone drafts.
+        inner: the other proposer, a head; a plain `Proposer` where lookup alone drafts.
         index: the text so far on the host, which this proposer extends; None for a text of a batch, which is on the
             device from its beginning to its end.
         before: tokens in front of the prompt, of a text of a batch.
     """
 
-    def __init__(self, inner: Proposer | None, index: TextIndex | None, before: Sequence[int] = ()):
+    def __init__(self, inner: Proposer, index: TextIndex | None, before: Sequence[int] = ()):
         self.inner, self.index, self._before = inner, index, list(before)
-        if inner is not None:
-            self.context_layers, self.prefix_window = inner.context_layers, inner.prefix_window
-            self.from_any_root = inner.from_any_root
+        self.context_layers, self.prefix_window = inner.context_layers, inner.prefix_window
+        self.from_any_root = inner.from_any_root
         self.text: TextBuffer | None = None  # while it is needed
         self._unused = 0  # steps since it was
         self._root: mx.array | None = None  # until the host has read it
         self._in_flight: deque[Accepted] = deque()
 
     def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
-        if self.inner is not None:
-            self.inner.begin(text, root, contexts)
+        self.inner.begin(text, root, contexts)
         self.text, self._unused, self._root = None, 0, root
         self._in_flight.clear()
         if self.index is None:
@@ -174,7 +172,7 @@ class LookupProposer(Proposer):
         if isinstance(plan, LookedUp):
             tree, depth = None, plan.num_draft_tokens
         else:
-            assert self.inner is not None and isinstance(plan, Drafted)
+            assert isinstance(plan, Drafted)
             tree = self.inner.propose(context, root, plan, chain_only)
             self.projected = self.inner.projected
             if not plan.with_lookup or tree.rows == 1:
@@ -199,8 +197,7 @@ class LookupProposer(Proposer):
         return CandidateTree.chain(mx.concatenate([root[:, None].astype(mx.int32), tokens], axis=1), alone)
 
     def advance(self, accepted: Accepted, contexts: mx.array) -> None:
-        if self.inner is not None:
-            self.inner.advance(accepted, contexts)
+        self.inner.advance(accepted, contexts)
         if self.text is not None:
             self.text.extend(accepted)
         if self.index is None:
@@ -211,12 +208,10 @@ class LookupProposer(Proposer):
             self.text = None
 
     def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
-        if self.inner is not None:
-            self.inner.leave(cache, tokens, dropped, context)
+        self.inner.leave(cache, tokens, dropped, context)
 
     def resume(self, cache: Any, tokens: int) -> None:
-        if self.inner is not None:
-            self.inner.resume(cache, tokens)
+        self.inner.resume(cache, tokens)
 
     def learn(self, tokens: list[int]) -> None:
         if self._root is None:
@@ -226,27 +221,22 @@ class LookupProposer(Proposer):
         self._root = None
         assert self.index is not None  # nobody tells of a text of a batch
         self.index.extend(tokens)
-        if self.inner is not None:
-            self.inner.learn(tokens)
+        self.inner.learn(tokens)
 
     def tighten(self, longest: int) -> None:
-        if self.inner is not None:
-            self.inner.tighten(longest)
+        self.inner.tighten(longest)
         if self.text is not None:
             self.text.limit(longest)
 
     def join(self, other: Proposer) -> None:
         assert isinstance(other, LookupProposer) and self.text is not None and other.text is not None
         self.text.join(other.text)
-        if self.inner is not None and other.inner is not None:
-            self.inner.join(other.inner)
+        self.inner.join(other.inner)
 
     def keep(self, texts: list[int]) -> None:
         assert self.text is not None
         self.text.keep(mx.array(texts))
-        if self.inner is not None:
-            self.inner.keep(texts)
+        self.inner.keep(texts)
 
     def arrays(self) -> list[mx.array]:
-        mine = [] if self.inner is None else self.inner.arrays()
-        return mine if self.text is None else [*mine, self.text.tokens, self.text.end]
+        return self.inner.arrays() + ([] if self.text is None else [self.text.tokens, self.text.end])

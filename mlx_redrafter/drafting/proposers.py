@@ -8,7 +8,6 @@ order) travels with the tree.
 
 from __future__ import annotations
 
-import abc
 import weakref
 from typing import Any
 
@@ -24,22 +23,22 @@ from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
 
 
-class Proposer(abc.ABC):
-    """Proposes continuations of the text so far.
+class Proposer:
+    """Proposes continuations of the text so far; this one nothing, for steps that nobody drafts for.
 
     Attributes:
         context_layers: the target's layers whose hidden states are the context, as `Target.forward` takes them.
-        prefix_window: committed tokens before the first step whose contexts it reads, if they are there.
+        prefix_window: committed tokens before the first step whose contexts it reads, if they are there; 0 where
+            it reads none.
         from_any_root: it can propose behind a token further on than the root, by the context that there is.
         projected: (B, exit_dim) what the head made of the context of the last step, for a recurrent head.
     """
 
     context_layers: tuple[int, ...] = ()
-    prefix_window = 1
+    prefix_window = 0
     from_any_root = False
     projected: mx.array | None = None
 
-    @abc.abstractmethod
     def propose(self, context: mx.array, root: mx.array, plan: Plan, chain_only: bool = False) -> CandidateTree:
         """The candidates for one step, as a lazy graph.
 
@@ -52,8 +51,9 @@ class Proposer(abc.ABC):
         Returns:
             A tree whose row 0 is the root.
         """
+        return CandidateTree.chain(root[:, None].astype(mx.int32))
 
-    def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:  # noqa: B027
+    def begin(self, text: mx.array, root: mx.array, contexts: mx.array) -> None:
         """Called before the first step.
 
         Args:
@@ -62,7 +62,7 @@ class Proposer(abc.ABC):
             contexts: (B, m, context_size) of the last m tokens of the prompt.
         """
 
-    def advance(self, accepted: Accepted, contexts: mx.array) -> None:  # noqa: B027
+    def advance(self, accepted: Accepted, contexts: mx.array) -> None:
         """Called with what a step accepts as soon as its graph is built, before the next step.
 
         Args:
@@ -70,7 +70,7 @@ class Proposer(abc.ABC):
             contexts: (B, 1 + N, context_size) of all rows of the step's tree.
         """
 
-    def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:  # noqa: B027
+    def leave(self, cache: Any, tokens: int, dropped: int, context: mx.array) -> None:
         """Called when a text is left that others may go on from (batch size 1).
 
         Args:
@@ -80,19 +80,19 @@ class Proposer(abc.ABC):
             context: (1, 1, context_size) of its last token.
         """
 
-    def resume(self, cache: Any, tokens: int) -> None:  # noqa: B027
+    def resume(self, cache: Any, tokens: int) -> None:
         """Called before `begin` where a text goes on that was left; arguments as for `leave`."""
 
-    def learn(self, tokens: list[int]) -> None:  # noqa: B027
+    def learn(self, tokens: list[int]) -> None:
         """Called once the host has read a step (batch size 1): first the root after the prompt, then each step."""
 
-    def tighten(self, longest: int) -> None:  # noqa: B027
+    def tighten(self, longest: int) -> None:
         """Is told that no text is longer than so many tokens, those of a step on its way included (any batch size)."""
 
-    def join(self, other: Proposer) -> None:  # noqa: B027
+    def join(self, other: Proposer) -> None:
         """Takes the texts of another proposer of the same drafter behind those of this one."""
 
-    def keep(self, texts: list[int]) -> None:  # noqa: B027
+    def keep(self, texts: list[int]) -> None:
         """Keeps these texts of the batch, in this order."""
 
     def arrays(self) -> list[mx.array]:
@@ -119,7 +119,7 @@ class RecurrentProposer(Proposer):
         temperature: of the drafter's probabilities, by which nodes are chosen.
     """
 
-    from_any_root = True
+    prefix_window, from_any_root = 1, True
 
     def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
         self.drafter, self.embed, self.temperature = drafter, embed, temperature
@@ -147,6 +147,8 @@ class MedusaProposer(Proposer):
     Of the heads' choices a shape takes the first N that lie among the best W of each of the
     first L - 1 heads; with W = 1 that is a chain.
     """
+
+    prefix_window = 1
 
     def __init__(self, heads: MedusaHeads):
         self.heads = heads

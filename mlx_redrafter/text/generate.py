@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from mlx_redrafter.decoding.sampling import Chooser, from_sampler, greedy
 from mlx_redrafter.decoding.step import Produced
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, PLAIN, DraftShape
+from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.cache.kv_cache import cached, refused
 from mlx_redrafter.target.model import Target
@@ -117,8 +118,9 @@ def stream_generate(
     )
     shape, lookup = what_to_draft(drafter, shape, lookup)
     ids = encode(tokenizer, prompt)
-    cache = [] if prompt_cache is None else [prompt_cache, *prompt_cache]
-    with _CACHES.alone(cache, "prompt_cache is in use by a generation that has not ended: close() that one first"):
+    refusal = "prompt_cache is in use by a generation that has not ended: close() that one first"
+    alone = _CACHES.alone([prompt_cache, *prompt_cache], refusal) if prompt_cache is not None else nullcontext()
+    with alone:
         with TURNS:
             target = Target.of(model)
             if target.ranks is not None:  # a template may have put in the date, which is not the same everywhere
@@ -185,8 +187,7 @@ def steps_of(
     """
     model, prompt = target.model, mx.array([ids], mx.int32)
     verifier, reason, fixed = None, "", shape if isinstance(shape, DraftShape) else None
-    drafting = drafter is not None or lookup != OFF
-    if drafting or (options.matcher is not None and options.matcher.jump_ahead):
+    if drafter is not None or lookup != OFF or (options.matcher is not None and options.matcher.jump_ahead):
         verifier = verifier_for(model, drafter)
         if verifier.capability == NONE:
             reason, verifier = verifier.reason, None
@@ -198,14 +199,12 @@ def steps_of(
     if verifier is None:
         cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
         return _wired(model, autoregressive(target, prompt, cache, options)), "plain", reason
-    if not drafting:
-        source = _drafting(verifier, None, prompt, prompt_cache, options, Planner(PLAIN))
-        return _wired(model, source), "grammar", verifier.reason
     proposer, planner, session = drafting_for(
         verifier, drafter, fixed, lookup, [*cached_tokens, *ids], options.choose, options.matcher is not None
     )
     source = _drafting(verifier, proposer, prompt, prompt_cache, options, planner)
-    return _wired(model, source, session), "lookup" if drafter is None else drafter.method, verifier.reason
+    alone = "grammar" if lookup == OFF else "lookup"
+    return _wired(model, source, session), alone if drafter is None else drafter.method, verifier.reason
 
 
 def _wired(model: nn.Module, source: Generator[Produced], session: Session | None = None) -> Generator[Produced]:
@@ -221,7 +220,7 @@ def _wired(model: nn.Module, source: Generator[Produced], session: Session | Non
 
 def _drafting(
     verifier: Verifier,
-    proposer: Proposer | None,
+    proposer: Proposer,
     ids: mx.array,
     prompt_cache: list[Any] | None,
     options: DecodingOptions,
@@ -230,7 +229,7 @@ def _drafting(
     """Speculative decoding whose rows end up in the caller's cache, exactly those of what was yielded."""
     cache = verifier.make_cache(prompt_cache)
     held, max_tokens = cached(prompt_cache or []), options.max_tokens
-    if prompt_cache and proposer is not None:
+    if prompt_cache:
         proposer.resume(prompt_cache[0], held)
     yielded: list[int] = []
     source = speculative(verifier, proposer, ids, cache, options, planner)
@@ -239,13 +238,9 @@ def _drafting(
             if max_tokens >= 0:
                 del produced.tokens[max_tokens - len(yielded) :]
             # Token by token, so that the caller can stop between any two.
-            for i, token in enumerate(produced.tokens):
-                yielded.append(token)
-                part = slice(i, i + 1)
-                last = i + 1 == len(produced.tokens)
-                yield dataclasses.replace(
-                    produced, tokens=[token], logits=produced.logits[part], drafted=produced.drafted[part], last=last
-                )
+            for part in produced.one_by_one():
+                yielded += part.tokens
+                yield part
     finally:
         source.close()
         if prompt_cache is not None and cache.length is not None:
@@ -254,11 +249,11 @@ def _drafting(
             cache.end_trees(rows)
             context = None
             if yielded:
-                last_token, layers = mx.array([[yielded[-1]]]), () if proposer is None else proposer.context_layers
-                context, _ = verifier.target.forward(last_token, cache.layers, context_layers=layers)
+                last_token = mx.array([[yielded[-1]]])
+                context, _ = verifier.target.forward(last_token, cache.layers, proposer.context_layers)
             cache.give_back(prompt_cache)
             mx.eval([c.state for c in prompt_cache], [] if context is None else context)
-            if context is not None and prompt_cache and proposer is not None:
+            if context is not None and prompt_cache:
                 proposer.leave(prompt_cache[0], rows + 1, committed - rows, context)
 
 

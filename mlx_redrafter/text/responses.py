@@ -122,7 +122,7 @@ def responses(
         method, reason: as in `GenerationResponse`.
         began: when reading the prompt began, by `time.perf_counter`; None for now.
     """
-    detokenizer, stops, statistics = tokenizer.detokenizer, StopStrings(stop), Statistics()
+    detokenizer, statistics, stops = tokenizer.detokenizer, Statistics(), StopStrings(stop) if stop else None
     tic = time.perf_counter() if began is None else began
     prompt_tps, made = 0.0, 0
     try:
@@ -138,8 +138,10 @@ def responses(
                 detokenizer.add_token(token)
             if ended:
                 detokenizer.finalize()
-            text, stopped = stops.take(detokenizer.last_segment, last=ended is not None)
-            ended = "stop" if stopped else ended
+            text = detokenizer.last_segment
+            if stops is not None:
+                text, stopped = stops.take(text, last=ended is not None)
+                ended = "stop" if stopped else ended
             row = produced.logits[0]
             yield GenerationResponse(
                 text=text,

@@ -137,16 +137,14 @@ def _steps(
     verifier: Verifier, drafter: Drafter | None, cache: KVCache, plan: Plan, context: int, clock: Clock
 ) -> Callable[[], float]:
     """Times whole greedy steps of a plan, two of them as the loop submits them."""
-    proposer = None if drafter is None else proposer_for(drafter, verifier.target.embed)
-    size = verifier.target.context_size(() if drafter is None else drafter.context_layers)
-    state = mx.zeros((1, 1, size), verifier.target.dtype)
+    proposer = proposer_for(drafter, verifier.target.embed)
+    state = mx.zeros((1, 1, verifier.target.context_size(proposer.context_layers)), verifier.target.dtype)
     root = mx.zeros((1,), mx.int32)
 
     def run() -> float:
         if plan == PLAIN:
             cache.plain_rows(context)
-        if proposer is not None:
-            proposer.begin(mx.zeros((1, 1), mx.int32), root, state)
+        proposer.begin(mx.zeros((1, 1), mx.int32), root, state)
         step = SpeculativeStep(verifier, proposer, DecodingOptions(), cache, state, root)
         begin = clock()
         for _ in range(2):

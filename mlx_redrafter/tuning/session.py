@@ -153,7 +153,7 @@ def drafting_for(
 
     Args:
         verifier: with a capability other than "none".
-        drafter: the target's; None where lookup alone drafts.
+        drafter: the target's; None where lookup alone drafts, or nobody.
         shape: the one to keep to; None to choose, or with lookup alone.
         lookup: "off", "auto" or "on".
         text: all tokens before the first step.
@@ -163,13 +163,11 @@ def drafting_for(
     Returns:
         the session too, if one was needed, for what it learns to be saved.
     """
-    inner = None
-    if drafter is not None:
-        inner = proposer_for(drafter, verifier.target.embed, draft_temperature(choose), text)
-    if lookup == OFF and shape is not None and inner is not None:
-        return inner, Planner(Drafted(shape)), None
+    inner = proposer_for(drafter, verifier.target.embed, draft_temperature(choose), text)
+    if lookup == OFF and shape is not None:
+        return inner, Planner(PLAIN if drafter is None else Drafted(shape)), None
     index, session = TextIndex([] if lookup == OFF else text), session_for(verifier, drafter)
-    proposer = inner if inner is not None and lookup == OFF else LookupProposer(inner, index)
+    proposer = inner if lookup == OFF else LookupProposer(inner, index)
     return proposer, session.planner(shape, lookup, index, structured), session
 
 

@@ -180,9 +180,6 @@ class Controller(Planner):
         self._read_at, self._length = 0.0, 0
         self._next_review = memory.steps + EARLY
 
-    def begin(self) -> None:
-        self._read_at = self.clock()
-
     def plan(self) -> Plan:
         plan = (self._trial or self.memory.current).plan
         found = plan if self.lookup is None else self.lookup.plan(plan, self._length)

@@ -1,5 +1,3 @@
-import dataclasses
-
 import mlx.core as mx
 import pytest
 from support import RANDOM, REPEATING, make_drafter, make_model, plainly
@@ -15,6 +13,7 @@ from mlx_redrafter.drafting.cached.mtp import MtpConfig, MtpHead
 from mlx_redrafter.drafting.kinds import proposer_for
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.medusa import MedusaConfig, MedusaHeads
+from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
@@ -61,7 +60,7 @@ def own_layer():
 
 def batch_of(model, drafter, plan=TREE, **options):
     verifier = verifier_of(model)
-    who = None if drafter is None else lambda _: proposer_for(drafter, verifier.target.embed)
+    who = lambda _: proposer_for(drafter, verifier.target.embed)  # noqa: E731
     return Batch(verifier, who, plan if isinstance(plan, BatchPlanner) else BatchPlanner(plan), **options)
 
 
@@ -231,14 +230,16 @@ def test_what_lookup_does_not_find_is_no_draft(model):
     """If this fails, a text's figures count rows as drafts that only fill the shape of the batch."""
     texts = [BatchText(prompt, DecodingOptions(max_tokens=24)) for prompt in (REPEATING, RANDOM)]
     counts = {id(text): Statistics() for text in texts}
-    batch = Batch(verifier_of(model), lambda text: LookupProposer(None, None, text.before), BatchPlanner(LookedUp(3)))
+    batch = Batch(
+        verifier_of(model), lambda text: LookupProposer(Proposer(), None, text.before), BatchPlanner(LookedUp(3))
+    )
     for n, parts in enumerate(finish(batch, texts)):
         for part in parts:
             statistics, produced = counts[id(part.text)], part.produced
             assert sum(produced.drafted) <= produced.drafts in (0, 3)
             assert n or produced.drafts == (3 if part.text is texts[0] else 0)  # no token of the second is there twice
-            for i in range(len(produced.tokens)):
-                statistics.count(dataclasses.replace(produced, last=i + 1 == len(produced.tokens)))
+            for one in produced.one_by_one():
+                statistics.count(one)
     for text in texts:
         figures = counts[id(text)].figures()
         assert figures["draft_tokens"] == round(3 * figures["lookup_share"] * figures["steps"])

@@ -8,7 +8,6 @@ def test_always_the_same():
     """If this fails, a shape that was asked for is not kept to."""
     for plan in (PLAIN, Drafted(DraftShape(4, 5, 7), with_lookup=True)):
         planner = Planner(plan)
-        planner.begin()
         for tokens in ([1], [1, 2, 3]):
             assert planner.plan() == plan == planner.plan()
             planner.learn(StepRead(plan, tokens, 20))

@@ -16,7 +16,7 @@ from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.drafting.lookup import KEPT, NOTHING, LookupProposer, TextBuffer, join
 from mlx_redrafter.drafting.lookup_index import LONGEST, TextIndex
-from mlx_redrafter.drafting.proposers import RecurrentProposer
+from mlx_redrafter.drafting.proposers import Proposer, RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
 from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.probe import verifier_of
@@ -54,7 +54,7 @@ def test_texts_join_and_leave_with_what_they_said():
     rng = np.random.default_rng(3)
 
     def begun(before, prompt):
-        proposer = LookupProposer(None, None, before)
+        proposer = LookupProposer(Proposer(), None, before)
         proposer.begin(mx.array([prompt[:-1]], mx.int32), mx.array(prompt[-1:], mx.int32), mx.zeros((1, 1, 4)))
         return proposer, [*before, *prompt]
 
@@ -137,7 +137,7 @@ def test_a_branch_joins_a_tree():
 
 
 def proposer_for(verifier, drafter, prompt):
-    inner = None if drafter is None else RecurrentProposer(drafter, verifier.target.embed)
+    inner = Proposer() if drafter is None else RecurrentProposer(drafter, verifier.target.embed)
     return LookupProposer(inner, TextIndex(prompt))
 
 

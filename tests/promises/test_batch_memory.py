@@ -37,7 +37,7 @@ def test_peak(pair, plan, texts):
     """
     model, drafter, _ = pair
     verifier = verifier_of(model)
-    batch = Batch(verifier, None if plan == PLAIN else proposers(verifier, drafter), BatchPlanner(plan))
+    batch = Batch(verifier, proposers(verifier, None if plan == PLAIN else drafter), BatchPlanner(plan))
     mx.clear_cache()
     watched = Peaks(batch, mx.get_active_memory())
     for n, length in enumerate(LENGTHS[:texts]):

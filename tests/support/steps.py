@@ -5,11 +5,9 @@ import mlx.core as mx
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import greedy
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
-from mlx_redrafter.drafting.proposers import Proposer
-from mlx_redrafter.target.verification import Verifier
 
 
-def first_step(verifier: Verifier, prompts: list[list[int]], proposer: Proposer) -> SpeculativeStep:
+def first_step(verifier, prompts, proposer):
     """The first one behind prompts of one length."""
     cache, tokens, options = verifier.make_cache(), mx.array(prompts), DecodingOptions()
     hidden, logits = prefill(verifier.target, tokens, cache.layers, options, proposer.context_layers)

@@ -157,7 +157,6 @@ def test_what_a_grammar_forces_is_no_plans_merit():
     memory.structured = True
     assert memory.current.plan == CHAIN
     controller = Controller(memory, clock=lambda: now)
-    controller.begin()
     for _ in range(400):
         plans.append(controller.plan())
         now += COSTS.step_seconds(plans[-1], 128)
@@ -187,7 +186,6 @@ def test_lookups_tell_nothing_of_the_drafter():
     device.write(500, 0.7)
     memory = device.memory
     controller = Controller(memory, clock=lambda: device.now)
-    controller.begin()
     before = state(memory)
     for _ in range(40):
         device.now += 7.0
@@ -203,7 +201,6 @@ def test_trees_that_lookup_joined_tell_nothing_of_the_drafter():
     """If this fails, tokens that lookup got right count as the drafter's best, or wrong ones as its worst."""
     memory = new_memory(plans=[PLAIN, TREE])
     controller, now = Controller(memory, clock=lambda: now), 0.0
-    controller.begin()
     before = memory.acceptance.to_dict(), memory.arm(TREE).fit.tries, memory.seconds(TREE, 128), memory.spent
     for _ in range(40):
         now += 9.0
@@ -259,7 +256,6 @@ def test_lookup_is_asked_what_the_step_drafts():
             asked.append(step)
 
     controller = Controller(memory, Found(), clock=lambda: 0.0)
-    controller.begin()
     assert controller.plan() == LookedUp(5) and asked == [(memory.current.plan, 0)]
     step = StepRead(LookedUp(5), RANDOM[:3], 77)
     controller.learn(step)

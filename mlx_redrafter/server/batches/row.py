@@ -116,21 +116,12 @@ class Row:
 
     def take(self, produced: Produced) -> Iterator[Response]:
         """What mlx_lm's loop is told of the tokens of a step, or of a part of one; the last one may end the text."""
-        first = produced.from_prompt and not self.tokens
-        for i, token in enumerate(produced.tokens):
-            part = slice(i, i + 1)
-            self._fed.append(
-                dataclasses.replace(
-                    produced,
-                    tokens=[token],
-                    logits=produced.logits[part],
-                    drafted=produced.drafted[part],
-                    from_prompt=first,
-                    last=produced.last and i + 1 == len(produced.tokens),
-                )
-            )
+        produced.from_prompt &= not self.tokens
+        for part in produced.one_by_one():
+            self._fed.append(part)
             if self._pieces is None:
                 self._pieces = self._answer()
+            [token] = part.tokens
             self.tokens.append(token)
             if (piece := next(self._pieces, None)) is not None:  # else nobody waits for it any more
                 self.request.texts.append(piece.text)

@@ -6,6 +6,8 @@ from typing import Any
 
 from mlx_redrafter.text.responses import GenerationResponse
 
+OURS = ("draft_tokens", "accepted_tokens", "forced_tokens", "mean_acceptance_length")
+
 
 def usage(last: Any) -> dict[str, Any]:
     """The fields of `usage` that are not OpenAI's.
@@ -13,14 +15,7 @@ def usage(last: Any) -> dict[str, Any]:
     Args:
         last: the last response of a text; of mlx_lm's own loop nothing is said.
     """
-    if not isinstance(last, GenerationResponse):
-        return {}
-    return {
-        "draft_tokens": last.draft_tokens,
-        "accepted_tokens": last.accepted_tokens,
-        "forced_tokens": last.forced_tokens,
-        "mean_acceptance_length": last.mean_acceptance_length,
-    }
+    return {name: getattr(last, name) for name in OURS} if isinstance(last, GenerationResponse) else {}
 
 
 def timings(last: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from mlx_redrafter.server.http.figures import OURS
 from mlx_redrafter.server.translations.events import Event, text_of
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -164,8 +165,4 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
         "cache_read_input_tokens": cached,
         "output_tokens": usage.get("completion_tokens", 0),
     }
-    return found | {
-        name: usage[name]
-        for name in usage
-        if name.endswith(("draft_tokens", "accepted_tokens", "forced_tokens", "_length"))
-    }
+    return found | {name: usage[name] for name in OURS if name in usage}

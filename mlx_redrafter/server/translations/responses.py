@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from mlx_redrafter.server.http.figures import OURS
 from mlx_redrafter.server.translations.events import Event, text_of
 
 SAME = ("model", "temperature", "top_p", "stream", "top_logprobs", "draft_model", "num_draft_tokens", "seed", "stop")
@@ -186,9 +187,5 @@ def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
         "output_tokens_details": {"reasoning_tokens": 0},
     }
     counts = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
-    more = {
-        name: usage[name]
-        for name in usage
-        if name.endswith(("draft_tokens", "accepted_tokens", "forced_tokens", "_length"))
-    }
+    more = {name: usage[name] for name in OURS if name in usage}
     return counts | {"total_tokens": usage["total_tokens"]} | details | more

@@ -224,17 +224,14 @@ def _run(
     return list(found.values()), stats
 
 
-def proposers(verifier: Verifier, drafter: Drafter | None, lookup: str = OFF) -> Callable[[BatchText], Proposer] | None:
-    """Makes who drafts for a text of a batch; None where nothing is drafted."""
-    if drafter is None and lookup == OFF:
-        return None
+def proposers(verifier: Verifier, drafter: Drafter | None, lookup: str = OFF) -> Callable[[BatchText], Proposer]:
+    """Makes who drafts for a text of a batch."""
 
     def make(text: BatchText) -> Proposer:
-        inner, embed = None, verifier.target.embed
-        if drafter is not None:
-            read = text.prompt[: max(1, len(text.prompt) - 1)]  # the last one is the root
-            inner = proposer_for(drafter, embed, draft_temperature(text.options.choose), [*text.before, *read])
-        return inner if inner is not None and lookup == OFF else LookupProposer(inner, None, text.before)
+        read = text.prompt[: max(1, len(text.prompt) - 1)]  # the last one is the root
+        known, temperature = [*text.before, *read], draft_temperature(text.options.choose)
+        inner = proposer_for(drafter, verifier.target.embed, temperature, known)
+        return inner if lookup == OFF else LookupProposer(inner, None, text.before)
 
     return make
 

@@ -22,6 +22,7 @@ from mlx_redrafter.drafting.cached.memory import Memory
 from mlx_redrafter.drafting.cached.proposer import CachedProposer
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
+from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
@@ -176,7 +177,8 @@ def test_decoding_reads_the_text(module, chunk, tmp_path):
     theirs, ours = converted(tmp_path, target)
     text = list(PROMPT)
     options = DecodingOptions(max_tokens=48, prefill_step_size=chunk)
-    for produced in speculative(verifier, None, mx.array([PROMPT]), verifier.make_cache(), options, Planner(PLAIN)):
+    nobody, cache = Proposer(), verifier.make_cache()
+    for produced in speculative(verifier, nobody, mx.array([PROMPT]), cache, options, Planner(PLAIN)):
         text += produced.tokens
     proposer, found, options = Knowing(ours, text), list(PROMPT), dataclasses.replace(options, max_tokens=33)
     plan, lengths = Planner(Drafted(DraftShape(1, 4, 3))), []
