@@ -22,8 +22,6 @@ from mlx_redrafter.system.openblas_layout import pack, panels_are_faster
 from mlx_redrafter.system.ranks import number_of_ranks
 from mlx_redrafter.system.weights import describe
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import load_from
 from mlx_redrafter.text.loading import is_embedded
 
@@ -45,12 +43,6 @@ class Loaded:
     command: str
     cost_scale: float
     as_loaded: nn.Module
-
-    def require_verification(self) -> None:
-        """Raises UserError for a target that cannot verify drafts."""
-        verifier = verifier_of(self.model)
-        if verifier.capability == NONE:
-            raise UserError(f"this target cannot verify drafts: {verifier.reason}")
 
     def decoder(self, drafter: Drafter | None, max_tokens: int, temp: float = 0.0, seed: int = 0) -> Decoder:
         return Decoder(self.model, self.tokenizer, drafter, max_tokens, temp, seed, self.as_loaded)

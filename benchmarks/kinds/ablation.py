@@ -25,7 +25,6 @@ from mlx_redrafter.benchmarks.report import Report, check_out, command_line
 from mlx_redrafter.drafting.kinds import Drafter, open_drafter
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
-from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import device_facts, on_cpu
 from mlx_redrafter.system.files import read_json, write_json
 from mlx_redrafter.system.flag_types import real, whole
@@ -34,7 +33,6 @@ from mlx_redrafter.system.table import Table
 from mlx_redrafter.system.weights import describe
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_target_arguments
 from mlx_redrafter.text.loading import find_target, fit_drafter, load_target
 from mlx_redrafter.training.drafters.kinds import METHODS
@@ -73,9 +71,7 @@ def run(args: argparse.Namespace) -> Report:
     check_out(args.out)
     folder = find_target(args.model, "--model", args.gguf)
     model, tokenizer = load_target(folder, None, "float32" if on_cpu() else None)
-    verifier = verifier_of(model)
-    if verifier.capability == NONE:
-        raise UserError(f"--model {args.model}: cannot verify drafts: {verifier.reason}")
+    verifier = verifier_of(model).checked(f"--model {args.model}:")
     target, work = verifier.target, pathlib.Path(args.work)
     flags = {recipe.name: flags_of(args, recipe, target, work) for recipe in recipes}
     encoded = encode_prompts(args, model, tokenizer, prompts)

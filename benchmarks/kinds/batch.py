@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.system.table import Table
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.batches.generate import batch_generate
 from mlx_redrafter.text.equality import compare_texts
 
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     prompts, sizes = check_texts(args), sorted(set(args.batch_sizes))
     pair = load_pair(args, baseline=False)
-    pair.require_verification()
+    verifier_of(pair.model).checked()
     texts = encode_texts(args, pair, prompts)
     alone = [_alone(pair, text, args.max_tokens) for text in texts]
     methods = _methods(pair, args.max_tokens)

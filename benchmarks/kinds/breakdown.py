@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> Report:
     pair = load_pair(args)
     pair.check_shapes(shapes.values())
     texts = encode_texts(args, pair, prompts)
-    pair.require_verification()
+    verifier_of(pair.model).checked()
     never_end(pair.tokenizer)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in shapes}
     for shape in shapes.values():

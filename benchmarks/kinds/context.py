@@ -36,6 +36,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.system.weights import weights
+from mlx_redrafter.target.probe import verifier_of
 
 HELP = "speed and memory up to 16k tokens, and the cost of a roomy cache"
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> Report:
     pair = load_pair(args, baseline=False)  # a second target would be counted as memory
     pair.check_shapes(shapes)
     if any(drafts(name) for name in names):
-        pair.require_verification()
+        verifier_of(pair.model).checked()
     lift_context(pair.model, max(args.contexts) + args.max_tokens + 1)
     never_end(pair.tokenizer)
     text = long_text(pair.tokenizer, max(args.contexts))

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> Report:
     pair = load_pair(args)
     pair.check_shapes(shapes.values())
     if shapes:
-        pair.require_verification()
+        verifier_of(pair.model).checked()
     texts = encode_texts(args, pair, prompts)
     results = {temp: _at(temp, pair, args, names, shapes, texts) for temp in args.temps}
     categories = [prompt.category for prompt in prompts]

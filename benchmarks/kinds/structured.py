@@ -23,6 +23,7 @@ from mlx_redrafter.constraints.constraint import Constraint, json_schema
 from mlx_redrafter.drafting.shape import AUTO, OFF
 from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.system.table import Table
+from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.generate import stream_generate
 from mlx_redrafter.text.loading import is_embedded
 
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> Report:
     kinds = {"schema-heavy": HEAVY, "free text in JSON": FREE}
     constraints = {kind: {text: json_schema(one) for text, one in texts.items()} for kind, texts in kinds.items()}
     pair = load_pair(args, baseline=False)
-    pair.require_verification()
+    verifier_of(pair.model).checked()
     methods = {name: _method(pair, args.max_tokens, *how) for name, how in METHODS.items()}
     results: dict[str, dict[str, Summary]] = {}
     for kind, texts in constraints.items():

@@ -25,6 +25,7 @@ from mlx_redrafter.benchmarks.report import Report
 from mlx_redrafter.drafting.shape import AUTO, BEAMS, BEST_FIRST, DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.table import Table
+from mlx_redrafter.target.probe import verifier_of
 
 HELP = "speed-up and acceptance over beam width, beam length and number of draft tokens"
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> Report:
     pair = load_pair(args)
     _check(shapes, pair.drafter.config.vocab_size)
     texts = encode_texts(args, pair, prompts)
-    pair.require_verification()
+    verifier_of(pair.model).checked()
     decoder = pair.decoder(pair.drafter, args.max_tokens)
     methods = {name: decoder.method(name) for name in (PLAIN, *map(name_of, shapes), *AUTOS)}
     found = summarize(side_by_side(methods, texts, reference_every=8))

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> Report:
     facts: dict[str, str] = {}
     for scale in sorted(set(args.cost_scales)):
         loaded = load_scaled(args, scale)
-        loaded.require_verification()
+        verifier_of(loaded.model).checked()
         facts = facts or loaded.facts
         for context in contexts:
             measured[loaded.cost_scale, context] = _measure(loaded, context, rows, args.repeats)

@@ -24,7 +24,6 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import device_facts
 from mlx_redrafter.system.flag_types import whole
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_model_arguments, choose_target, draft_shape, load_from
 from mlx_redrafter.text.loading import EMBEDDED_PAIR, is_embedded
 from mlx_redrafter.tuning.session import drafting_for
@@ -107,9 +106,7 @@ def show_trees(
     count: int,
 ) -> None:
     """Writes one text greedily and prints every step's tree, and the text with what was drafted marked."""
-    verifier = verifier_of(model)
-    if verifier.capability == NONE:
-        raise UserError(f"--show-tree: this target cannot verify drafts: {verifier.reason}")
+    verifier = verifier_of(model).checked("--show-tree: this target")
     shape.check(verifier.target.vocab_size if drafter is None else drafter.config.scored)
     proposer, planner, _ = drafting_for(verifier, drafter, shape, lookup, prompt, greedy)
     colour, steps = colours(), 0

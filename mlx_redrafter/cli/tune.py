@@ -7,7 +7,6 @@ import json
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_pair_arguments, choose_target, load_from
 from mlx_redrafter.tuning import report
 from mlx_redrafter.tuning.session import session_for
@@ -27,10 +26,7 @@ def run(args: argparse.Namespace) -> None:
     model, drafter, _ = load_from(args)
     if drafter is None:
         raise UserError("--draft is missing: without a drafter there is nothing to choose")
-    verifier = verifier_of(model)
-    if verifier.capability == NONE:
-        raise UserError(f"this target cannot verify drafts: {verifier.reason}")
-    session = session_for(verifier, drafter, fresh=args.fresh)
+    session = session_for(verifier_of(model).checked(), drafter, fresh=args.fresh)
     if said and not args.json:
         print(said)
     print(json.dumps(report.facts(session)) if args.json else report.text(session))

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from mlx_redrafter.drafting import medusa, redrafter
-from mlx_redrafter.drafting.cached import eagle, mtp
+from mlx_redrafter.drafting import redrafter
+from mlx_redrafter.drafting.cached import eagle
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
 from mlx_redrafter.drafting.cached.head import ContextReader
@@ -21,6 +21,12 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_safetensors
 
 Drafter: TypeAlias = RecurrentDrafter | MedusaHeads | DraftModel | EagleHead | MtpHead
+# Beside the recurrent one: config, head, and a key that tells ours from published ones of the same type.
+KINDS: tuple[tuple[Any, Any, str], ...] = (
+    (MedusaConfig, MedusaHeads, "vocab_size"),
+    (EagleConfig, EagleHead, "layer"),
+    (MtpConfig, MtpHead, "model_type"),
+)
 
 
 def proposer_for(
@@ -58,17 +64,11 @@ def open_drafter(path: str | pathlib.Path) -> RecurrentDrafter | MedusaHeads | E
     """
     file, weights_file = pathlib.Path(path) / "config.json", pathlib.Path(path) / "model.safetensors"
     fields = read_fields(file.parent)
-    if fields.get("model_type") == medusa.MODEL_TYPE and "vocab_size" in fields:
-        heads = MedusaHeads(MedusaConfig.from_dict(fields, str(file)))
-        return heads.fill(read_safetensors(weights_file), str(weights_file))
+    for config, head, ours in KINDS:
+        if fields.get("model_type") == config.model_type and ours in fields:
+            return head(config.from_dict(fields, str(file))).fill(read_safetensors(weights_file), str(weights_file))
     if "medusa_num_heads" in fields:
         raise UserError(f"{file}: Medusa heads as published; run `mlx-redrafter convert drafter` on them first")
-    if fields.get("model_type") == eagle.MODEL_TYPE and "layer" in fields:
-        head = EagleHead(EagleConfig.from_dict(fields, str(file)))
-        return head.fill(read_safetensors(weights_file), str(weights_file))
-    if fields.get("model_type") == mtp.MODEL_TYPE:
-        layer = MtpHead(MtpConfig.from_dict(fields, str(file)))
-        return layer.fill(read_safetensors(weights_file), str(weights_file))
     if is_eagle(fields):
         raise UserError(f"{file}: an EAGLE-3 head as published; run `mlx-redrafter convert drafter` on it first")
     if (kind := fields.get("model_type", redrafter.MODEL_TYPE)) != redrafter.MODEL_TYPE:

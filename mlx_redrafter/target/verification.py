@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import slots, standing_in
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.cache.recurrent import AT_ONCE
@@ -58,6 +59,12 @@ class Verifier:
         self.capability, self.reason = found.kind, found.reason
         there = slots(target.model) if found.mixers else ()
         self._mixers = [(slot, MixerStandIn(slot.module)) for slot in there if slot.path in found.mixers]
+
+    def checked(self, where: str = "this target") -> Verifier:
+        """Itself. Raises UserError for a target that can verify nothing."""
+        if self.capability == NONE:
+            raise UserError(f"{where} cannot verify drafts: {self.reason}")
+        return self
 
     def make_cache(self, prompt_cache: list[Any] | None = None) -> KVCache:
         """A cache that trees can be written to (not for capability "none"); goes on from what mlx-lm caches hold."""

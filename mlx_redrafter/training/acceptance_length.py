@@ -14,10 +14,8 @@ from mlx_redrafter.decoding.planner import Planner, StepRead
 from mlx_redrafter.decoding.sampling import draft_temperature, greedy
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.shape import Drafted, DraftShape, Plan
-from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.training.text.shards import Rows
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 
@@ -29,10 +27,7 @@ def acceptance_length(
 
     The drafter's config gets the shares of right drafts by depth.
     """
-    verifier = verifier_of(target.model)
-    if verifier.capability == NONE:
-        raise UserError(f"this target cannot verify drafts: {verifier.reason}")
-    steps, planner = 0, _Learning(Drafted(shape))
+    verifier, steps, planner = verifier_of(target.model).checked(), 0, _Learning(Drafted(shape))
     proposer = proposer_for(drafter, target.embed, draft_temperature(greedy))
     for prompt in prompts:
         options = DecodingOptions(greedy, max_tokens)

@@ -18,7 +18,7 @@ from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.system.files import remove_left_over, require_free, write_json
 from mlx_redrafter.system.hub import require_login, upload
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.target.verification import NONE, Verifier
+from mlx_redrafter.target.verification import Verifier
 from mlx_redrafter.text.loading import find_target, is_embedded, load_target
 from mlx_redrafter.training.acceptance_length import held_out_prompts
 from mlx_redrafter.training.drafters.kinds import METHODS
@@ -57,9 +57,7 @@ def run(args: argparse.Namespace) -> None:
     folder = find_target(args.model, "--model", args.gguf)
     # Half precision is slow and coarse on a CPU.
     model, tokenizer = load_target(folder, None, "float32" if on_cpu() else None, None, args.trust_remote_code)
-    verifier = verifier_of(model)
-    if verifier.capability == NONE:
-        raise UserError(f"--model {args.model}: cannot verify drafts: {verifier.reason}")
+    verifier = verifier_of(model).checked(f"--model {args.model}:")
     target = verifier.target
     if not args.resume or "recipe" in args.given:
         follow(args, target)
