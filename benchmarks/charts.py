@@ -95,17 +95,12 @@ def bars(figure: Any, panels: Mapping[str, Sequence[Bar]], xlabel: str, limit: s
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
 
-def lines(axes: Any, series: Mapping[str, Sequence[tuple[float, float]]], styles: Sequence[str] = ()) -> None:
-    """A line with markers for each name of (x, y) points.
-
-    Args:
-        styles: a line style for each, solid where left out.
-    """
+def lines(axes: Any, series: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """A line with markers for each name of (x, y) points."""
     for i, (name, points) in enumerate(series.items()):
         xs, ys = zip(*points)
-        style = styles[i] if i < len(styles) else "-"
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.plot(xs, ys, style, color=colour, marker=marker, markersize=4, linewidth=1.5, label=name)
+        axes.plot(xs, ys, color=colour, marker=marker, markersize=4, linewidth=1.5, label=name)
     if series:
         axes.legend(fontsize=8, frameon=False)
 

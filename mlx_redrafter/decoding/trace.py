@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.loop import speculative
+from mlx_redrafter.decoding.loop import speculative, wait_for
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.drafting.drafter_files import Embedder
@@ -146,7 +146,7 @@ def node_probabilities(
     Returns:
         one per row; None for the root, and for tokens that the drafter cannot draft.
     """
-    tokens, parents = _host(tree.tokens), _host(tree.parents)
+    tokens, parents = wait_for(tree.tokens)[0], wait_for(tree.parents)[0]
     states: list[mx.array] = []
     for row, token in enumerate(tokens):
         above = None if row == 0 else states[parents[row]]
@@ -165,9 +165,9 @@ def node_probabilities(
 
 def _nodes(tree: CandidateTree, accepted: Accepted, probabilities: Sequence[float | None]) -> list[Node]:
     """The tree on the host; rows that only fill the shape are left out."""
-    [count] = _host(accepted.count[None])
-    path = set(_host(accepted.path)[: count + 1])
-    tokens, parents, depths, valid = (_host(a) for a in (tree.tokens, tree.parents, tree.depths, tree.valid))
+    [count] = wait_for(accepted.count)
+    path = set(wait_for(accepted.path)[0][: count + 1])
+    tokens, parents, depths, valid = (wait_for(a)[0] for a in (tree.tokens, tree.parents, tree.depths, tree.valid))
     seats: dict[int, int] = {}
     nodes: list[Node] = []
     for row in range(tree.rows):
@@ -175,9 +175,3 @@ def _nodes(tree: CandidateTree, accepted: Accepted, probabilities: Sequence[floa
             seats[row] = len(nodes)
             nodes.append(Node(tokens[row], seats[parents[row]], depths[row], row in path, probabilities[row]))
     return nodes
-
-
-def _host(row: mx.array) -> list[Any]:
-    """(1, n) as a list."""
-    values: Any = row[0].tolist()
-    return values

@@ -29,6 +29,7 @@ from mlx_redrafter.target.verification import CHAIN, TREE, Capability, Verifier
 
 PARENTS = (0, 0, 0, 1, 2, 4)  # of the tree whose rows are verified
 PATH = (2, 4)  # what is accepted of it, the root aside
+CASES = 3  # places of the prompt that are drafted behind
 ROWS_READ = 200  # rows that one place reads in all stages, about
 
 
@@ -42,16 +43,14 @@ class Inputs(NamedTuple):
     context_layers: tuple[int, ...]  # of the contexts
 
 
-def inputs(
-    target: Target, prompt: Sequence[int], place: Place, context_layers: tuple[int, ...], cases: int = 3
-) -> Inputs:
+def inputs(target: Target, prompt: Sequence[int], place: Place, context_layers: tuple[int, ...]) -> Inputs:
     """Reads a prompt in one place."""
     with mx.stream(place):
         ids = mx.array([list(prompt)], mx.int32)
         hidden, logits = target.forward(ids, make_prompt_cache(target.model), context_layers=context_layers)
         assert hidden is not None
-        roots = mx.argmax(logits[0, -cases:], axis=-1).astype(mx.int32)
-        found = Inputs(ids, hidden[0, -cases:], roots, ids[:, 1 : 1 + len(PARENTS)], context_layers)
+        roots = mx.argmax(logits[0, -CASES:], axis=-1).astype(mx.int32)
+        found = Inputs(ids, hidden[0, -CASES:], roots, ids[:, 1 : 1 + len(PARENTS)], context_layers)
         mx.eval(found.contexts, roots, found.drafts)
     return found
 

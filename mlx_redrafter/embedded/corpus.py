@@ -11,6 +11,8 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator
 
+LINES, SKIP = 12, 10  # of a prefix, and above it: comments and licences
+
 
 def stdlib_files() -> Iterator[tuple[str, str, bool, bool]]:
     """Yields (path, text, held_out, is_test) for each source file of the standard library."""
@@ -28,18 +30,16 @@ def stdlib_files() -> Iterator[tuple[str, str, bool, bool]]:
         yield rel, text, held_out, is_test
 
 
-def held_out_prefixes(count: int, lines: int = 12, skip: int = 10) -> list[str]:
+def held_out_prefixes(count: int) -> list[str]:
     """Beginnings for the embedded target to continue, from files it never saw.
 
     Args:
         count: how many; fewer come back where the installation has fewer held-out files.
-        lines: length of each in lines.
-        skip: lines left out at the top of a file (comments and licences).
 
     Returns:
         One prefix per file, files spread evenly over the library.
     """
     texts = [t for _, t, held_out, is_test in stdlib_files() if held_out and not is_test]
-    prefixes = ["\n".join(t.split("\n")[skip : skip + lines]) for t in texts if t.count("\n") > 2 * (skip + lines)]
+    prefixes = ["\n".join(t.split("\n")[SKIP : SKIP + LINES]) for t in texts if t.count("\n") > 2 * (SKIP + LINES)]
     step = max(1, len(prefixes) // max(1, count))
     return prefixes[::step][:count]

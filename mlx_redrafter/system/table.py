@@ -17,9 +17,9 @@ class Table:
     note: str = ""
 
     @classmethod
-    def of(cls, title: str, columns: Mapping[str, Callable[[Any], str]], items: Iterable, note: str = "") -> Table:
+    def of(cls, title: str, columns: Mapping[str, Callable[[Any], str]], items: Iterable) -> Table:
         """A row for each item; `columns` says, by heading, what a cell shows of it."""
-        return cls(title, list(columns), [[cell(item) for cell in columns.values()] for item in items], note)
+        return cls(title, list(columns), [[cell(item) for cell in columns.values()] for item in items])
 
     def text(self) -> str:
         widths = [max(len(str(line[i])) for line in (self.columns, *self.rows)) for i in range(len(self.columns))]

@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.constraints.constraint import Constraint
 from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
-from mlx_redrafter.decoding.loop import autoregressive, speculative
+from mlx_redrafter.decoding.loop import autoregressive, speculative, wait_for
 from mlx_redrafter.decoding.options import DecodingOptions, Progress
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import Chooser, from_sampler, greedy
@@ -116,7 +116,7 @@ def stream_generate(
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
     )
-    shape, lookup = what_to_draft(drafter, shape, lookup)
+    fixed, lookup = what_to_draft(drafter, shape, lookup)
     ids = encode(tokenizer, prompt)
     refusal = "prompt_cache is in use by a generation that has not ended: close() that one first"
     alone = _CACHES.alone([prompt_cache, *prompt_cache], refusal) if prompt_cache is not None else nullcontext()
@@ -129,7 +129,7 @@ def stream_generate(
                 matcher = Matcher(constraint, tokenizer, target.vocab_size or len(tokenizer))
                 options = dataclasses.replace(options, matcher=matcher)
             check_prompt(target, ids, cached(prompt_cache or []))
-            source, method, reason = steps_of(target, drafter, ids, options, shape, lookup, prompt_cache, cached_tokens)
+            source, method, reason = steps_of(target, drafter, ids, options, fixed, lookup, prompt_cache, cached_tokens)
         yield from responses(in_turns(source), tokenizer, len(ids), max_tokens, stop, method, reason)
 
 
@@ -149,17 +149,18 @@ def generate(model: nn.Module, tokenizer: Any, prompt: Prompt, verbose: bool = F
     return text
 
 
-def what_to_draft(drafter: Drafter | None, shape: DraftShape | str, lookup: str | None) -> tuple[DraftShape | str, str]:
-    """Shape and lookup with what was left out filled in. Raises UserError for what they cannot be."""
-    if not isinstance(shape, DraftShape) and shape != AUTO:
+def what_to_draft(
+    drafter: Drafter | None, shape: DraftShape | str, lookup: str | None
+) -> tuple[DraftShape | None, str]:
+    """Shape, None to choose one, and lookup, what was left out filled in. Raises UserError for what they cannot be."""
+    fixed = shape if isinstance(shape, DraftShape) else None
+    if fixed is None and shape != AUTO:
         raise UserError(f"shape is {shape!r}, expected a DraftShape or {AUTO!r}")
     if lookup is None:
-        lookup = AUTO if drafter is not None and shape == AUTO else OFF
+        lookup = AUTO if drafter is not None and fixed is None else OFF
     if lookup not in LOOKUPS:
         raise UserError(f"lookup is {lookup!r}, expected one of {', '.join(LOOKUPS)}")
-    if drafter is None and shape == AUTO:
-        shape = DraftShape()
-    return shape, lookup
+    return DraftShape() if drafter is None and fixed is None else fixed, lookup
 
 
 def check_prompt(target: Target, ids: list[int], held: int) -> None:
@@ -176,17 +177,18 @@ def steps_of(
     drafter: Drafter | None,
     ids: list[int],
     options: DecodingOptions,
-    shape: DraftShape | str,
+    fixed: DraftShape | None,
     lookup: str,
     prompt_cache: list[Any] | None,
     cached_tokens: Sequence[int],
 ) -> tuple[Generator[Produced], str, str]:
     """The steps of a text, one token at a time; by which method, and why not by that which was asked for.
 
-    Building them is a turn; see `in_turns`. Arguments are those of `stream_generate`, with nothing left out.
+    Building them is a turn; see `in_turns`. Arguments are those of `stream_generate`, with nothing left out; see
+    `what_to_draft`.
     """
     model, prompt = target.model, mx.array([ids], mx.int32)
-    verifier, reason, fixed = None, "", shape if isinstance(shape, DraftShape) else None
+    verifier, reason = None, ""
     if drafter is not None or lookup != OFF or (options.matcher is not None and options.matcher.jump_ahead):
         verifier = verifier_for(model, drafter)
         if verifier.capability == NONE:
@@ -245,7 +247,7 @@ def _drafting(
         source.close()
         if prompt_cache is not None and cache.length is not None:
             # The last token's row is missing where no later step has read it.
-            rows, committed = held + ids.shape[1] + max(0, len(yielded) - 1), _host(cache.length)
+            rows, committed = held + ids.shape[1] + max(0, len(yielded) - 1), wait_for(cache.length)[0]
             cache.end_trees(rows)
             context = None
             if yielded:
@@ -255,8 +257,3 @@ def _drafting(
             mx.eval([c.state for c in prompt_cache], [] if context is None else context)
             if context is not None and prompt_cache:
                 proposer.leave(prompt_cache[0], rows + 1, committed - rows, context)
-
-
-def _host(number: mx.array) -> int:
-    value: Any = number.item()
-    return int(value)

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.drafting.shape import AUTO, OFF, DraftShape
+from mlx_redrafter.drafting.shape import AUTO, OFF
 from mlx_redrafter.server.batches.row import Dress, Response, Row, empty
 from mlx_redrafter.server.provider import Provider
 from mlx_redrafter.server.requests import Arguments
@@ -67,8 +67,7 @@ class BatchGenerator:
         with TURNS:
             self._verifier = verifier_for(provider.model, provider.drafter)
             fixed, self._lookup = what_to_draft(provider.drafter, shape or AUTO, provider.lookup)
-            shape = fixed if isinstance(fixed, DraftShape) else None
-            planned = batch_planner(self._verifier, provider.drafter, shape, self._lookup)
+            planned = batch_planner(self._verifier, provider.drafter, fixed, self._lookup)
         self._planner, self._session = planned
         self._batch = self._new_batch()
 
@@ -116,11 +115,11 @@ class BatchGenerator:
     def _begin(self, row: Row) -> None:
         """The loop for one text, as in `stream_generate`."""
         provider, options = self._provider, row.options
-        shape, lookup = what_to_draft(provider.drafter, provider.shape_for(None), provider.lookup)
+        fixed, lookup = what_to_draft(provider.drafter, provider.shape_for(None), provider.lookup)
         options = dataclasses.replace(options, processors=row.processors_after(row.cached))
         with TURNS:
             source, row.method, row.reason = steps_of(
-                provider.target, provider.drafter, row.prompt, options, shape, lookup, row.cache, row.cached
+                provider.target, provider.drafter, row.prompt, options, fixed, lookup, row.cache, row.cached
             )
         row.alone = in_turns(source)
         row.request.begun.set()

@@ -162,9 +162,9 @@ def batch_generate(
             raise UserError(f"this model's texts cannot be decoded together: {verifier.reason}")
         for cache in caches:
             _check_cache(model, cache)
-        if isinstance(fixed, DraftShape) and drafter is not None:
+        if fixed is not None and drafter is not None:
             fixed.check(drafter.config.scored)
-        planner, kept = batch_planner(verifier, drafter, fixed if isinstance(fixed, DraftShape) else None, lookup)
+        planner, kept = batch_planner(verifier, drafter, fixed, lookup)
     batch = Batch(verifier, proposers(verifier, drafter, lookup), planner, completion_batch_size, prefill_step_size)
     found, stats = _run(model, batch, texts, return_logprobs, verbose)
     if kept is not None:
