@@ -17,7 +17,7 @@ from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.text.statistics import Statistics
+from mlx_redrafter.text.responses import Statistics
 
 PROMPTS = [RANDOM, REPEATING, RANDOM[:3], REPEATING[:9]]
 TREE = Drafted(DraftShape(3, 4, 6))

@@ -1,4 +1,4 @@
-"""Medusa's candidates, and text with them that is the target's own, word for word."""
+"""Medusa's candidates, text with them that is the target's own, word for word, and text without any."""
 
 import mlx.core as mx
 import numpy as np
@@ -7,11 +7,14 @@ from support import make_model, plainly
 from support.medusa import PROMPT, knowing, make_heads, steps_of
 
 from mlx_redrafter import DraftShape
+from mlx_redrafter.decoding.loop import speculative
+from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.lookup_index import TextIndex
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED
-from mlx_redrafter.drafting.proposers import MedusaProposer
+from mlx_redrafter.drafting.proposers import MedusaProposer, Proposer
 from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import CHAIN
@@ -74,3 +77,11 @@ def test_together_with_lookup(small_model):
         proposer = LookupProposer(MedusaProposer(make_heads()), TextIndex(PROMPT))
         steps = steps_of(small_model, None, shape, 40, proposer=proposer)
         assert [t for step in steps for t in step][:40] == text
+
+
+def test_nobody_proposes_nothing(small_model):
+    """If this fails, steps of texts that nobody drafts for check rows, or need somebody."""
+    verifier, options = verifier_of(small_model), DecodingOptions(max_tokens=9)
+    steps = speculative(verifier, Proposer(), mx.array([PROMPT]), verifier.make_cache(), options, Planner(Drafted(ALL)))
+    found = [(produced.tokens, produced.drafts) for produced in steps]
+    assert found == [([token], 0) for token in plainly(small_model, PROMPT, 9)]
