@@ -17,6 +17,7 @@ from mlx_redrafter.benchmarks.charts import Draw, require_matplotlib, save_chart
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import replace_file
+from mlx_redrafter.system.flag_types import typed
 from mlx_redrafter.system.table import Table
 
 
@@ -97,12 +98,9 @@ def check_out(out: str | None) -> None:
 
 def command_line(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """The command that gives these arguments, defaults left out."""
-    words = ["mlx-redrafter", "bench", args.kind]
-    for name, value in vars(args).items():
-        default = parser.get_default(name)
-        if name in ("command", "kind", "run") or isinstance(value, argparse.ArgumentParser) or value == default:
-            continue
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-    return shlex.join(words)
+    given = (
+        (name, value)
+        for name, value in vars(args).items()
+        if name not in ("command", "kind", "run", "parser") and value != parser.get_default(name)
+    )
+    return shlex.join(["mlx-redrafter", "bench", args.kind, *typed(given)])

@@ -64,8 +64,7 @@ def config(file: GGUF) -> dict[str, Any]:
 
 def _common(file: GGUF) -> dict[str, Any]:
     name = file.metadata["general.architecture"]
-    if EMBEDDING not in file.tensors:
-        raise UserError(f"{file.path}: tensor {EMBEDDING!r} is missing")
+    embedding = file.tensor(EMBEDDING)
     heads = file.get(f"{name}.attention.head_count", int)
     if heads < 1:
         raise UserError(f"{file.path}: {name}.attention.head_count is {heads}, expected at least 1")
@@ -78,7 +77,7 @@ def _common(file: GGUF) -> dict[str, Any]:
         "rms_norm_eps": file.get(f"{name}.attention.layer_norm_rms_epsilon", float),
         "max_position_embeddings": file.get(f"{name}.context_length", int),
         "rope_theta": file.get(f"{name}.rope.freq_base", float, 10000.0),
-        "vocab_size": file.tensors[EMBEDDING].shape[0],
+        "vocab_size": embedding.shape[0],
         "tie_word_embeddings": OUTPUT not in file.tensors,
         "hidden_act": "silu",
     }

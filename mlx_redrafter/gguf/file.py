@@ -93,6 +93,12 @@ class GGUF:
             raise UserError(f"{self.path}: {key} is {found}, expected {kind.__name__}")
         return _shortest(value) if kind is float else value
 
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by name. Raises UserError where there is none."""
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: tensor {name!r} is missing")
+        return self.tensors[name]
+
 
 def read_gguf(path: pathlib.Path) -> GGUF:
     """Reads the header of a file, and those of the other parts where it is one of several.

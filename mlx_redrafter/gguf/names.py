@@ -30,9 +30,8 @@ def parameters(file: GGUF, config: dict[str, Any]) -> dict[str, Tensor]:
     Raises:
         UserError: a tensor is missing, has another shape than the model's, or belongs to no parameter.
     """
-    last = f"blk.{config['num_hidden_layers'] - 1}.attn_norm.weight"
-    if last not in file.tensors:  # said before a table of all the layers that a damaged file claims to have
-        raise UserError(f"{file.path}: tensor {last!r} is missing")
+    # Of the last layer, before a table of all the layers that a damaged file claims to have.
+    file.tensor(f"blk.{config['num_hidden_layers'] - 1}.attn_norm.weight")
     kinds = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     name_of = gguf.get_tensor_name_map(kinds[file.metadata["general.architecture"]], config["num_hidden_layers"])
     found: dict[str, Tensor] = {}
@@ -40,9 +39,7 @@ def parameters(file: GGUF, config: dict[str, Any]) -> dict[str, Tensor]:
         name = name_of.get_name(_EXPERTS.sub(".mlp.experts.", parameter), try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"{file.path}: mlx-lm's {parameter} has no name in GGUF files")
-        if name not in file.tensors:
-            raise UserError(f"{file.path}: tensor {name!r} is missing")
-        tensor = file.tensors[name]
+        tensor = file.tensor(name)
         if tensor.shape != shape:
             raise UserError(f"{file.path}: tensor {name!r} has the shape {tensor.shape}, expected {shape}")
         found[parameter] = tensor

@@ -52,9 +52,7 @@ def _typed(kind: str, scaling: dict[str, Any]) -> dict[str, Any]:
 
 
 def _factors(file: GGUF, name: str, dims: int) -> list[float]:
-    if name not in file.tensors:
-        raise UserError(f"{file.path}: tensor {name!r} is missing")
-    tensor = file.tensors[name]
+    tensor = file.tensor(name)
     values = gguf.dequantize(tensor.rows, tensor.type).reshape(-1)
     if len(values) != dims // 2:
         raise UserError(f"{file.path}: tensor {name!r} has {len(values)} numbers, expected {dims // 2}")

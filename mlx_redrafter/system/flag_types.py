@@ -1,11 +1,15 @@
-"""Types of flags: numbers in a range, as argparse takes them. Knows nothing of commands."""
+"""Types of flags, as argparse takes them: numbers in a range; and flags as they are typed.
+
+Knows nothing of commands.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 def whole(least: int, most: int | None = None, also: tuple[int, ...] = (), words: str = "") -> Callable[[str], int]:
@@ -46,3 +50,18 @@ def size(text: str) -> int:
     if found is None:
         raise argparse.ArgumentTypeError(f"is {text!r}, expected a size like 500MB or 4G")
     return int(float(found[1]) * 1000 ** " KMGT".find(found[2] or " "))
+
+
+def flag(name: str) -> str:
+    """A flag as the user types it, by the name of its value."""
+    return f"--{name.replace('_', '-')}"
+
+
+def typed(given: Iterable[tuple[str, Any]]) -> list[str]:
+    """The words of flags with these values, by name."""
+    words: list[str] = []
+    for name, value in given:
+        words.append(flag(name))
+        if value is not True:
+            words += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return words

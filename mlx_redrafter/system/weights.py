@@ -26,6 +26,8 @@ from mlx_redrafter.system.files import check_safetensors, read_json, read_safete
 from mlx_redrafter.system.hub import MODEL_PATTERNS
 
 SHARD_BYTES = 5 * 2**30  # mlx-lm's
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # of tensors: type, a key of ITEM_BYTES, and shape
+Read = Callable[[str], bytes | memoryview]  # a tensor's bytes
 _PIECES, _PIECE = 64, 65536  # of a file, and bytes of each, that tell its contents from another's
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
 # The types of the safetensors format that mlx has, by the names that mlx and PyTorch give them.
@@ -138,28 +140,13 @@ def take_weights(model: nn.Module) -> dict[str, mx.array]:
 def save_weights(
     folder: pathlib.Path, weights: dict[str, mx.array], title: str, kind: str = "mlx", shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes model.safetensors, or numbered shards and their index, with a progress bar.
+    """Writes weights as `write_shards` does.
 
     Args:
         weights: lazy or not; emptied on the way, so that memory never holds more than one of
             them that nobody else keeps.
-        title: of the progress bar, which only a terminal shows.
-        kind: the file's "format" metadata: "mlx", or "pt" for PyTorch's layout.
-        shard_bytes: size of a file at most, unless one tensor alone is larger.
-
-    Raises:
-        OSError: the disk is full, or will be.
     """
-    shards: list[list[str]] = [[]]
-    size, total = 0, sum(value.nbytes for value in weights.values())
-    for name, value in weights.items():
-        if shards[-1] and size + value.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += value.nbytes
-    require_space(folder, total)
-    places: dict[str, str] = {}
+    shapes = {name: (TYPES[type_name(value)], value.shape) for name, value in weights.items()}
 
     def read(name: str) -> bytes | memoryview:
         value = mx.contiguous(weights.pop(name).reshape(-1))
@@ -167,11 +154,38 @@ def save_weights(
         mx.clear_cache()  # or the buffers of other sizes would pile up
         return memoryview(value.view(mx.uint8)) if value.size else b""  # type: ignore[arg-type]
 
+    write_shards(folder, shapes, read, title, kind, shard_bytes)
+
+
+def write_shards(
+    folder: pathlib.Path, shapes: Shapes, read: Read, title: str, kind: str = "mlx", shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes model.safetensors, or numbered shards and their index, with a progress bar.
+
+    Args:
+        shapes, read: as for `write_safetensors`.
+        title: of the progress bar, which only a terminal shows.
+        kind: the file's "format" metadata: "mlx", or "pt" for PyTorch's layout.
+        shard_bytes: size of a file at most, unless one tensor alone is larger.
+
+    Raises:
+        OSError: the disk is full, or will be.
+    """
+    sizes = {name: ITEM_BYTES[dtype] * math.prod(shape) for name, (dtype, shape) in shapes.items()}
+    shards: list[list[str]] = [[]]
+    filled, total = 0, sum(sizes.values())
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    require_space(folder, total)
+    places: dict[str, str] = {}
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
         for i, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            shapes = {name: (TYPES[type_name(weights[name])], weights[name].shape) for name in names}
-            write_safetensors(folder / file, shapes, read, bar.update, kind)
+            write_safetensors(folder / file, {name: shapes[name] for name in names}, read, bar.update, kind)
             places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -179,11 +193,7 @@ def save_weights(
 
 
 def write_safetensors(
-    path: pathlib.Path,
-    shapes: dict[str, tuple[str, tuple[int, ...]]],
-    read: Callable[[str], bytes | memoryview],
-    progress: Callable[[int], object],
-    kind: str,
+    path: pathlib.Path, shapes: Shapes, read: Read, progress: Callable[[int], object], kind: str
 ) -> None:
     """Writes one safetensors file, asking for each tensor's bytes when it is its turn.
 

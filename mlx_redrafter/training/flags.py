@@ -16,10 +16,9 @@ import mlx.core as mx
 from mlx_redrafter.drafting.drafter_files import check_quantization
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.flag_types import real, whole
+from mlx_redrafter.system.flag_types import flag, real, whole
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.flags import add_target_arguments
-from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.init_weights import OUTPUTS
 from mlx_redrafter.training.drafters.kinds import METHODS
 from mlx_redrafter.training.drafters.recipes import RECIPES, USUAL

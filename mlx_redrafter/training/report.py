@@ -17,10 +17,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.drafting.drafter_files import DrafterBase
 from mlx_redrafter.system.files import replace_file, write_json
+from mlx_redrafter.system.flag_types import typed
 from mlx_redrafter.system.hub import model_card
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.acceptance_length import held_out_prompts
-from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.kinds import METHODS
 from mlx_redrafter.training.drafters.recipes import USUAL, fixed
 from mlx_redrafter.training.drafters.vocabulary import coverage, vocab_map_of
@@ -129,14 +129,9 @@ def _text(rows: Rows) -> str:
 
 def command_line(arguments: dict[str, Any], defaults: dict[str, Any]) -> str:
     """The command that trains the same drafter; flags at their defaults are left out."""
-    words = ["mlx-redrafter", "train"]
-    for name, value in arguments.items():
-        if name in NOT_SHOWN or value == (USUAL if name == "recipe" else defaults.get(name)):
-            continue
-        words.append(flag(name))
-        if value is not True:
-            words += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-    return shlex.join([*words, "--out", "OUT"])
+    usual = defaults | {"recipe": USUAL}
+    given = ((name, value) for name, value in arguments.items() if name not in NOT_SHOWN and value != usual.get(name))
+    return shlex.join(["mlx-redrafter", "train", *typed(given), "--out", "OUT"])
 
 
 def _card(args: argparse.Namespace, drafter: Any, text: str, facts: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.files import read_json
+from mlx_redrafter.system.flag_types import flag
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.training.drafters.base import flag
 from mlx_redrafter.training.drafters.recipes import RECIPES, follow
 from mlx_redrafter.training.flags import add_arguments
 from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, SESSIONS

@@ -18,6 +18,7 @@ from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.device import on_cpu
+from mlx_redrafter.system.flag_types import flag
 from mlx_redrafter.target.fingerprint import fingerprint
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.output_layer import rows_of
@@ -145,8 +146,3 @@ def output_in_words(config: Any, coverage: float) -> str:
         output += f", the {config.draft_vocab_size:,} most frequent of {config.vocab_size:,} tokens"
         output += f" ({coverage:.1%} of held-out text)"
     return output
-
-
-def flag(name: str) -> str:
-    """A flag as the user types it."""
-    return f"--{name.replace('_', '-')}"

@@ -14,9 +14,10 @@ import mlx.core as mx
 from mlx_redrafter.drafting.drafter_files import check_widths
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter, are_layers
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.flag_types import flag
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.batches import BatchMaker
-from mlx_redrafter.training.drafters.base import Method, flag, output_in_words, scorer
+from mlx_redrafter.training.drafters.base import Method, output_in_words, scorer
 from mlx_redrafter.training.drafters.init_weights import FROM_TARGET, TIED, new_drafter
 from mlx_redrafter.training.drafters.vocabulary import frequent_tokens
 from mlx_redrafter.training.loss import Batch
