@@ -82,6 +82,12 @@ class HeadConfig(abc.ABC):
     model_type: ClassVar[str]
     said: ClassVar[tuple[str, ...]] = ()  # keys that are there whatever their value is
 
+    @property
+    def scored(self) -> int:
+        """Tokens that the head scores: the draft vocabulary, or all."""
+        config: Any = self
+        return getattr(config, "draft_vocab_size", None) or config.vocab_size
+
     @abc.abstractmethod
     def widths(self) -> dict[str, int]:
         """Of the matrices that quantisation splits into groups."""

@@ -48,11 +48,6 @@ class MedusaConfig(HeadConfig):
         if not self.medusa_choices:
             self.medusa_choices = tuple(c for c in PUBLISHED if len(c) <= self.medusa_num_heads)
 
-    @property
-    def scored(self) -> int:
-        """Tokens that the heads score."""
-        return self.vocab_size
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str) -> MedusaConfig:
         """Reads and checks the keys of a config.json; unknown ones are ignored.

@@ -76,11 +76,6 @@ class DrafterConfig(HeadConfig):
     said = "num_draft_layers", "rnn"  # as Apple's config.json says always
 
     @property
-    def scored(self) -> int:
-        """Tokens the head scores: the draft vocabulary, or all."""
-        return self.draft_vocab_size or self.vocab_size
-
-    @property
     def context_size(self) -> int:
         """The width of h."""
         return max(1, len(self.context_layers)) * self.hidden_size

@@ -10,11 +10,12 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.utils import quantize_model
 from support import make_model
 
+from mlx_redrafter.errors import UserError
 from mlx_redrafter.target import probe, rope
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
-from mlx_redrafter.target.verification import CHAIN, NONE, TREE
+from mlx_redrafter.target.verification import CHAIN, NONE, TREE, Capability, Verifier
 
 PARENTS = [0, 0, 0, 1, 1, 3, 2, 6]
 
@@ -141,6 +142,14 @@ def test_probed_once_per_model(small_model, monkeypatch):
     assert verifier_of(small_model).capability == verifier_of(small_model).capability == TREE
     assert len(calls) == 1
     assert all("redrafter" not in name for name, _ in tree_flatten(small_model.parameters()))
+
+
+def test_who_needs_verification_is_told_where_there_is_none(small_model):
+    """If this fails, a benchmark or a training begins with a target that nothing can be drafted for."""
+    able = verifier_of(small_model)
+    assert able.checked() is able
+    with pytest.raises(UserError, match="--model x: cannot verify drafts: it forgets"):
+        Verifier(able.target, Capability(NONE, "it forgets")).checked("--model x:")
 
 
 def test_context_length(pair, small_model):

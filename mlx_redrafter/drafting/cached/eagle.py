@@ -63,11 +63,6 @@ class EagleConfig(HeadConfig):
     model_type = MODEL_TYPE
     said = ("output_norm",)
 
-    @property
-    def scored(self) -> int:
-        """Tokens that the head scores."""
-        return self.draft_vocab_size or self.vocab_size
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str) -> EagleConfig:
         """Reads and checks the keys of a config.json; unknown ones are ignored.

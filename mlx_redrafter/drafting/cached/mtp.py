@@ -48,11 +48,6 @@ class MtpConfig(HeadConfig):
     model_type = MODEL_TYPE
     tie_output: ClassVar[bool] = True
 
-    @property
-    def scored(self) -> int:
-        """Tokens that the layer scores: all."""
-        return self.vocab_size
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str) -> MtpConfig:
         """Reads and checks the keys of a config.json; unknown ones are ignored.
