@@ -11,6 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_redrafter.target.exponentials import quick, softmax_parts
+
 MLXS = mx.fast.scaled_dot_product_attention
 _SCORES = 1 << 20  # numbers that are computed at once, about
 _ROWS = 8, 64  # of each text in a part, at least and at most
@@ -42,6 +44,10 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: flo
             each = scores.reshape(*grouped, -1, visible)
             each = mx.where(seen, each, mx.finfo(mx.float32).min) if seen.dtype == mx.bool_ else each + seen
             scores = each.reshape(scores.shape)
-        mixed = mx.softmax(scores, axis=-1) @ values[:, :, :visible]
+        if quick(scores, rows):
+            numerators, total = softmax_parts(scores)
+            mixed = numerators @ values[:, :, :visible] / total
+        else:
+            mixed = mx.softmax(scores, axis=-1) @ values[:, :, :visible]
         found.append(mixed.reshape(batch, heads, -1, values.shape[-1]))
     return found[0] if len(found) == 1 else mx.concatenate(found, axis=2)

@@ -23,6 +23,7 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
 from mlx_redrafter.system.ranks import LAUNCHED_TOGETHER
 from mlx_redrafter.system.weights import tensors
+from mlx_redrafter.target.exponentials import speed_up
 from mlx_redrafter.target.layers import RawLayers, Tap, find_layers
 from mlx_redrafter.target.rope import positions_per_row
 from mlx_redrafter.target.splitting import is_pipelined, ranks_of
@@ -66,6 +67,7 @@ class Target:
 
     def __init__(self, model: nn.Module):
         self.model, self.ranks = model, ranks_of(model) if LAUNCHED_TOGETHER else None
+        speed_up(model)
         self.missing = ""
         self.vocab_size = self.hidden_size = 0
         self.context_length = _setting(model, "max_position_embeddings")

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_redrafter.target.attention import MLXS, attention
+from mlx_redrafter.target.exponentials import AT_WORK
 
 
 @contextlib.contextmanager
@@ -22,7 +23,8 @@ def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
 
     MLX takes one offset per batch entry, so the rows are moved to the batch axis. Every
     rope of mlx-lm ends in this function, whatever scales its frequencies and however it
-    is called. Calls from other threads do what they always did. Attention is ours meanwhile, see `attention`.
+    is called. Calls from other threads do what they always did. Attention is ours meanwhile, see `attention`, and so
+    are exponentials on a CPU, see `exponentials`.
 
     Args:
         positions: (B, M), or (B,) the first ones, of the rows that the model reads; in
@@ -32,6 +34,7 @@ def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
     before = getattr(_LOCAL, "positions", None), getattr(_LOCAL, "tables", None)
     _LOCAL.positions = before[0] if positions is None else positions
     _LOCAL.tables = {} if mx.default_device() == mx.cpu else None
+    AT_WORK.depth = getattr(AT_WORK, "depth", 0) + 1
     with _LOCK:
         _users[0] += 1
         mx.fast.rope, mx.fast.scaled_dot_product_attention = _rope, attention  # type: ignore[assignment]
@@ -39,6 +42,7 @@ def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
         yield
     finally:
         _LOCAL.positions, _LOCAL.tables = before
+        AT_WORK.depth -= 1
         with _LOCK:
             _users[0] -= 1
             if not _users[0]:

@@ -1,0 +1,48 @@
+"""Exponentials as polynomials are as good as MLX's."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models import llama
+
+import mlx_redrafter
+from mlx_redrafter.system.device import on_cpu
+from mlx_redrafter.target import exponentials
+from mlx_redrafter.target.exponentials import MLXS, quick, softmax_parts, swiglu
+from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.rope import positions_per_row
+
+
+def test_swiglu():
+    """If this fails, feed-forward layers compute something else where rows are few."""
+    gate = mx.concatenate([mx.linspace(-100, 100, 20001), mx.array([0.0, -1e30, 1e30])])
+    with np.errstate(over="ignore"):
+        exact = np.array(gate, np.float64) / (1 + np.exp(-np.array(gate, np.float64)))
+    assert np.allclose(exponentials._swiglu(gate, mx.ones_like(gate)), exact, rtol=1e-6, atol=4e-6)
+
+
+def test_softmax():
+    """If this fails, attention weighs keys wrongly, or what is hidden is seen."""
+    scores = 9 * mx.random.normal((3, 5, 700), key=mx.random.key(1))
+    scores = mx.where(mx.random.uniform(shape=(700,), key=mx.random.key(2)) < 0.3, mx.finfo(mx.float32).min, scores)
+    numerators, total = softmax_parts(scores)
+    exact = np.exp(np.array(scores, np.float64) - np.array(scores.max(axis=-1, keepdims=True), np.float64))
+    assert np.allclose(numerators / total, exact / exact.sum(-1, keepdims=True), rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.skipif(not on_cpu(), reason="a GPU computes exponentials itself")
+def test_only_in_calls_of_ours(monkeypatch):
+    """If this fails, mlx-lm's own loop, with which ours is compared, is another one."""
+    model, _, _ = mlx_redrafter.load("embedded")
+    asked = []
+    monkeypatch.setattr(exponentials, "quick", lambda *args: asked.append(args) or quick(*args))
+    Target.of(model)
+    assert llama.swiglu is swiglu
+    mx.eval(model(mx.array([[1, 2, 3]])))
+    assert not asked
+    with positions_per_row():
+        mx.eval(model(mx.array([[1, 2, 3]])))
+    assert asked
+    half = mx.ones((64, 64), mx.float16)
+    with positions_per_row():
+        assert mx.array_equal(swiglu(half, half), MLXS(half, half))
