@@ -202,7 +202,8 @@ class SpeculativeStep:
     def submit(self, plan: Plan, odds: Odds | None = None) -> Submitted:
         """Builds a step and sends it to the device; under a constraint it goes by the odds."""
         submitted = self(plan, odds)
-        arrays = [submitted.count, submitted.tokens, self.root, self.context, *self.cache.arrays()]
+        read = submitted.count, submitted.tokens, submitted.drafted
+        arrays = [*read, self.root, self.context, *self.cache.arrays()]
         if submitted.path is not None and submitted.parents is not None:
             # Of a tree's logits no choice was made in this form.
             arrays += [submitted.path, submitted.parents, submitted.logits]
