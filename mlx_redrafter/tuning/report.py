@@ -34,7 +34,7 @@ def facts(session: Session) -> dict[str, Any]:
                 "shape": _fields(arm.plan),
                 "seconds_per_step": memory.seconds(arm.plan, context, arm),
                 "expected_acceptance_length": memory.tokens(arm),
-                "expected_tokens_per_second": memory.rate(arm, context),
+                "expected_tokens_per_second": memory.rate(context, arm),
             }
             for arm in _best_first(session, context)
         ],
@@ -52,7 +52,7 @@ def text(session: Session) -> str:
     plain = 1 / costs.step_seconds(PLAIN, context)
     rows = []
     for arm in _best_first(session, context):
-        rate, milliseconds = memory.rate(arm, context), 1e3 * memory.seconds(arm.plan, context, arm)
+        rate, milliseconds = memory.rate(context, arm), 1e3 * memory.seconds(arm.plan, context, arm)
         figures = (memory.tokens(arm), milliseconds, rate, rate / plain)
         rows.append([str(arm.plan), *(f"{figure:.2f}" for figure in figures)])
     expected = Table("", ["expected", "tokens/step", "ms/step", "tokens/s", "speed-up"], rows)
@@ -85,7 +85,7 @@ def cost_lines(costs: Costs) -> list[str]:
 
 
 def _best_first(session: Session, context: int) -> list[Arm]:
-    return sorted(session.memory.arms, key=lambda arm: -session.memory.rate(arm, context))
+    return sorted(session.memory.arms, key=lambda arm: -session.memory.rate(context, arm))
 
 
 def _fields(plan: Plan) -> dict[str, Any] | None:

@@ -66,7 +66,7 @@ class PairMemory:
         self._drift = RecentMedian(2 * TIMES)  # of all arms
         self._expected: dict[tuple[Plan, int], float] = {}
         self.steps, self.elapsed, self.spent = 0, 0.0, 0.0  # seconds of all steps, and what trials lost
-        self.current = max(self.arms, key=lambda arm: self.rate(arm, 0))
+        self.current = max(self.arms, key=lambda arm: self.rate(0, arm))
 
     def arm(self, plan: Plan) -> Arm | None:
         """Where a plan's times are kept; None for one that is not among those to choose from."""
@@ -94,17 +94,14 @@ class PairMemory:
         fits = arm.plan.shape.beam_width > 1 or self.structured
         return 1 + expected * (arm.fit.share(1.0) if fits else 1.0)
 
-    def rate(self, arm: Arm, length: int) -> float:
-        """Expected tokens per second behind so many tokens."""
+    def rate(self, length: int, arm: Arm | None = None) -> float:
+        """Expected tokens per second behind so many tokens, of the arm in use if none is given."""
+        arm = arm or self.current
         return self.tokens(arm) / self.seconds(arm.plan, length, arm)
-
-    def speed(self, length: int) -> float:
-        """Expected tokens per second of the arm in use."""
-        return self.rate(self.current, length)
 
     def odds(self, length: int) -> Odds:
         """When one more row pays behind so many tokens: where it brings more tokens per second than the arm in use."""
-        slow, speed = self._drift.value(1.0, TRUSTED), self.speed(length)
+        slow, speed = self._drift.value(1.0, TRUSTED), self.rate(length)
         seconds = [self.costs.verify_seconds(rows, length) * slow for rows in range(1, MOST_ROWS + 1)]
         least = tuple(max(0.0, more - less) * speed for less, more in itertools.pairwise(seconds))
         return Odds(tuple(self.acceptance.shares()[0]), (0.0, *least))
@@ -127,12 +124,12 @@ class PairMemory:
             arm.fit.learn(tokens - 1, self.acceptance.expected(step.plan.shape))
             self.acceptance.learn(step)
         if arm is not self.current:
-            self.spent += max(0.0, usual - tokens / self.speed(step.length))
+            self.spent += max(0.0, usual - tokens / self.rate(step.length))
 
     def review(self, length: int) -> bool:
         """Puts the best arm in use; True if that is another one."""
-        best = max(self.arms, key=lambda arm: self.rate(arm, length))
-        if best is self.current or self.rate(best, length) <= BETTER * self.speed(length):
+        best = max(self.arms, key=lambda arm: self.rate(length, arm))
+        if best is self.current or self.rate(length, best) <= BETTER * self.rate(length):
             return False
         self.current, before = best, self.current
         before.due = self.steps + before.gap
@@ -140,13 +137,13 @@ class PairMemory:
 
     def trial(self, length: int) -> Arm | None:
         """An arm to try now, the one that has waited longest."""
-        speed = self.speed(length)
+        speed = self.rate(length)
         left = SHARE * self.elapsed + ALLOWANCE * self._table(PLAIN, length) - self.spent
         others = [arm for arm in self.arms if arm is not self.current]
         if self.current.plan == PLAIN:  # the best of the drafted ones, however poor it looks: texts change
-            others = sorted(others, key=lambda arm: -self.rate(arm, length))[:1]
+            others = sorted(others, key=lambda arm: -self.rate(length, arm))[:1]
         else:
-            others = [arm for arm in others if arm.plan == PLAIN or self.rate(arm, length) > CLOSE * speed]
+            others = [arm for arm in others if arm.plan == PLAIN or self.rate(length, arm) > CLOSE * speed]
 
         def loss(arm: Arm) -> float:  # one more is on its way when the last is read
             # That other arms are slow says little of one that was never tried, plain steps above all.
@@ -218,7 +215,7 @@ class Controller(Planner):
         if self._left:
             return
         speed = self._tokens / (self._steps * memory.seconds(arm.plan, length, arm))
-        if arm.plan != PLAIN and not self._prolonged and speed > memory.speed(length):
+        if arm.plan != PLAIN and not self._prolonged and speed > memory.rate(length):
             memory.acceptance.fade(0.25)  # what was seen long ago would take long to outvote
             self._prolonged, self._left = True, LONGER
             return

@@ -12,7 +12,7 @@ from mlx_redrafter.system import openblas_layout
 from mlx_redrafter.tuning import session
 
 ROOT = pathlib.Path(__file__).parents[2]
-FUNCTIONS, FILES = 134, 31  # at most; to be lowered with every indirection that goes
+FUNCTIONS, FILES = 133, 31  # at most; to be lowered with every indirection that goes
 
 
 def passed(call: Callable[[], object]) -> set[tuple[str, str]]:

@@ -214,7 +214,7 @@ def test_through_the_real_loop_joined_trees_teach_nothing():
     model, drafter = make_model(), make_drafter()
     verifier, index = verifier_of(model), TextIndex(REPEATING)
     memory = new_memory(plans=[TREE])
-    found = LookupController(index, "on", memory.lookup, memory.seconds, memory.speed)
+    found = LookupController(index, "on", memory.lookup, memory.seconds, memory.rate)
     proposer = LookupProposer(RecurrentProposer(drafter, verifier.target.embed), index)
     options, tokens, plans, before = DecodingOptions(max_tokens=60), [], set(), memory.acceptance.to_dict()
     for produced in speculative(
