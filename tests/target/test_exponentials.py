@@ -30,6 +30,18 @@ def test_softmax():
     assert np.allclose(numerators / total, exact / exact.sum(-1, keepdims=True), rtol=1e-5, atol=1e-37)
 
 
+def test_softmax_learns():
+    """If this fails, heads that read their own rows cannot be trained on a CPU."""
+    scores, values = mx.random.normal((2, 3, 5)), mx.random.normal((2, 3, 5))
+
+    def ours(scores):
+        numerators, total = softmax_parts(scores)
+        return (numerators / total * values).sum()
+
+    exact = mx.grad(lambda scores: (mx.softmax(scores, axis=-1) * values).sum())(scores)
+    assert mx.allclose(mx.grad(ours)(scores), exact, atol=1e-6)
+
+
 @pytest.mark.skipif(not on_cpu(), reason="a GPU computes exponentials itself")
 def test_only_in_calls_of_ours(monkeypatch):
     """If this fails, mlx-lm's own loop, with which ours is compared, is another one."""
