@@ -58,15 +58,20 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return result
 
 
-@mx.custom_function
 def softmax_parts(scores: mx.array) -> tuple[mx.array, mx.array]:
     """The numerators of a softmax over the last axis, and their sum with that axis kept."""
+    parts: Any = _softmax(scores)
+    return parts[0], parts[1]
+
+
+@mx.custom_function
+def _softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
     series, rounded = _split(scores - mx.max(scores, axis=-1, keepdims=True))
     numerators = series * mx.view(_power(mx.view(rounded, mx.int32)), mx.float32)
     return numerators, mx.sum(numerators, axis=-1, keepdims=True)
 
 
-@softmax_parts.vjp
+@_softmax.vjp
 def _softmax_vjp(_: mx.array, cotangents: Any, parts: Any) -> mx.array:
     """Heads are trained through their layers; the largest score counts as a constant, for both parts have it."""
     gradient: mx.array = parts[0] * (cotangents[0] + cotangents[1])
