@@ -15,24 +15,23 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations
+from mlx_lm.models import activations, llama
 
 MLXS = activations.swiglu
 AT_WORK = threading.local()  # its `depth` is above 0 while a call of ours builds a graph in this thread
 _SWIGLU, _SOFTMAX = 1024, 4096  # numbers from which on it pays; a softmax is five operations more
 _MOST, _ROWS = 1 << 18, 32  # numbers, and rows of each text, above which what lies between takes too much memory
 
-# sigmoid(x) = 1/2 + x P(x^2) / Q(x^2) up to 2e-7 where |x| <= 16, and above that with x cut there: fitted by
-# least squares, reweighted until the error was the same everywhere.
-_P = (4.41807337e-08, 4.59192524e-05, 8.07102863e-03, 0.249999836)
-_Q = (9.46818179e-10, 3.7035793e-06, 1.48524041e-03, 0.115616858, 1.0)
-_FARTHEST = 16.0
-
 # exp(x) = 2^n exp(r) with r = x - n log 2 below 0.35, whose Taylor series is exact to the last bit after 8 terms.
 _TAYLOR = [1 / math.factorial(k) for k in reversed(range(8))]
 _LOG2, _LOG2_REST = 0.693359375, -2.12194440e-4  # log 2 in two parts, of which n times the first is exact
 _ROUND = 1.5 * 2.0**23  # a float32 this large has no fraction, so adding it rounds; its low bits then hold n
-_LEAST = -87.0  # the smallest exponent of a float32
+_FARTHEST = 87.0  # beyond which, on either side, no float32 is
+
+
+def at_work() -> bool:
+    """Whether a call of ours builds its graph in this thread."""
+    return getattr(AT_WORK, "depth", 0) > 0
 
 
 def quick(numbers: mx.array, rows: int, fewest: int = _SOFTMAX) -> bool:
@@ -42,10 +41,10 @@ def quick(numbers: mx.array, rows: int, fewest: int = _SOFTMAX) -> bool:
 
 
 def speed_up(model: nn.Module) -> None:
-    """Lets the model's SwiGLU be the one below, in calls of ours: mlx-lm's own loop keeps mlx-lm's."""
-    if mx.default_device() != mx.cpu:
+    """Lets the SwiGLU of the model, and of heads, be the one below in calls of ours; mlx-lm's loop keeps its own."""
+    if sys.platform == "darwin" or mx.default_device() != mx.cpu:
         return
-    for name in {type(module).__module__ for module in model.modules()}:
+    for name in {llama.__name__, *(type(module).__module__ for module in model.modules())}:
         where = sys.modules.get(name)
         if getattr(where, "swiglu", None) is MLXS:
             where.swiglu = swiglu  # type: ignore[union-attr]
@@ -53,7 +52,7 @@ def speed_up(model: nn.Module) -> None:
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """gate sigmoid(gate) x."""
-    ours = getattr(AT_WORK, "depth", 0) > 0 and quick(gate, gate.shape[-2], _SWIGLU)
+    ours = at_work() and quick(gate, gate.shape[-2], _SWIGLU)
     result: mx.array = _swiglu(gate, x) if ours else MLXS(gate, x)
     return result
 
@@ -66,8 +65,8 @@ def softmax_parts(scores: mx.array) -> tuple[mx.array, mx.array]:
 
 @mx.custom_function
 def _softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
-    series, rounded = _split(scores - mx.max(scores, axis=-1, keepdims=True))
-    numerators = series * mx.view(_power(mx.view(rounded, mx.int32)), mx.float32)
+    series, power = _exponential(scores - mx.max(scores, axis=-1, keepdims=True))
+    numerators = series * power
     return numerators, mx.sum(numerators, axis=-1, keepdims=True)
 
 
@@ -89,18 +88,26 @@ def _polynomial(x: mx.array, coefficients: tuple[float, ...] | list[float]) -> A
     return value
 
 
-@_compiled
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    gate = mx.maximum(gate, -_FARTHEST)  # below, what comes out is 0 to six digits
-    near = mx.minimum(gate, _FARTHEST)
-    square = near * near
-    return gate * (0.5 + near * _polynomial(square, _P) / _polynomial(square, _Q)) * x
+    result: mx.array = _gated(gate, x, *_exponential(-gate))
+    return result
+
+
+@_compiled
+def _gated(gate: mx.array, x: mx.array, series: mx.array, power: mx.array) -> mx.array:
+    return gate / (1 + series * power) * x
+
+
+def _exponential(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Two factors of exp(x)."""
+    series, rounded = _split(x)
+    return series, mx.view(_power(mx.view(rounded, mx.int32)), mx.float32)
 
 
 @_compiled
 def _split(x: mx.array) -> tuple[mx.array, mx.array]:
-    """exp(r), and n in the low bits; for x <= 0."""
-    x = mx.maximum(x, _LEAST)
+    """exp(r), and n in the low bits."""
+    x = mx.clip(x, -_FARTHEST, _FARTHEST)
     rounded = x * (1 / math.log(2)) + _ROUND
     n = rounded - _ROUND
     return _polynomial(x - n * _LOG2 - n * _LOG2_REST, _TAYLOR), rounded

@@ -23,7 +23,7 @@ from mlx_redrafter.system.openblas import IDLE_VARIABLE, prefer_openblas
 from mlx_redrafter.target.verification import Verifier
 from mlx_redrafter.tuning import store
 
-STEPS = 2  # raised whenever a change of this package makes steps cheaper or dearer: what was measured before is void
+STEPS = 2  # raised where this package makes steps cheaper or dearer: what was measured and learnt before is void
 
 
 def key_of(verifier: Verifier, drafter: Drafter | None) -> dict[str, Any]:
@@ -45,12 +45,11 @@ def _device_key() -> dict[str, Any]:
         "mlx": importlib.metadata.version("mlx"),
         "mlx_lm": importlib.metadata.version("mlx-lm"),
         "python": platform.python_version(),
-        "steps": STEPS,
     }
     if on_cpu():
         # Threads that spin between products slow down everything else: other costs altogether.
         idle = os.environ.get(IDLE_VARIABLE)
-        key |= {"blas": prefer_openblas(), "threads": blas_threads(), "idle": idle}
+        key |= {"blas": prefer_openblas(), "threads": blas_threads(), "idle": idle, "steps": STEPS}
     return key
 
 
