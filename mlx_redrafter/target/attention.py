@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.target.exponentials import at_work, quick, softmax_parts
+from mlx_redrafter.target.exponentials import AT_WORK, quick, softmax_parts
 
 MLXS = mx.fast.scaled_dot_product_attention
 _SCORES = 1 << 20  # numbers that are computed at once, about
@@ -21,7 +21,7 @@ _ROWS = 8, 64  # of each text in a part, at least and at most
 def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **options: Any) -> mx.array:
     """What mx.fast's makes of queries (B, H, M, D), keys (B, K, L, D), values (B, K, L, E): (B, H, M, E)."""
     mask, others = options.get("mask"), {name: value for name, value in options.items() if name != "mask"}
-    elsewhere = mx.default_device() != mx.cpu or queries.dtype != mx.float32 or not at_work()
+    elsewhere = mx.default_device() != mx.cpu or queries.dtype != mx.float32 or not AT_WORK.depth
     if elsewhere or any(value is not None for value in others.values()):
         return MLXS(queries, keys, values, scale=scale, **options)
     batch, heads, rows, width = queries.shape

@@ -18,7 +18,6 @@ import mlx.nn as nn
 from mlx_lm.models import activations, llama
 
 MLXS = activations.swiglu
-AT_WORK = threading.local()  # its `depth` is above 0 while a call of ours builds a graph in this thread
 _SWIGLU, _SOFTMAX = 1024, 4096  # numbers from which on it pays; a softmax is five operations more
 _MOST, _ROWS = 1 << 18, 32  # numbers, and rows of each text, above which what lies between takes too much memory
 
@@ -29,9 +28,13 @@ _ROUND = 1.5 * 2.0**23  # a float32 this large has no fraction, so adding it rou
 _FARTHEST = 87.0  # beyond which, on either side, no float32 is
 
 
-def at_work() -> bool:
-    """Whether a call of ours builds its graph in this thread."""
-    return getattr(AT_WORK, "depth", 0) > 0
+class _Work(threading.local):
+    """How many calls of ours build a graph in this thread, one inside the other."""
+
+    depth = 0
+
+
+AT_WORK = _Work()
 
 
 def quick(numbers: mx.array, rows: int, fewest: int = _SOFTMAX) -> bool:
@@ -52,7 +55,7 @@ def speed_up(model: nn.Module) -> None:
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """gate sigmoid(gate) x."""
-    ours = at_work() and quick(gate, gate.shape[-2], _SWIGLU)
+    ours = AT_WORK.depth > 0 and quick(gate, gate.shape[-2], _SWIGLU)
     result: mx.array = _swiglu(gate, x) if ours else MLXS(gate, x)
     return result
 
@@ -88,9 +91,17 @@ def _polynomial(x: mx.array, coefficients: tuple[float, ...] | list[float]) -> A
     return value
 
 
+@mx.custom_function
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
     result: mx.array = _gated(gate, x, *_exponential(-gate))
     return result
+
+
+@_swiglu.vjp
+def _swiglu_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    gate, x = primals
+    share = mx.sigmoid(gate)
+    return cotangent * x * share * (1 + gate * (1 - share)), cotangent * gate * share
 
 
 @_compiled

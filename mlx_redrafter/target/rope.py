@@ -34,7 +34,7 @@ def positions_per_row(positions: mx.array | None = None) -> Iterator[None]:
     before = getattr(_LOCAL, "positions", None), getattr(_LOCAL, "tables", None)
     _LOCAL.positions = before[0] if positions is None else positions
     _LOCAL.tables = {} if mx.default_device() == mx.cpu else None
-    AT_WORK.depth = getattr(AT_WORK, "depth", 0) + 1
+    AT_WORK.depth += 1
     with _LOCK:
         _users[0] += 1
         mx.fast.rope, mx.fast.scaled_dot_product_attention = _rope, attention  # type: ignore[assignment]

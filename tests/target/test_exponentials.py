@@ -45,6 +45,15 @@ def test_softmax_learns():
     assert mx.allclose(mx.grad(ours)(scores), exact, atol=1e-6)
 
 
+def test_swiglu_learns():
+    """If this fails, heads with feed-forward layers cannot be trained on a CPU."""
+    both = mx.random.normal((3, 7)), mx.random.normal((3, 7))
+    found, exact = (
+        mx.grad(lambda *x, f=f: mx.square(f(*x)).sum(), argnums=(0, 1))(*both) for f in (exponentials._swiglu, MLXS)
+    )
+    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(found, exact, strict=True))
+
+
 @pytest.mark.skipif(not on_cpu(), reason="a GPU computes exponentials itself")
 def test_only_in_calls_of_ours(monkeypatch):
     """If this fails, mlx-lm's own loop, with which ours is compared, is another one."""
