@@ -17,6 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, llama
 
+from mlx_redrafter.system.device import on_cpu
+
 MLXS = activations.swiglu
 _SWIGLU, _SOFTMAX = 1024, 4096  # numbers from which on it pays; a softmax is five operations more
 _MOST, _ROWS = 1 << 18, 32  # numbers, and rows of each text, above which what lies between takes too much memory
@@ -37,15 +39,20 @@ class _Work(threading.local):
 AT_WORK = _Work()
 
 
+def one_by_one() -> bool:
+    """Whether MLX computes exponentials one by one here."""
+    return on_cpu() and sys.platform != "darwin"
+
+
 def quick(numbers: mx.array, rows: int, fewest: int = _SOFTMAX) -> bool:
     """Whether these numbers, of so many rows of each text, are computed faster here."""
     few = rows <= _ROWS and fewest <= numbers.size <= _MOST
-    return few and numbers.dtype == mx.float32 and sys.platform != "darwin" and mx.default_device() == mx.cpu
+    return few and numbers.dtype == mx.float32 and one_by_one()
 
 
 def speed_up(model: nn.Module) -> None:
     """Lets the SwiGLU of the model, and of heads, be the one below in calls of ours; mlx-lm's loop keeps its own."""
-    if sys.platform == "darwin" or mx.default_device() != mx.cpu:
+    if not one_by_one():
         return
     for name in {llama.__name__, *(type(module).__module__ for module in model.modules())}:
         where = sys.modules.get(name)
@@ -56,28 +63,15 @@ def speed_up(model: nn.Module) -> None:
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """gate sigmoid(gate) x."""
     ours = AT_WORK.depth > 0 and quick(gate, gate.shape[-2], _SWIGLU)
-    result: Any = _swiglu(gate, x) if ours else MLXS(gate, x)
-    return result  # type: ignore[no-any-return]
+    result: mx.array = (_swiglu if ours else MLXS)(gate, x)
+    return result
 
 
 def softmax_parts(scores: mx.array) -> tuple[mx.array, mx.array]:
     """The numerators of a softmax over the last axis, and their sum with that axis kept."""
-    parts: Any = _softmax(scores)
-    return parts[0], parts[1]
-
-
-@mx.custom_function
-def _softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
-    series, power = _exponential(scores - mx.max(scores, axis=-1, keepdims=True))
-    numerators = series * power
+    largest = mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True))  # both parts have it, so it moves neither
+    numerators: Any = _exp(scores - largest)
     return numerators, mx.sum(numerators, axis=-1, keepdims=True)
-
-
-@_softmax.vjp
-def _softmax_vjp(_: mx.array, cotangents: Any, parts: Any) -> mx.array:
-    """Heads are trained through their layers; the largest score counts as a constant, for both parts have it."""
-    gradient: mx.array = parts[0] * (cotangents[0] + cotangents[1])
-    return gradient
 
 
 _compiled: Callable[[Any], Any] = functools.partial(mx.compile, shapeless=True)
@@ -91,28 +85,26 @@ def _polynomial(x: mx.array, coefficients: tuple[float, ...] | list[float]) -> A
     return value
 
 
-@mx.custom_function
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    result: mx.array = _gated(gate, x, *_exponential(-gate))
+    result: mx.array = _gated(gate, x, _exp(-gate))
     return result
 
 
-@_swiglu.vjp
-def _swiglu_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    gate, x = primals
-    share = mx.sigmoid(gate)
-    return cotangent * x * share * (1 + gate * (1 - share)), cotangent * gate * share
-
-
 @_compiled
-def _gated(gate: mx.array, x: mx.array, series: mx.array, power: mx.array) -> mx.array:
-    return gate / (1 + series * power) * x
+def _gated(gate: mx.array, x: mx.array, power: mx.array) -> mx.array:
+    return gate / (1 + power) * x
 
 
-def _exponential(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Two factors of exp(x)."""
+@mx.custom_function
+def _exp(x: mx.array) -> mx.array:
     series, rounded = _split(x)
-    return series, mx.view(_power(mx.view(rounded, mx.int32)), mx.float32)
+    return series * mx.view(_power(mx.view(rounded, mx.int32)), mx.float32)
+
+
+@_exp.vjp
+def _exp_vjp(_: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    """Heads are trained through their layers, and bits have no derivative."""
+    return cotangent * output
 
 
 @_compiled

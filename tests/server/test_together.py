@@ -6,7 +6,6 @@ import concurrent.futures
 import http.client
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -60,8 +59,8 @@ def ends(running, victim):
     """What the processes say, and how they end, after one of them has gone."""
     running[victim].kill()
     said = "".join(process.communicate(timeout=15)[1] for process in running)
-    # MLX's ring writes in pieces, also in front of a line of ours.
-    return re.findall("mlx-redrafter: error.*", said), [p.returncode for p in running]
+    errors = [line for line in several.ours(said) if "mlx-redrafter: error" in line]
+    return errors, [p.returncode for p in running]
 
 
 def test_two_processes_answer_as_one(tmp_path):

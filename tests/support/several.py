@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -35,6 +36,11 @@ from mlx_redrafter.tuning import measure, session
 from support.costs import made_up
 
 from mlx_lm.utils import load_tokenizer  # isort: skip
+
+
+def ours(said: str) -> list[str]:
+    """Lines that processes of ours have said; MLX's ring says its own in pieces, also in front of ours."""
+    return [line for line in re.sub(r"\[ring\].*?(?=mlx-redrafter|$)", "", said, flags=re.M).splitlines() if line]
 
 
 def every_third(tokens: mx.array, logits: mx.array) -> mx.array:
