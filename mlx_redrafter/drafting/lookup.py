@@ -1,10 +1,11 @@
-"""Lookup: what followed the last time the text ended like this, proposed once more.
+"""Proposes what followed the last time the text ended like this; knows nothing of what a lookup is worth.
 
 Texts repeat themselves and their prompts: names, quotations, code that is being edited.
-The text so far lies on the device; the longest run of tokens that ends in the root is
-looked for in it, the most recent place wins, and what followed there is proposed (prompt
-lookup, as in Saxena's prompt-lookup-decoding and transformers' assisted generation). That
-joins the tree of another proposer, takes the place of a chain, or stands alone.
+The longest run of tokens that ends in the root is looked for in the text so far, the most
+recent place wins, and what followed there is proposed (prompt lookup, as in Saxena's
+prompt-lookup-decoding and transformers' assisted generation). That joins the tree of another
+proposer, takes the place of a chain, or stands alone. The device has a copy of the text while
+it is looked up, so that no step waits to be read; the host's index tells what is found there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.drafting.lookup_index import LONGEST, SHORTEST, TextIndex
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import Drafted, LookedUp, Plan
 from mlx_redrafter.target.acceptance import Accepted, accept
@@ -23,8 +23,47 @@ from mlx_redrafter.target.cache.attention import BLOCK
 from mlx_redrafter.target.cache.frame import Places
 from mlx_redrafter.target.tree import CandidateTree
 
+LONGEST = 4  # tokens that are compared
+SHORTEST = 2  # tokens that have to agree, the last one among them
 NOTHING = -1  # stands where there is no token
 KEPT = 8  # steps without lookup after which the device's copy of the text is given up
+
+
+class TextIndex:
+    """The text so far on the host, and where each short run of its tokens ended last.
+
+    Args:
+        tokens: the text before the first step.
+
+    Attributes:
+        tokens: the text.
+        streak: how many of the last tokens lookup would have said, each from those before it.
+    """
+
+    def __init__(self, tokens: list[int]):
+        self.tokens: list[int] = []
+        self.streak = 0
+        self._ends: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in range(LONGEST, SHORTEST - 1, -1)}
+        self.extend(tokens)
+
+    def extend(self, tokens: list[int]) -> None:
+        """Appends tokens. What ends in the last one is not a place to look at yet."""
+        for token in tokens:
+            self.streak = self.streak + 1 if self.continuation(1) == [token] else 0
+            end = len(self.tokens) - 1
+            for length, ends in self._ends.items():
+                if end + 1 >= length:
+                    ends[tuple(self.tokens[end + 1 - length :])] = end
+            self.tokens.append(token)
+
+    def continuation(self, count: int) -> list[int]:
+        """What followed the most recent of the longest matches; empty if there is none."""
+        for length, ends in self._ends.items():
+            at = ends.get(tuple(self.tokens[-length:]))
+            if at is not None and len(self.tokens) >= length:
+                period = len(self.tokens) - 1 - at
+                return [self.tokens[at + 1 + i % period] for i in range(count)]
+        return []
 
 
 class TextBuffer:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from mlx_redrafter.decoding.planner import BatchPlanner, StepRead
 from mlx_redrafter.drafting.kinds import Drafter
-from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.lookup import TextIndex
 from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, LookedUp, Plan
 from mlx_redrafter.target.verification import Verifier
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Container
 
 from mlx_redrafter.decoding.planner import StepRead
-from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.lookup import TextIndex
 from mlx_redrafter.drafting.shape import ON, Drafted, LookedUp, Plan
 from mlx_redrafter.tuning.running import RunningShare
 

@@ -14,8 +14,7 @@ import mlx.nn as nn
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import Chooser, draft_temperature
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
-from mlx_redrafter.drafting.lookup import LookupProposer
-from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
 from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, Plan

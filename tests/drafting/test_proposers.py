@@ -11,8 +11,7 @@ from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import position_keyed
-from mlx_redrafter.drafting.lookup import LookupProposer
-from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.drafting.proposers import MedusaProposer, Proposer
 from mlx_redrafter.drafting.shape import Drafted

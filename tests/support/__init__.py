@@ -16,7 +16,7 @@ from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner, StepRead
 from mlx_redrafter.decoding.sampling import greedy
 from mlx_redrafter.drafting.beam_search import Beam
-from mlx_redrafter.drafting.lookup_index import LONGEST, SHORTEST
+from mlx_redrafter.drafting.lookup import LONGEST, SHORTEST
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter
 from mlx_redrafter.drafting.shape import Drafted, DraftShape, Plan
 from mlx_redrafter.target.model import Target

@@ -5,7 +5,7 @@ import pytest
 from support import REPEATING
 
 from mlx_redrafter.decoding.planner import StepRead
-from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.lookup import TextIndex
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
 from mlx_redrafter.tuning.lookup_controller import ASSUMED, DEEPEST, LookupController, LookupMemory
 

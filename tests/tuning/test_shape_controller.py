@@ -12,8 +12,7 @@ from support.made_up_device import COSTS, Device
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import StepRead
-from mlx_redrafter.drafting.lookup import LookupProposer
-from mlx_redrafter.drafting.lookup_index import TextIndex
+from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Forced, LookedUp
 from mlx_redrafter.target.probe import verifier_of
