@@ -19,10 +19,10 @@ from mlx_redrafter.drafting.cached.eagle import EagleHead
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import Drafted, DraftShape
-from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.cache.rows import keep
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.verification import accept
 
 AT_ONCE = 64  # positions
 

@@ -16,11 +16,10 @@ from mlx_redrafter.decoding.planner import Odds
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, Forced, Plain, Plan
 from mlx_redrafter.system.partial_submit import submit_part
-from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.tree import CandidateTree
-from mlx_redrafter.target.verification import CHAIN, Verifier
+from mlx_redrafter.target.verification import CHAIN, Verifier, accept
 
 
 @dataclasses.dataclass

@@ -16,9 +16,8 @@ from mlx_redrafter.drafting.drafter_files import Embedder
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import LookedUp, Plain, Plan
-from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
-from mlx_redrafter.target.verification import Verifier
+from mlx_redrafter.target.verification import Accepted, Verifier
 
 
 @dataclasses.dataclass

@@ -12,8 +12,8 @@ from mlx_redrafter.decoding.sampling import Chooser, greedy, position_keyed
 from mlx_redrafter.doctor.comparison import Stage
 from mlx_redrafter.drafting.beam_search import Beam, candidate_tree
 from mlx_redrafter.drafting.shape import POLICIES
-from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.verification import accept
 
 WIDTH, LENGTH, VOCAB, ROWS = 4, 5, 4096, 12
 NODES = (3, 8, WIDTH * (LENGTH - 1))

@@ -19,8 +19,8 @@ from mlx_redrafter.drafting.medusa import MedusaHeads
 from mlx_redrafter.drafting.medusa_tree import parents_of, select
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import Drafted, Plan
-from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.verification import Accepted
 
 
 class Proposer:

@@ -15,7 +15,7 @@ from mlx_redrafter.doctor.report import Report
 from mlx_redrafter.doctor.weight_types import Variant
 from mlx_redrafter.drafting.shape import DraftShape
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.target import acceptance
+from mlx_redrafter.target import verification
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_the_command(quick, two_places, tmp_path, capsys):
 
 def test_your_pair_that_is_broken(quick, two_places, tmp_path, capsys, monkeypatch, small_directory):
     """If this fails, the exit code says that all is well where it is not."""
-    whole = acceptance.accept
+    whole = verification.accept
 
     def accept(tree, choices):
         found = whole(tree, choices)

@@ -16,9 +16,9 @@ from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.drafting.lookup import KEPT, LONGEST, NOTHING, LookupProposer, TextBuffer, TextIndex, join
 from mlx_redrafter.drafting.proposers import Proposer, RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
-from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.verification import accept
 
 CHAIN_PLAN, TREE_PLAN = Drafted(DraftShape(), True), Drafted(DraftShape(4, 5, 7), True)
 

@@ -14,9 +14,9 @@ from mlx_redrafter.decoding.sampling import position_keyed
 from mlx_redrafter.decoding.step import SpeculativeStep, prefill
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import Drafted
-from mlx_redrafter.target.acceptance import accept
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.target.verification import accept
 
 TEMPS = (0.3, 0.7, 1.0, 1.5)
 FILTERS = ({}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 20}, {"xtc_probability": 0.5, "xtc_threshold": 0.1})

@@ -19,8 +19,8 @@ from mlx_redrafter.drafting.prefix_attention import PrefixReader
 from mlx_redrafter.drafting.proposers import LEFT, Proposer, RecurrentProposer
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import Drafted, Plan
-from mlx_redrafter.target.acceptance import Accepted
 from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.verification import Accepted
 
 WINDOW = 4096  # tokens of a prompt whose contexts are read: heads are trained on texts about so long
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_redrafter.target.acceptance import accept
+from mlx_redrafter.target.verification import accept
 
 torch = pytest.importorskip("torch", reason="the PyTorch reference needs torch")
 
