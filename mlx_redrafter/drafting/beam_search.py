@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_redrafter.drafting.drafter_files import Embedder
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.drafting.shape import BEAMS, BEST_FIRST
-from mlx_redrafter.target.tree import CandidateTree, ranks
+from mlx_redrafter.target.tree import CandidateTree
 
 _NEVER = -1e30  # the key of a node that no policy keeps; finite, so that keys can be compared
 
@@ -149,6 +149,24 @@ def top(scores: mx.array, count: int) -> tuple[mx.array, mx.array]:
     order = mx.argsort(-short, axis=-1)[:, :count].astype(mx.int32)
     indices = mx.take_along_axis(leaders, order // size, axis=-1) * size + order % size
     return indices, mx.take_along_axis(short, order, axis=-1)
+
+
+def ranks(keys: mx.array) -> mx.array:
+    """Ranks a few values without sorting; ties go to the lower index.
+
+    A comparison of all pairs, n^2 of them for the few dozen nodes of a tree, costs less
+    than MLX's sort and is stable on every backend, which keeps parents before children.
+
+    Args:
+        keys: (B, n), larger is better.
+
+    Returns:
+        (B, n) int32, 0 for the best.
+    """
+    index = mx.arange(keys.shape[1], dtype=mx.int32)
+    mine, other = keys[:, :, None], keys[:, None, :]
+    ahead = (other > mine) | ((other == mine) & (index < index[:, None]))
+    return mx.sum(ahead.astype(mx.int32), axis=-1)
 
 
 def candidate_tree(beam: Beam, root: mx.array, num_draft_tokens: int, policy: str) -> CandidateTree:

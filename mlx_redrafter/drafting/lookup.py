@@ -19,8 +19,7 @@ import mlx.core as mx
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import Drafted, LookedUp, Plan
 from mlx_redrafter.target.cache.attention import BLOCK
-from mlx_redrafter.target.cache.frame import Places
-from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.tree import CandidateTree, Places
 from mlx_redrafter.target.verification import Accepted, accept
 
 LONGEST = 4  # tokens that are compared

@@ -6,7 +6,7 @@ import pytest
 from support import final_beams, make_drafter
 
 from mlx_redrafter import DraftShape
-from mlx_redrafter.drafting.beam_search import beam_search, candidate_tree, top
+from mlx_redrafter.drafting.beam_search import beam_search, candidate_tree, ranks, top
 from mlx_redrafter.embedded.corpus import held_out_prefixes
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.training.acceptance_length import acceptance_length
@@ -150,3 +150,9 @@ def test_a_drafter_gone_wrong_still_gives_a_tree(setting):
         tree = candidate_tree(beam, root, 6, policy)
         for b in range(2):
             paths_of(tree, b)
+
+
+def test_ranks_are_stable():
+    """If this fails, a child of probability 1 can be kept without its parent."""
+    keys = mx.array([[1.0, 3.0, 3.0, -1e30, 3.0, 2.0]])
+    assert ranks(keys)[0].tolist() == [4, 0, 1, 5, 2, 3]

@@ -1,10 +1,10 @@
-"""CandidateTree and the ranking it is chosen with."""
+"""CandidateTree: depths, ancestors, and what its rows see behind committed ones."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_redrafter.target.tree import CandidateTree, ranks
+from mlx_redrafter.target.tree import CandidateTree, tree_mask
 
 
 def ancestors_by_walking(parents):
@@ -38,7 +38,39 @@ def test_chain_of_exactly_the_largest_depth(depth):
     assert tree.depths[0].tolist() == list(range(depth + 1))
 
 
-def test_ranks_are_stable():
-    """If this fails, a child of probability 1 can be kept without its parent."""
-    keys = mx.array([[1.0, 3.0, 3.0, -1e30, 3.0, 2.0]])
-    assert ranks(keys)[0].tolist() == [4, 0, 1, 5, 2, 3]
+def test_tree_mask():
+    """If this fails, rows see rejected tokens, or do not see the prompt."""
+    ancestors = mx.array([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]] * 2).astype(mx.bool_)
+    mask = np.array(tree_mask(ancestors, mx.array([4, 2], mx.int32), 8))
+    assert mask.shape == (2, 1, 3, 8)
+    for b, length in enumerate((4, 2)):
+        expected = np.zeros((3, 8), bool)
+        expected[:, :length] = True
+        expected[:, length : length + 3] = np.array(ancestors[b])
+        assert (mask[b, 0] == expected).all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 7])
+@pytest.mark.parametrize("start", [0, 4])
+def test_tree_mask_with_a_window(window, start):
+    """If this fails, a branch sees farther or less far than its depth says."""
+    parents, depths, length, visible = [0, 0, 0, 1, 3], [0, 1, 1, 2, 3], 9, 16
+    ancestors = np.zeros((5, 5), bool)
+    for row in range(5):
+        at = row
+        while not ancestors[row, at]:
+            ancestors[row, at] = True
+            at = parents[at]
+    mask = np.array(
+        tree_mask(mx.array(ancestors[None]), mx.array([length]), visible, start, mx.array([depths]), window)
+    )[0, 0]
+    for row in range(5):
+        for column in range(visible):
+            position = start + column
+            if position < length:
+                there = True
+            else:
+                there = position - length < 5 and ancestors[row, position - length]
+                position = length + depths[position - length] if there else position
+            near = window is None or length + depths[row] - position < window
+            assert mask[row, column] == (there and near), (row, column)

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
 
 from mlx_redrafter.system.partial_submit import submit_part
-from mlx_redrafter.target.cache.frame import Path, Places, TreeFrame, map_arrays
+from mlx_redrafter.target.tree import Places, TreeFrame
 
 BLOCK, LEAST = 256, 64  # rows by which the buffers of one text grow, and of many texts each
 READ_BLOCK = 32  # attention reads the bound on the length rounded up to this
@@ -203,3 +203,30 @@ def with_contents(layer: Any, of: Any) -> Any:
     if isinstance(layer, RotatingKVCache):
         layer._idx = of._idx
     return layer
+
+
+class Path:
+    """One path of a tree (B, D) int32, and where its rows go: behind the root's, which is at position (B,)."""
+
+    def __init__(self, path: mx.array, root: mx.array):
+        self.places = Places(root + 1)
+        self._index = path[0] if path.shape[0] == 1 else path[:, None, :, None]
+
+    def rows(self, rows: mx.array) -> mx.array:
+        """(B, heads, D, width) the path's, of (B, heads, M, width) of a tree."""
+        if rows.shape[0] == 1:
+            return mx.take(rows, self._index, axis=2)
+        return mx.take_along_axis(rows, self._index, axis=2)
+
+
+def map_arrays(function: Callable[..., Any], *buffers: Any, **options: Any) -> Any:
+    """The function of every array in buffers of one structure: arrays, or tuples of what is one.
+
+    As mlx's tree_map, which takes a tenth of the time that building a step takes.
+
+    Args:
+        options: handed to every call as they are.
+    """
+    if isinstance(buffers[0], mx.array):
+        return function(*buffers, **options)
+    return tuple(map_arrays(function, *parts, **options) for parts in zip(*buffers))

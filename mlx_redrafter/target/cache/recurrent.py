@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
-from mlx_redrafter.target.cache.frame import TreeFrame
+from mlx_redrafter.target.tree import TreeFrame
 
 AT_ONCE, ROW_BY_ROW = "at once", "row by row"
 

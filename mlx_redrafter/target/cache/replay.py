@@ -19,8 +19,8 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
 from mlx_redrafter.target.cache.attention import TreeRows
-from mlx_redrafter.target.cache.frame import TreeFrame
 from mlx_redrafter.target.cache.recurrent import RecurrentCache
+from mlx_redrafter.target.tree import TreeFrame
 
 
 class MixerStandIn(StandIn):

@@ -14,10 +14,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
-from mlx_redrafter.target.cache.attention import LayerCache, TreeRows, WindowCache
-from mlx_redrafter.target.cache.frame import Places, map_arrays
+from mlx_redrafter.target.cache.attention import LayerCache, TreeRows, WindowCache, map_arrays
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves
 from mlx_redrafter.target.cache.recurrent import RecurrentCache
+from mlx_redrafter.target.tree import Places
 
 
 def can_pad(cache: KVCache, length: int) -> bool:

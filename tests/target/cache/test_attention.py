@@ -6,7 +6,6 @@ import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_redrafter.target.cache.attention import BLOCK
-from mlx_redrafter.target.cache.frame import tree_mask
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.tree import CandidateTree
 
@@ -92,29 +91,3 @@ def test_back_to_a_rotating_cache_at_any_of_the_last_rows(moved, back):
         wanted, _ = expected.update_and_fetch(rows_of(position, 1), rows_of(position, 1))
         assert plain.offset == expected.offset
         assert sorted(found[0, 0, :, 0].tolist()) == sorted(wanted[0, 0, :, 0].tolist()[-WINDOW:])
-
-
-@pytest.mark.parametrize("window", [None, 1, 2, 3, 7])
-@pytest.mark.parametrize("start", [0, 4])
-def test_tree_mask_with_a_window(window, start):
-    """If this fails, a branch sees farther or less far than its depth says."""
-    parents, depths, length, visible = [0, 0, 0, 1, 3], [0, 1, 1, 2, 3], 9, 16
-    ancestors = np.zeros((5, 5), bool)
-    for row in range(5):
-        at = row
-        while not ancestors[row, at]:
-            ancestors[row, at] = True
-            at = parents[at]
-    mask = np.array(
-        tree_mask(mx.array(ancestors[None]), mx.array([length]), visible, start, mx.array([depths]), window)
-    )[0, 0]
-    for row in range(5):
-        for column in range(visible):
-            position = start + column
-            if position < length:
-                there = True
-            else:
-                there = position - length < 5 and ancestors[row, position - length]
-                position = length + depths[position - length] if there else position
-            near = window is None or length + depths[row] - position < window
-            assert mask[row, column] == (there and near), (row, column)

@@ -1,15 +1,13 @@
 """The KV cache: where rows go, what survives a commit, and the way back to mlx-lm."""
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_redrafter.target.cache.attention import BLOCK, LayerCache
-from mlx_redrafter.target.cache.frame import Path, Places, tree_mask
+from mlx_redrafter.target.cache.attention import BLOCK, LayerCache, Path
 from mlx_redrafter.target.cache.kv_cache import KVCache, refused
-from mlx_redrafter.target.tree import CandidateTree
+from mlx_redrafter.target.tree import CandidateTree, Places
 
 
 def rows_of(start, count, batch=1):
@@ -88,18 +86,6 @@ def test_visible_rows_follow_the_length_and_not_the_capacity():
     cache.layers[0].reserve(4096)
     keys, _ = write_tree(cache, 50, 4)[0]
     assert keys.shape[2] == 32
-
-
-def test_tree_mask():
-    """If this fails, rows see rejected tokens, or do not see the prompt."""
-    ancestors = mx.array([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]] * 2).astype(mx.bool_)
-    mask = np.array(tree_mask(ancestors, mx.array([4, 2], mx.int32), 8))
-    assert mask.shape == (2, 1, 3, 8)
-    for b, length in enumerate((4, 2)):
-        expected = np.zeros((3, 8), bool)
-        expected[:, :length] = True
-        expected[:, length : length + 3] = np.array(ancestors[b])
-        assert (mask[b, 0] == expected).all()
 
 
 def test_to_mlx_lm_and_back():
