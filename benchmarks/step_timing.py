@@ -23,9 +23,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import draft_temperature, greedy
-from mlx_redrafter.decoding.step import SpeculativeStep, prefill
+from mlx_redrafter.decoding.step import DecodingOptions, SpeculativeStep, prefill
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.shape import Plan
 from mlx_redrafter.system.module_slots import StandIn

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import draft_temperature, greedy
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.decoding.trace import WatchedStep, watch
 from mlx_redrafter.decoding.tree_view import token_text
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for

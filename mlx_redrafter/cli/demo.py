@@ -14,8 +14,8 @@ from mlx_redrafter.benchmarks.compare import Method, measure, side_by_side, tabl
 from mlx_redrafter.benchmarks.competitors import Decoder
 from mlx_redrafter.benchmarks.flags import add_prompt_arguments, check_texts
 from mlx_redrafter.benchmarks.pair import encode_prompts
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import greedy
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.decoding.trace import watch
 from mlx_redrafter.decoding.tree_view import GREEN, colours, painted, show
 from mlx_redrafter.drafting.kinds import Drafter

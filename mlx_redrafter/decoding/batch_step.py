@@ -14,9 +14,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.logits_processors import process, process_tree
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import choose_each
-from mlx_redrafter.decoding.step import SpeculativeStep
+from mlx_redrafter.decoding.step import DecodingOptions, SpeculativeStep
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.system.device import on_cpu
 from mlx_redrafter.target.cache import rows

@@ -9,8 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.step import Produced
+from mlx_redrafter.decoding.step import DecodingOptions, Produced
 from mlx_redrafter.errors import UserError
 
 STOP, LENGTH = "stop", "length"

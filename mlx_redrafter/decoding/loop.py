@@ -13,9 +13,8 @@ import mlx.core as mx
 
 from mlx_redrafter.decoding.constrained import jump, mask
 from mlx_redrafter.decoding.logits_processors import process
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner, StepRead
-from mlx_redrafter.decoding.step import Produced, SpeculativeStep, Submitted, prefill
+from mlx_redrafter.decoding.step import DecodingOptions, Produced, SpeculativeStep, Submitted, prefill
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import Plain
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_redrafter.decoding.loop import speculative, wait_for
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.drafter_files import Embedder
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter

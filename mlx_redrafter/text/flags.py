@@ -15,8 +15,8 @@ from tqdm import tqdm
 from mlx_redrafter.constraints.constraint import Constraint, json_schema, lark, regex
 from mlx_redrafter.constraints.thinking import thinking_budget
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
-from mlx_redrafter.decoding.options import Progress
 from mlx_redrafter.decoding.sampling import position_keyed
+from mlx_redrafter.decoding.step import Progress
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.shape import AUTO, BEST_FIRST, LOOKUPS, POLICIES, DraftShape
 from mlx_redrafter.embedded import assistant

@@ -17,10 +17,9 @@ from mlx_redrafter.constraints.constraint import Constraint
 from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
 from mlx_redrafter.decoding.loop import autoregressive, speculative, wait_for
-from mlx_redrafter.decoding.options import DecodingOptions, Progress
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import Chooser, from_sampler, greedy
-from mlx_redrafter.decoding.step import Produced
+from mlx_redrafter.decoding.step import DecodingOptions, Produced, Progress
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape

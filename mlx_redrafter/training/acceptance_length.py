@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner, StepRead
 from mlx_redrafter.decoding.sampling import draft_temperature, greedy
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.shape import Drafted, DraftShape, Plan
 from mlx_redrafter.target.model import Target

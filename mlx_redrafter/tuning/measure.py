@@ -13,8 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.step import SpeculativeStep, prefill
+from mlx_redrafter.decoding.step import DecodingOptions, SpeculativeStep, prefill
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Plan
 from mlx_redrafter.target.cache.attention import BLOCK

@@ -4,9 +4,9 @@ from support import RANDOM, REPEATING, make_drafter, make_model, plainly
 
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.batch_text import BatchText
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import BatchPlanner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.cached.draft_model import DraftModel
 from mlx_redrafter.drafting.cached.eagle import EagleConfig, EagleHead
 from mlx_redrafter.drafting.cached.mtp import MtpConfig, MtpHead

@@ -11,8 +11,8 @@ from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.constrained import jump, mask, masked, prune
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Odds, Planner, StepRead
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Forced
 from mlx_redrafter.errors import UserError

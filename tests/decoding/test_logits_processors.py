@@ -11,9 +11,9 @@ from support import make_drafter, make_model
 from mlx_redrafter import DraftShape, stream_generate
 from mlx_redrafter.decoding.logits_processors import process_tree
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import position_keyed
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.target.probe import verifier_of

@@ -12,9 +12,9 @@ from support import REPEATING, Script, make_drafter, make_model, plainly
 from support.texts import by_mlx_lm
 
 from mlx_redrafter.decoding.loop import autoregressive, speculative, wait_for
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp

@@ -8,9 +8,9 @@ from support.steps import first_step
 from support.texts import by_mlx_lm
 
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.proposers import MedusaProposer, RecurrentProposer
 from mlx_redrafter.drafting.shape import Drafted, DraftShape, LookedUp

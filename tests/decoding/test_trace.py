@@ -11,8 +11,8 @@ from support import Script
 
 from mlx_redrafter import DraftShape
 from mlx_redrafter.cli.main import main
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.decoding.trace import watch
 from mlx_redrafter.decoding.tree_view import word
 from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex

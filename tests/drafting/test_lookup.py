@@ -10,9 +10,9 @@ from support import RANDOM, REPEATING, Script, looked_up_by_hand, make_drafter, 
 from support.steps import first_step
 
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import position_keyed
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.lookup import KEPT, LONGEST, NOTHING, LookupProposer, TextBuffer, TextIndex, join
 from mlx_redrafter.drafting.proposers import Proposer, RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp

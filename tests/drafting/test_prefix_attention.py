@@ -8,8 +8,8 @@ from mlx_lm.utils import load_tokenizer
 from support import make_drafter, make_model
 
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.decoding.trace import Watched
 from mlx_redrafter.drafting.cached import memory as memories
 from mlx_redrafter.drafting.cached import proposer

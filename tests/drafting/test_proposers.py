@@ -8,9 +8,9 @@ from support.medusa import PROMPT, knowing, make_heads, steps_of
 
 from mlx_redrafter import DraftShape
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import position_keyed
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED
 from mlx_redrafter.drafting.proposers import MedusaProposer, Proposer

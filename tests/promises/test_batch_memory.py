@@ -10,8 +10,8 @@ from support.memory import PAIR, Peaks
 import mlx_redrafter
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.batch_text import BatchText
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import BatchPlanner
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.batches.generate import proposers

@@ -21,7 +21,7 @@ from support.memory import PAIR, Peaks, resident
 import mlx_redrafter
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.batch_text import BatchText
-from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.text.batches.generate import proposers
 from mlx_redrafter.tuning.batch_controller import batch_planner
 from mlx_redrafter.tuning.session import verifier_for

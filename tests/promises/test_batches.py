@@ -14,9 +14,9 @@ from support import make_drafter, make_model, plainly
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.batch_text import BatchText
 from mlx_redrafter.decoding.loop import autoregressive
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import BatchPlanner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.kinds import proposer_for
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.proposers import Proposer

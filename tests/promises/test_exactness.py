@@ -9,9 +9,8 @@ from support import make_drafter
 
 from mlx_redrafter import DraftShape, stream_generate
 from mlx_redrafter.decoding import step
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import position_keyed
-from mlx_redrafter.decoding.step import SpeculativeStep, prefill
+from mlx_redrafter.decoding.step import DecodingOptions, SpeculativeStep, prefill
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import Drafted
 from mlx_redrafter.target.model import Target

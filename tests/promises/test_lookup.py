@@ -6,9 +6,9 @@ from support import RANDOM, REPEATING, Script, make_drafter, make_model, plainly
 
 from mlx_redrafter import stream_generate
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
 from mlx_redrafter.drafting.proposers import Proposer, RecurrentProposer
 from mlx_redrafter.drafting.shape import Drafted, DraftShape, LookedUp

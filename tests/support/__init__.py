@@ -12,9 +12,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
 
 from mlx_redrafter.decoding.loop import autoregressive
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner, StepRead
 from mlx_redrafter.decoding.sampling import greedy
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.beam_search import Beam
 from mlx_redrafter.drafting.lookup import LONGEST, SHORTEST
 from mlx_redrafter.drafting.redrafter import DrafterConfig, RecurrentDrafter

@@ -2,9 +2,8 @@
 
 import mlx.core as mx
 
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import greedy
-from mlx_redrafter.decoding.step import SpeculativeStep, prefill
+from mlx_redrafter.decoding.step import DecodingOptions, SpeculativeStep, prefill
 
 
 def first_step(verifier, prompts, proposer):

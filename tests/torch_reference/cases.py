@@ -15,8 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import torch_reference as reference
-from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.step import prefill
+from mlx_redrafter.decoding.step import DecodingOptions, prefill
 from mlx_redrafter.drafting.redrafter import RecurrentDrafter
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.tree import CandidateTree

@@ -9,9 +9,9 @@ from support import REPEATING, make_drafter, make_model, plainly
 from support.costs import made_up
 
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner, StepRead
 from mlx_redrafter.decoding.sampling import greedy
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp

@@ -10,8 +10,8 @@ from support.costs import made_up
 from support.made_up_device import COSTS, Device
 
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import StepRead
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Forced, LookedUp

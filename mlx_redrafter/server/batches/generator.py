@@ -15,7 +15,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.decoding.batch import Batch
-from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.shape import AUTO, OFF
 from mlx_redrafter.server.batches.row import Dress, Response, Row, empty
 from mlx_redrafter.server.provider import Provider

@@ -16,8 +16,7 @@ from mlx_lm.generate import GenerationBatch
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
 from mlx_redrafter.decoding.batch_text import BatchText
-from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.step import Produced
+from mlx_redrafter.decoding.step import DecodingOptions, Produced
 from mlx_redrafter.server.answers import HungUp
 from mlx_redrafter.server.requests import Arguments, Request
 from mlx_redrafter.server.text_stream import after, answering, chooser

@@ -20,9 +20,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.batch_text import STOP, BatchText
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.sampling import Chooser, draft_temperature, from_sampler, greedy
-from mlx_redrafter.decoding.step import Produced
+from mlx_redrafter.decoding.step import DecodingOptions, Produced
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.drafting.proposers import Proposer

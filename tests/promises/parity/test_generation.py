@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
-from mlx_redrafter.decoding.step import SpeculativeStep
+from mlx_redrafter.decoding.step import DecodingOptions, SpeculativeStep
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import Drafted, DraftShape

@@ -15,7 +15,7 @@ from mlx_redrafter.convert.drafter import convert_drafter
 from tokenizers import Tokenizer
 
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.kinds import open_drafter
 from mlx_redrafter.drafting.medusa import MedusaHeads
 from mlx_redrafter.drafting.medusa_tree import PUBLISHED

@@ -15,9 +15,9 @@ from mlx_redrafter.benchmarks.architectures.check import PROMPT
 from mlx_redrafter.convert.drafter import convert_drafter
 
 from mlx_redrafter.decoding.loop import speculative
-from mlx_redrafter.decoding.options import DecodingOptions
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import position_keyed
+from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.cached.memory import Memory
 from mlx_redrafter.drafting.cached.proposer import CachedProposer
 from mlx_redrafter.drafting.kinds import open_drafter
