@@ -10,7 +10,7 @@ behind barriers, which a real step does not have. So there are three kinds of fi
 - as it runs (`step_times`): from one step's tokens to the next one's in the real loop.
 
 What the real loop takes beyond the second kind is time in which the device waited for the
-host. On a CPU, MLX starts a step while it is still being built (`partial_submit`); here the
+host. On a CPU, MLX starts a step while it is still being built (`submit_part`); here the
 two are kept apart.
 """
 
@@ -28,7 +28,7 @@ from mlx_redrafter.decoding.step import DecodingOptions, SpeculativeStep, prefil
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
 from mlx_redrafter.drafting.shape import Plan
 from mlx_redrafter.system.module_slots import StandIn
-from mlx_redrafter.system.partial_submit import in_one_piece
+from mlx_redrafter.target.cache.attention import in_one_piece
 from mlx_redrafter.target.tree import CandidateTree
 from mlx_redrafter.target.verification import CHAIN, Verifier
 from mlx_redrafter.tuning.measure import rows_tree

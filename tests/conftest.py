@@ -17,7 +17,8 @@ import pytest
 
 from mlx_redrafter.embedded import assistant
 from mlx_redrafter.embedded.corpus import held_out_prefixes
-from mlx_redrafter.system import device, partial_submit
+from mlx_redrafter.system import device
+from mlx_redrafter.target.cache import attention
 from mlx_redrafter.tuning import session
 
 ASSISTANT_FILE = assistant.weights_file()
@@ -98,7 +99,7 @@ def without_a_compiler():
 @pytest.fixture
 def in_one_piece():
     """While it lasts, a step is sent to the device as a whole, as on a GPU; mx.compile can trace it."""
-    with partial_submit.in_one_piece():
+    with attention.in_one_piece():
         yield
 
 

@@ -19,7 +19,6 @@ from mlx_redrafter.decoding.sampling import Chooser, greedy
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, Forced, Plain, Plan
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.system.partial_submit import submit_part
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached, quantize_layers
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.tree import CandidateTree
@@ -219,7 +218,6 @@ class SpeculativeStep:
         if matcher is not None and not isinstance(plan, Plain):
             grown = prune(matcher, tree, plan, chain_only, odds or Odds(), self.root, certain)
             tree = CandidateTree.static(mx.array([grown.tokens], mx.int32), tuple(grown.parents))
-        submit_part(tree.tokens, tree.ancestors)
         hidden, logits = self.verifier(tree, cache, proposer.context_layers)
         if self.options.processors:
             logits = self.process(tree, logits)

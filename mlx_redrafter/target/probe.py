@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache, make_prompt_cache
 
-from mlx_redrafter.system.partial_submit import in_one_piece
+from mlx_redrafter.target.cache.attention import in_one_piece
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves, refused
 from mlx_redrafter.target.cache.recurrent import AT_ONCE, ROW_BY_ROW
 from mlx_redrafter.target.cache.replay import find_mixers

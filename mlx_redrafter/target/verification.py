@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import slots, standing_in
+from mlx_redrafter.target.cache.attention import submit_part
 from mlx_redrafter.target.cache.kv_cache import KVCache
 from mlx_redrafter.target.cache.recurrent import AT_ONCE
 from mlx_redrafter.target.cache.replay import MixerStandIn
@@ -86,6 +87,7 @@ class Verifier:
         Returns:
             hidden (B, 1 + N, context_size) and logits (B, 1 + N, vocab_size).
         """
+        submit_part(tree.tokens, tree.ancestors)
         split = self.found.split_rows
         tokens = tree.tokens.reshape(-1, 1) if split else tree.tokens
         with cache.reading(tree, self.found.kind == CHAIN, split), standing_in(self._mixers):

@@ -5,19 +5,24 @@ Knows nothing of other layers. To the model these caches look like mlx-lm's own 
 that: the prompt goes through mlx-lm's code. From then on rows lie in the order of their
 positions, row p at index p - base; a window's base moves on from time to time, a whole
 cache's stays 0.
+
+On a CPU each layer sends its rows off while the graph of those above it is still being
+built. MLX lets the host run about a hundred operations ahead there, so a step submitted as
+a whole keeps the device waiting while the next one is built. A GPU's command buffers reach
+further ahead than a step, and each submission would cost one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
 
-from mlx_redrafter.system.partial_submit import submit_part
 from mlx_redrafter.target.tree import Places, TreeFrame
 
 BLOCK, LEAST = 256, 64  # rows by which the buffers of one text grow, and of many texts each
@@ -230,3 +235,23 @@ def map_arrays(function: Callable[..., Any], *buffers: Any, **options: Any) -> A
     if isinstance(buffers[0], mx.array):
         return function(*buffers, **options)
     return tuple(map_arrays(function, *parts, **options) for parts in zip(*buffers))
+
+
+_whole = False  # while it is True, nothing is sent before its graph is complete
+
+
+def submit_part(*arrays: mx.array) -> None:
+    """Starts computing arrays that a graph under construction has come to; on a GPU, nothing."""
+    if not _whole and mx.default_device() == mx.cpu:
+        mx.async_eval(*arrays)
+
+
+@contextlib.contextmanager
+def in_one_piece() -> Iterator[None]:
+    """While it lasts, graphs are only built, as on a GPU: to be traced, or timed apart from their building."""
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before
