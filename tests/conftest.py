@@ -113,7 +113,7 @@ def chains_only(monkeypatch):
             raise ValueError("one position is all that this rope takes")
         return fast_rope(x, dims, offset=offset, **options)
 
-    monkeypatch.setattr("mlx_redrafter.target.rope._rope", rope)
+    monkeypatch.setattr("mlx_redrafter.target.operations._rope", rope)
 
 
 @pytest.fixture

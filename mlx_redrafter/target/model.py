@@ -5,7 +5,8 @@ things are replaced while it is called, and put back afterwards:
 
 - the module that yields the hidden state its head reads, by a recorder;
 - layers whose hidden states are asked for, by taps;
-- MLX's rope, which takes one position per batch entry, by one that also takes one per row.
+- MLX's rope, which takes one position per batch entry, by one that also takes one per row,
+  and what MLX computes slowly on a CPU (see `operations`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.module_slots import Slot, StandIn, slots, standing_in
 from mlx_redrafter.system.ranks import LAUNCHED_TOGETHER
 from mlx_redrafter.system.weights import tensors
-from mlx_redrafter.target.exponentials import speed_up
 from mlx_redrafter.target.layers import RawLayers, Tap, find_layers
-from mlx_redrafter.target.rope import positions_per_row
+from mlx_redrafter.target.operations import positions_per_row, speed_up
 from mlx_redrafter.target.splitting import is_pipelined, ranks_of
 
 _SHARE, _FEWEST = 0.025, 128  # of the weights' bytes; rows

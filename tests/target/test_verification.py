@@ -11,7 +11,7 @@ from mlx_lm.utils import quantize_model
 from support import make_model
 
 from mlx_redrafter.errors import UserError
-from mlx_redrafter.target import probe, rope
+from mlx_redrafter.target import operations, probe
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.tree import CandidateTree
@@ -79,12 +79,12 @@ def test_rounding_alone_separates_coarse_types(kind):
 
 def test_a_wrong_position_is_noticed(small_model, monkeypatch):
     """If this fails, the self-check accepts a model whose rope it could not reach."""
-    right = rope._rope
+    right = operations._rope
 
     def wrong(x, dims, *, offset, **options):
         return right(x, dims, offset=offset + 1 if isinstance(offset, mx.array) else offset, **options)
 
-    monkeypatch.setattr(rope, "_rope", wrong)
+    monkeypatch.setattr(operations, "_rope", wrong)
     for kind in ("float32", "bfloat16"):
         small_model.set_dtype(getattr(mx, kind))
         found = probe.probe(Target(small_model))
@@ -94,7 +94,7 @@ def test_a_wrong_position_is_noticed(small_model, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_positions_per_batch_entry_are_enough_for_trees(small_model, monkeypatch, batch):
     """If this fails, models that know no position per row get chains only, or rows see one another's text."""
-    monkeypatch.setattr(rope, "_rope", mx.fast.rope)
+    monkeypatch.setattr(operations, "_rope", mx.fast.rope)
     verifier = verifier_of(small_model)
     assert verifier.capability == TREE and verifier.found.split_rows and "as a batch" in verifier.reason
     hidden, logits = differences(small_model, batch)
@@ -121,7 +121,7 @@ def test_the_model_is_left_as_it_was(small_model):
     expected = small_model(tokens)
     differences(small_model)
     assert {name: type(module) for name, module in small_model.named_modules()} == before
-    assert list(dict(small_model.named_modules())) == list(before) and mx.fast.rope is rope._FAST_ROPE
+    assert list(dict(small_model.named_modules())) == list(before) and mx.fast.rope is operations.FAST_ROPE
     assert mx.array_equal(small_model(tokens), expected)
     layer = small_model.layers[0].self_attn
     layer.o_proj = Failing()

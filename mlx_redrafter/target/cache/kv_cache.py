@@ -19,7 +19,7 @@ from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.target.cache.attention import LayerCache, Path, QuantizedLayerCache, WindowCache, with_contents
 from mlx_redrafter.target.cache.recurrent import AT_ONCE, RecurrentCache, RecurrentStep
-from mlx_redrafter.target.rope import positions_per_row
+from mlx_redrafter.target.operations import positions_per_row
 from mlx_redrafter.target.tree import CandidateTree, TreeFrame
 
 

@@ -20,8 +20,8 @@ from mlx_redrafter.drafting.pairing import check_pair
 from mlx_redrafter.errors import UserError
 from mlx_redrafter.system.flag_types import flag
 from mlx_redrafter.target.model import Target
+from mlx_redrafter.target.operations import positions_per_row
 from mlx_redrafter.target.output_layer import output_matrix
-from mlx_redrafter.target.rope import positions_per_row
 from mlx_redrafter.training.batches import BatchMaker
 from mlx_redrafter.training.drafters.base import Method, output_in_words, scorer
 from mlx_redrafter.training.drafters.init_weights import FROM_TARGET, RANDOM, TIED, hidden_rms

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
-from mlx_redrafter.target.rope import positions_per_row
+from mlx_redrafter.target.operations import positions_per_row
 from mlx_redrafter.training.text.data_plan import DataPlan
 from mlx_redrafter.training.text.rendering import Renderer
 from mlx_redrafter.training.text.shards import Make, Progress, Recipe
