@@ -29,7 +29,7 @@ from mlx_redrafter.training.resume import arguments_of, defaults
 from mlx_redrafter.training.text.data_plan import REGENERATED, SELF, SESSIONS
 from mlx_redrafter.training.text.shards import Rows
 from mlx_redrafter.training.trainer import TrainingPlan, TrainingResult
-from mlx_redrafter.tuning.running import RunningShare
+from mlx_redrafter.tuning.acceptance_model import RunningShare
 
 EVALUATED_TOKENS = 64  # per prompt, at least
 SECONDS = 1.0  # to measure the target's reading speed for

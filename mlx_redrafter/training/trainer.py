@@ -26,7 +26,7 @@ from mlx_redrafter.training.drafters.base import Method
 from mlx_redrafter.training.loss import Batch, Objective, distillation_loss
 from mlx_redrafter.training.teacher import Teacher
 from mlx_redrafter.training.update import OFF, as_seen, compiled_steps, optimizer_for
-from mlx_redrafter.tuning.running import RunningShare
+from mlx_redrafter.tuning.acceptance_model import RunningShare
 
 LOG_EVERY = 10
 

@@ -12,13 +12,38 @@ from typing import Any
 
 from mlx_redrafter.decoding.planner import StepRead
 from mlx_redrafter.drafting.shape import DraftShape
-from mlx_redrafter.tuning.running import RunningShare
 
 DEPTHS, RANKS = 10, 8  # that are told apart; deeper tokens are taken to be as good as the last
 FIRST = 0.65  # assumed share of right best children
 NEXT = (0.4, 0.3, 0.25, 0.2, 0.2, 0.15, 0.15)  # and of the second, third, ... child where all before it were wrong
 WEIGHT, MEMORY = 3.0, 192.0  # steps that an assumption is worth, and after which one counts e times less
 ENOUGH = 8.0  # steps that got to a depth, for its share to be known
+
+
+class RunningShare:
+    """Successes over tries, where old ones count less and new ones have an assumption to outvote.
+
+    Args:
+        weight: tries that an assumption is worth.
+        memory: tries after which one counts e times less.
+    """
+
+    def __init__(self, weight: float, memory: float):
+        self.weight, self.keep = weight, 1 - 1 / memory
+        self.hits = self.tries = 0.0
+
+    def learn(self, hits: float, tries: float = 1.0) -> None:
+        """Takes so many successes in so many tries."""
+        self.hits = self.keep * self.hits + hits
+        self.tries = self.keep * self.tries + tries
+
+    def fade(self, factor: float) -> None:
+        """Makes all that was seen so far count less."""
+        self.hits, self.tries = factor * self.hits, factor * self.tries
+
+    def share(self, assumed: float) -> float:
+        """Close to what is assumed as long as little was seen."""
+        return (self.hits + self.weight * assumed) / (self.tries + self.weight)
 
 
 class AcceptanceModel:

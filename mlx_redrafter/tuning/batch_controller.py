@@ -21,8 +21,8 @@ from mlx_redrafter.target.verification import Verifier
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import BETTER as LOOKUP_BETTER
 from mlx_redrafter.tuning.lookup_controller import COUNTS, DEEPEST, LookupFollower, LookupMemory
-from mlx_redrafter.tuning.running import Slowness
 from mlx_redrafter.tuning.session import Session, session_for
+from mlx_redrafter.tuning.shape_controller import Slowness
 from mlx_redrafter.tuning.step_costs import Costs
 
 MOST_ROWS = 64  # of all texts together, from which on no device reads more of them for little

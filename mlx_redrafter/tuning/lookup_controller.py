@@ -16,7 +16,7 @@ from collections.abc import Callable, Container
 from mlx_redrafter.decoding.planner import StepRead
 from mlx_redrafter.drafting.lookup import TextIndex
 from mlx_redrafter.drafting.shape import ON, Drafted, LookedUp, Plan
-from mlx_redrafter.tuning.running import RunningShare
+from mlx_redrafter.tuning.acceptance_model import RunningShare
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 11, 15)  # tokens of a lookup, to choose from
 DEEPEST = max(COUNTS)

@@ -27,8 +27,7 @@ from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import DEEPEST, LookupController
 from mlx_redrafter.tuning.measure import measure
 from mlx_redrafter.tuning.pair_key import key_of, weights_digest
-from mlx_redrafter.tuning.running import Slowness
-from mlx_redrafter.tuning.shape_controller import TIMES, TRUSTED, Controller, PairMemory
+from mlx_redrafter.tuning.shape_controller import TIMES, TRUSTED, Controller, PairMemory, Slowness
 from mlx_redrafter.tuning.step_costs import Costs
 
 # Few shapes that serve drafters of any quality on devices of any kind: chains, and trees from

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_redrafter.decoding.planner import StepRead
 from mlx_redrafter.drafting.shape import Drafted, DraftShape
-from mlx_redrafter.tuning.acceptance_model import DEPTHS, FIRST, NEXT, AcceptanceModel
+from mlx_redrafter.tuning.acceptance_model import DEPTHS, FIRST, NEXT, AcceptanceModel, RunningShare
 
 CHAIN = Drafted(DraftShape())
 
@@ -139,3 +139,33 @@ def test_damaged_fields_are_refused(damage):
     """If this fails, a file that a crash left decides what is drafted."""
     with pytest.raises((ValueError, TypeError, KeyError)):
         AcceptanceModel().restore(AcceptanceModel().to_dict() | damage)
+
+
+def test_a_share_goes_from_assumed_to_seen():
+    """If this fails, one wrong draft counts as much as all that is assumed, or seeing never wins."""
+    share = RunningShare(weight=4.0, memory=50.0)
+    assert share.share(0.7) == 0.7
+    share.learn(1)
+    assert share.share(0.5) == pytest.approx((1 + 4 * 0.5) / 5)
+    for _ in range(1000):
+        share.learn(0)
+    assert share.tries == pytest.approx(50.0)  # what memory leaves of any number
+    assert share.share(1.0) == pytest.approx(4 / 54, abs=1e-6)
+
+
+def test_old_tries_count_less():
+    """If this fails, a text that has changed is judged by how it began."""
+    share = RunningShare(weight=1.0, memory=20.0)
+    for hits in [1] * 200 + [0] * 20:
+        share.learn(hits)
+    assert share.share(0.5) == pytest.approx((20 * (1 - 1 / 20) ** 20 + 0.5) / 21, rel=1e-3)
+    share.fade(0.0)
+    assert share.share(0.25) == 0.25
+
+
+def test_shares_of_several_tries():
+    """If this fails, accepted over expected draft tokens is no share of the expected ones."""
+    share = RunningShare(weight=0.0, memory=1e9)
+    share.learn(3, 2.0)
+    share.learn(1, 2.0)
+    assert share.share(1.0) == pytest.approx(1.0)

@@ -5,7 +5,7 @@ from mlx_redrafter.decoding.planner import StepRead
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp, Plan
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.batch_controller import BURST, FIRST_GAP, LARGEST_GAP, BatchController, rounded
-from mlx_redrafter.tuning.running import Slowness
+from mlx_redrafter.tuning.shape_controller import Slowness
 
 CHAINS = [Drafted(DraftShape(1, n + 1, n)) for n in (1, 3, 7)]
 

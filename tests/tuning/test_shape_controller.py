@@ -19,7 +19,7 @@ from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.tuning.acceptance_model import DEPTHS, AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import LookupController
 from mlx_redrafter.tuning.session import SHAPES
-from mlx_redrafter.tuning.shape_controller import Controller, PairMemory
+from mlx_redrafter.tuning.shape_controller import SHARED, Controller, PairMemory, RecentMedian, Slowness
 
 PLANS = [PLAIN, *map(Drafted, SHAPES)]
 CHAIN, TREE = Drafted(DraftShape()), Drafted(DraftShape(4, 5, 7))
@@ -260,3 +260,29 @@ def test_lookup_is_asked_what_the_step_drafts():
     controller.learn(step)
     assert asked[-1] is step
     assert controller.plan() == LookedUp(5) and asked[-1] == (memory.current.plan, 77)
+
+
+def test_a_median_of_the_last_few():
+    """If this fails, one slow step makes a shape slow, or an old time counts for ever."""
+    median = RecentMedian(5)
+    assert median.value(1.5, trusted=4) == 1.5
+    median.learn(3.0)
+    assert median.value(1.0, trusted=4) == pytest.approx(0.25 * 3.0 + 0.75 * 1.0)  # drawn towards the assumption
+    for value in (3.0, 3.0, 500.0):
+        median.learn(value)
+    assert median.value(1.0, trusted=4) == 3.0
+    for _ in range(5):
+        median.learn(7.0)
+    assert median.value(1.0, trusted=4) == 7.0 and list(median.values) == [7.0] * 5
+
+
+def test_slowness_of_a_kind_of_its_group_and_of_all():
+    """If this fails, what was never measured is taken to be as fast as ever on a busy machine, or far too slow."""
+    slowness = Slowness(size=8, trusted=2)
+    assert slowness.value("a", 1) == 1.0
+    for ratio in (2.0, 2.0):
+        slowness.learn("a", 1, ratio)
+    assert slowness.value("a", 1) == 2.0
+    assert slowness.value("a", 2) == slowness.value("b", 1) == pytest.approx(2.0**SHARED)
+    slowness.learn("b", 1, 4.0)
+    assert slowness.value("a", 1) == 2.0 < slowness.value("b", 2) < slowness.value("b", 1) < 4.0
