@@ -1,13 +1,16 @@
-"""The step, and the two loops built on it: speculative and autoregressive decoding.
+"""Decodes step by step, speculatively or plainly, and lets threads take turns at the steps.
 
-A loop submits step t + 1 before it reads the tokens of step t: cache length, context and
-root stay on the device, so building one graph hides behind the run of the one before.
+Knows nothing of text. A loop submits step t + 1 before it reads the tokens of step t: cache
+length, context and root stay on the device, so building one graph hides behind the run of the
+one before. While a step is built, stand-ins hang in the model: another thread that used it then
+would meet them.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -20,6 +23,8 @@ from mlx_redrafter.drafting.shape import Plain
 from mlx_redrafter.target.cache.kv_cache import KVCache, cached
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import Verifier
+
+T = TypeVar("T")
 
 
 def speculative(
@@ -164,3 +169,44 @@ def autoregressive(target: Target, prompt: mx.array, cache: list[Any], options: 
 def wait_for(numbers: mx.array) -> Any:
     """The host's copy of a few whole numbers, as lists, once the device has them."""
     return numbers.tolist()
+
+
+class Turns:
+    """A lock for one thread at a time, which may take it again; who waits is served before who comes back."""
+
+    def __init__(self) -> None:
+        self._queue, self._lock = threading.RLock(), threading.RLock()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            self._lock.acquire()
+        else:
+            with self._queue:
+                self._lock.acquire()
+        self._owner, self._depth = threading.get_ident(), self._depth + 1
+
+    def __exit__(self, *_: Any) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+        self._lock.release()
+
+
+TURNS = Turns()  # of all models: threads share the device, and drafters may be shared, too
+
+
+def in_turns(steps: Generator[T]) -> Generator[T]:
+    """The same items; each is made, and the end reached, while no other thread makes one."""
+    try:
+        while True:
+            with TURNS:
+                try:
+                    item = next(steps)
+                except StopIteration:
+                    return
+            yield item
+    finally:
+        with TURNS:
+            steps.close()

@@ -1,4 +1,4 @@
-"""What the machine and the disk need: files, weights, hub, device, BLAS, module slots, tables.
+"""What the machine and the disk need: files, weights, hub, device, threads, BLAS, module slots, tables.
 
 Knows nothing of models.
 """

@@ -1,11 +1,19 @@
-"""Waits for the end of threads that have used MLX. Knows nothing of what they did."""
+"""Keeps things to one user at a time, and waits for the end of threads that have used MLX.
+
+Knows nothing of what they did.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_redrafter.errors import UserError
 
 _PROC = pathlib.Path("/proc/self/task")
 
@@ -24,3 +32,25 @@ def join(thread: threading.Thread) -> None:
         return
     while (_PROC / str(thread.native_id)).exists():
         time.sleep(0.001)
+
+
+class InUse:
+    """Objects of which only one user at a time may change the contents."""
+
+    def __init__(self) -> None:
+        self._ids: set[int] = set()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def alone(self, objects: list[Any], refusal: str) -> Iterator[None]:
+        """Raises UserError with this text where one of the objects is in use; else they are while it lasts."""
+        ids = {id(thing) for thing in objects}  # `objects` keeps them alive: no id comes to mean another
+        with self._lock:
+            if ids & self._ids:
+                raise UserError(refusal)
+            self._ids |= ids
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ids -= ids

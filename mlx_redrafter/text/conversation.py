@@ -14,6 +14,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.errors import UserError, one_line
+from mlx_redrafter.system.threads import InUse
 from mlx_redrafter.target.cache.kv_cache import cached
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.text.equality import first_difference
@@ -21,7 +22,6 @@ from mlx_redrafter.text.generate import stream_generate
 from mlx_redrafter.text.prompt_cache import load_cache_file, save_cache_file
 from mlx_redrafter.text.prompts import encode, encode_messages, plain_messages
 from mlx_redrafter.text.responses import GenerationResponse
-from mlx_redrafter.text.turns import InUse
 
 
 class Conversation:

@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.constraints.constraint import Constraint
 from mlx_redrafter.constraints.matcher import Matcher
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
-from mlx_redrafter.decoding.loop import autoregressive, speculative, wait_for
+from mlx_redrafter.decoding.loop import TURNS, autoregressive, in_turns, speculative, wait_for
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import Chooser, from_sampler, greedy
 from mlx_redrafter.decoding.step import DecodingOptions, Produced, Progress
@@ -24,12 +24,12 @@ from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.proposers import Proposer
 from mlx_redrafter.drafting.shape import AUTO, LOOKUPS, OFF, DraftShape
 from mlx_redrafter.errors import UserError
+from mlx_redrafter.system.threads import InUse
 from mlx_redrafter.target.cache.kv_cache import cached, refused
 from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import NONE, Verifier
 from mlx_redrafter.text.prompts import Prompt, encode
 from mlx_redrafter.text.responses import GenerationResponse, responses, summary
-from mlx_redrafter.text.turns import TURNS, InUse, in_turns
 from mlx_redrafter.tuning.session import Session, drafting_for, verifier_for
 
 _CACHES = InUse()

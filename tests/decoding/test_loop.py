@@ -1,7 +1,8 @@
-"""Speculative decoding writes what plain decoding writes: the promise of the whole project."""
+"""Speculative decoding writes what plain decoding writes: the promise of the whole project. And threads take turns."""
 
 import functools
 import itertools
+import threading
 import time
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ from mlx_lm.utils import quantize_model
 from support import REPEATING, Script, make_drafter, make_model, plainly
 from support.texts import by_mlx_lm
 
-from mlx_redrafter.decoding.loop import autoregressive, speculative, wait_for
+from mlx_redrafter.decoding.loop import Turns, autoregressive, in_turns, speculative, wait_for
 from mlx_redrafter.decoding.planner import Planner
 from mlx_redrafter.decoding.sampling import greedy, position_keyed
 from mlx_redrafter.decoding.step import DecodingOptions
@@ -261,3 +262,38 @@ def test_plain_steps_between_drafted_ones_are_plain(small_model):
             plain.append(cache._plain)
         before = produced.plan
     assert len(plain) > 10 and all(plain)
+
+
+def test_who_waits_comes_before_who_comes_back():
+    """If this fails, one of two answers waits until the other has ended, or a turn within a turn for itself."""
+    turns, order = Turns(), []
+
+    def take(name):
+        with turns:
+            order.append(name)
+
+    with turns, turns:
+        waiting = threading.Thread(target=take, args=("who waits",))
+        waiting.start()
+        while turns._queue.acquire(blocking=False):  # it holds the queue once it waits
+            turns._queue.release()
+    take("who comes back")
+    waiting.join()
+    assert order == ["who waits", "who comes back"] and turns._owner is None
+
+
+def test_steps_are_closed():
+    """If this fails, a generation that is left early keeps its cache open."""
+    closed = []
+
+    def steps():
+        try:
+            yield from range(3)
+        finally:
+            closed.append(True)
+
+    assert list(in_turns(steps())) == [0, 1, 2] and closed == [True]
+    left = in_turns(steps())
+    next(left)
+    left.close()
+    assert closed == [True, True]

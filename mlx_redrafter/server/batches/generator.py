@@ -15,6 +15,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_redrafter.decoding.batch import Batch
+from mlx_redrafter.decoding.loop import TURNS, in_turns
 from mlx_redrafter.decoding.step import DecodingOptions
 from mlx_redrafter.drafting.shape import AUTO, OFF
 from mlx_redrafter.server.batches.row import Dress, Response, Row, empty
@@ -24,7 +25,6 @@ from mlx_redrafter.server.text_stream import asks_for_logprobs, with_budget
 from mlx_redrafter.target.cache.kv_cache import refused
 from mlx_redrafter.text.batches.generate import proposers
 from mlx_redrafter.text.generate import steps_of, what_to_draft
-from mlx_redrafter.text.turns import TURNS, in_turns
 from mlx_redrafter.tuning.batch_controller import batch_planner
 from mlx_redrafter.tuning.session import verifier_for
 

@@ -20,6 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_redrafter.decoding.batch import Batch
 from mlx_redrafter.decoding.batch_text import STOP, BatchText
 from mlx_redrafter.decoding.logits_processors import LogitsProcessor
+from mlx_redrafter.decoding.loop import TURNS
 from mlx_redrafter.decoding.sampling import Chooser, draft_temperature, from_sampler, greedy
 from mlx_redrafter.decoding.step import DecodingOptions, Produced
 from mlx_redrafter.drafting.kinds import Drafter, proposer_for
@@ -32,7 +33,6 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.verification import NONE, Verifier
 from mlx_redrafter.text.generate import check_prompt, what_to_draft
 from mlx_redrafter.text.prompts import Prompt, encode
-from mlx_redrafter.text.turns import TURNS
 from mlx_redrafter.tuning.batch_controller import batch_planner
 from mlx_redrafter.tuning.session import verifier_for
 

@@ -19,7 +19,6 @@ from support import make_drafter, make_model
 
 from mlx_redrafter import Conversation, DraftShape, UserError, generate, stream_generate
 from mlx_redrafter.target.model import Target
-from mlx_redrafter.text.turns import InUse, Turns, in_turns
 
 PROMPTS = ["import os\n\n\ndef read_lines(path):\n", "class Reader:\n    def __init__(self", "def mean(values):\n    "]
 SHAPES = {"chain": DraftShape(), "tree": DraftShape(4, 5, 7), "auto": "auto"}
@@ -201,56 +200,3 @@ def test_a_conversation_gives_one_answer_at_a_time(pair):
     left.close()
     talk.reset()
     assert talk.messages == []
-
-
-def test_who_waits_comes_before_who_comes_back():
-    """If this fails, one of two answers waits until the other has ended."""
-    turns, order = Turns(), []
-
-    def take(name):
-        with turns:
-            order.append(name)
-
-    with turns:
-        waiting = threading.Thread(target=take, args=("who waits",))
-        waiting.start()
-        while turns._queue.acquire(blocking=False):  # it holds the queue once it waits
-            turns._queue.release()
-    take("who comes back")
-    waiting.join()
-    assert order == ["who waits", "who comes back"]
-
-
-def test_turns_within_turns():
-    turns = Turns()
-    with turns, turns:
-        assert turns._depth == 2
-    assert turns._owner is None and in_thread(lambda: turns.__enter__() or "taken") == "taken"
-
-
-def test_steps_are_closed():
-    """If this fails, a generation that is left early keeps its cache open."""
-    closed = []
-
-    def steps():
-        try:
-            yield from range(3)
-        finally:
-            closed.append(True)
-
-    assert list(in_turns(steps())) == [0, 1, 2] and closed == [True]
-    left = in_turns(steps())
-    next(left)
-    left.close()
-    assert closed == [True, True]
-
-
-def test_things_in_use():
-    used, thing = InUse(), object()
-    with used.alone([thing], "no"):
-        with pytest.raises(UserError, match="no"), used.alone([thing], "no"):
-            pass
-        with used.alone([object()], "no"):
-            pass
-    with used.alone([thing], "no"):
-        pass
