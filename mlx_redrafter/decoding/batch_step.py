@@ -60,6 +60,7 @@ class Arrival:
     def __init__(self, verifier: Verifier, texts: list[BatchText], proposers: list[Proposer]):
         self.verifier, self.texts, self.proposers = verifier, texts, proposers
         self.cache = verifier.make_cache(texts[0].prompt_cache if len(texts) == 1 else None)
+        rows.in_small_blocks(self.cache)
         self.failed: list[BatchText] = []
         self._lengths = [max(1, len(text.prompt) - 1) for text in texts]  # that are read here
         self._read = 0

@@ -28,7 +28,7 @@ from mlx_redrafter.target.layers import RawLayers, Tap, find_layers
 from mlx_redrafter.target.operations import positions_per_row, speed_up
 from mlx_redrafter.target.splitting import is_pipelined, ranks_of
 
-_SHARE, _FEWEST = 0.025, 128  # of the weights' bytes; rows
+_SHARE, _FEWEST = 0.025, 32  # of the weights' bytes; rows
 _NUMBERS = 40  # hidden states that are there at once for each row, about, as wide as the numbers of one or two layers
 
 

@@ -27,10 +27,9 @@ from mlx_lm.models import activations, llama
 from mlx_redrafter.system.device import on_cpu
 
 FAST_ROPE, FAST_ATTENTION, MLX_LM_SWIGLU = mx.fast.rope, mx.fast.scaled_dot_product_attention, activations.swiglu
-_SCORES = 1 << 20  # numbers of attention that are computed at once, about
+_AT_ONCE = 1 << 16  # scores of attention, and gates, that are computed at once, about: what lies between takes little
 _PART = 8, 64  # rows of each text whose attention is computed at once, at least and at most
 _FEWEST_GATES, _FEWEST_SCORES = 1024, 4096  # numbers from which on polynomials pay; a softmax is five operations more
-_MOST, _ROWS = 1 << 18, 32  # numbers, and rows of each text, above which what lies between takes too much memory
 
 # exp(x) = 2^n exp(r) with r = x - n log 2 below 0.35, whose Taylor series is exact to the last bit after 8 terms.
 _TAYLOR = [1 / math.factorial(k) for k in reversed(range(8))]
@@ -146,7 +145,7 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: flo
     batch, heads, rows, width = queries.shape
     shared, columns = keys.shape[1:3]
     found, grouped = [], (batch, shared, heads // shared)
-    size = max(_PART[0], min(_PART[1], _SCORES // (batch * heads * columns)))
+    size = max(_PART[0], min(_PART[1], _AT_ONCE // (batch * heads * columns)))
     for first in range(0, rows, size):
         part, visible, seen = slice(first, min(first + size, rows)), columns, mask
         if isinstance(mask, str):  # "causal": the last row sees all columns, each one before it one fewer
@@ -163,7 +162,7 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: flo
             each = scores.reshape(*grouped, -1, visible)
             each = mx.where(seen, each, mx.finfo(mx.float32).min) if seen.dtype == mx.bool_ else each + seen
             scores = each.reshape(scores.shape)
-        if quick(scores, rows):
+        if quick(scores):
             numerators, total = softmax_parts(scores)
             mixed = numerators @ values[:, :, :visible] / total
         else:
@@ -177,10 +176,9 @@ def one_by_one() -> bool:
     return on_cpu() and sys.platform != "darwin"
 
 
-def quick(numbers: mx.array, rows: int, fewest: int = _FEWEST_SCORES) -> bool:
-    """Whether these numbers, of so many rows of each text, are computed faster here."""
-    few = rows <= _ROWS and fewest <= numbers.size <= _MOST
-    return few and numbers.dtype == mx.float32 and one_by_one()
+def quick(numbers: mx.array, fewest: int = _FEWEST_SCORES) -> bool:
+    """Whether these numbers are computed faster here."""
+    return fewest <= numbers.size and numbers.dtype == mx.float32 and one_by_one()
 
 
 def speed_up(model: nn.Module) -> None:
@@ -195,7 +193,7 @@ def speed_up(model: nn.Module) -> None:
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """gate sigmoid(gate) x."""
-    ours = _CALLS.depth > 0 and quick(gate, gate.shape[-2], _FEWEST_GATES)
+    ours = _CALLS.depth > 0 and quick(gate, _FEWEST_GATES)
     result: mx.array = (_swiglu if ours else MLX_LM_SWIGLU)(gate, x)
     return result
 
@@ -219,8 +217,12 @@ def _polynomial(x: mx.array, coefficients: tuple[float, ...] | list[float]) -> A
 
 
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    result: mx.array = _gated(gate, x, _exp(-gate))
-    return result
+    parts = -(-gate.size // _AT_ONCE)
+    if parts == 1:
+        return _gated(gate, x, _exp(-gate))
+    size = -(-gate.shape[-2] // parts)
+    apart = (mx.split(a, range(size, gate.shape[-2], size), axis=-2) for a in (gate, x))
+    return mx.concatenate([_gated(a, b, _exp(-a)) for a, b in zip(*apart)], axis=-2)
 
 
 @_compiled

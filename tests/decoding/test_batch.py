@@ -200,6 +200,7 @@ def test_prompts_of_like_length_are_read_together(model, monkeypatch):
         return forward(self, tokens, *args, **named)
 
     monkeypatch.setattr(Target, "forward", counted)
+    monkeypatch.setattr(Target.of(model), "rows_at_once", 128)
     prompts = [[5] * 40, [6] * 300, [7] * 20, [8] * 9]
     texts = [BatchText(prompt, DecodingOptions(max_tokens=1 + n)) for n, prompt in enumerate(prompts)]
     batch = batch_of(model, make_drafter(), PLAIN)

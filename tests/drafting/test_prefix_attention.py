@@ -96,15 +96,15 @@ def test_rows_in_pieces(layer):
 
 def test_little_waits(layer, monkeypatch):
     """If this fails, a text that is decoded plainly for long holds the contexts of all its tokens."""
-    monkeypatch.setattr(memories, "LONGEST", 20)
+    monkeypatch.setattr(memories, "LONGEST", 100)  # of both texts
     contexts, tokens = mx.random.normal((2, 160, SIZE)), mx.arange(320).reshape(2, 160) % 50
     table = mx.random.normal((50, HIDDEN))
     memory, most = Memory(PrefixReader(layer, lambda ids: table[ids])), 0
     memory.begin(tokens[:, :9], contexts[:, :9])
     for row in range(9, 160):
         memory.extend(tokens[:, row : row + 1], contexts[:, row : row + 1], None)
-        most = max(most, sum(rows.tokens.shape[1] for rows in memory._waiting))
-    assert most <= 9 + 20 + memories.PIECE
+        most = max(most, sum(rows.tokens.size for rows in memory._waiting))
+    assert most <= 100 + 2 * (9 + memories.PIECE)
     assert np.allclose(memory.last()[1], layer(contexts, table[tokens])[:, -1], atol=1e-5)
 
 

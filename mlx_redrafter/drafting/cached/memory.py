@@ -24,7 +24,7 @@ from mlx_redrafter.target.tree import CandidateTree
 
 CHUNK = 512  # rows of a prompt read at a time
 PIECE = 32  # rows, and waiting parts, that are read or put together at a time later
-LONGEST = 512  # rows behind the prompt that wait at most where they have contexts, which are some kilobytes each
+LONGEST = 512  # rows of all texts behind their prompts that wait at most where they have contexts, which are kilobytes
 
 
 class Reader(Protocol):
@@ -90,7 +90,7 @@ class Memory:
             runs = itertools.groupby(self._waiting[1:], lambda r: r.count is None and r not in self._unknown)
             self._waiting[1:] = [r for exact, run in runs for r in (_joined(list(run)) if exact else run)]
             behind = self._waiting if self._begun else self._waiting[1:]
-            if contexts is not None and sum(r.tokens.shape[1] for r in behind) > LONGEST:
+            if contexts is not None and sum(r.tokens.size for r in behind) > LONGEST:
                 self._found = self.last()
 
     def learn(self, count: int) -> None:

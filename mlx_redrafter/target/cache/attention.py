@@ -50,6 +50,7 @@ class TreeRows:
     rows: Any = None
     pending: tuple[Any, Places] | None = None
     window: int | None = None
+    step: int  # rows by which mlx-lm's code grows the buffers
     keys: Any
     values: Any
     _offset: int

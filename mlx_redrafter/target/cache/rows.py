@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
-from mlx_redrafter.target.cache.attention import LayerCache, TreeRows, WindowCache, map_arrays
+from mlx_redrafter.target.cache.attention import LEAST, LayerCache, TreeRows, WindowCache, map_arrays
 from mlx_redrafter.target.cache.kv_cache import KVCache, leaves
 from mlx_redrafter.target.cache.recurrent import RecurrentCache
 from mlx_redrafter.target.tree import Places
@@ -29,6 +29,13 @@ def can_pad(cache: KVCache, length: int) -> bool:
         type(layer) is LayerCache or (isinstance(layer, WindowCache) and length <= layer.max_size)
         for layer in leaves(cache.layers)
     )
+
+
+def in_small_blocks(cache: KVCache) -> None:
+    """Lets prompts take little more room than they have tokens: of many texts each would waste most of a block."""
+    for layer in leaves(cache.layers):
+        if isinstance(layer, TreeRows):
+            layer.step = LEAST
 
 
 def join(cache: KVCache, other: KVCache) -> None:
@@ -54,6 +61,8 @@ def join(cache: KVCache, other: KVCache) -> None:
 def keep(cache: KVCache, texts: Sequence[int], bound: int | None = None) -> None:
     """Keeps these texts, at least one, in this order.
 
+    One buffer after the other is copied at once, or all of them would be there twice while the next prompt is read.
+
     Args:
         bound: none of them is longer, nor will be after the steps that are on their way; None where it is not known.
     """
@@ -71,7 +80,9 @@ def keep(cache: KVCache, texts: Sequence[int], bound: int | None = None) -> None
             continue
         if bound is not None and layer.keys is not None:  # what the longest text had and nobody needs any more
             layer.map(_beginning(layer.room(bound)))
-        layer.map(kept)
+        for name in ("keys", "values") if layer.keys is not None else ():
+            setattr(layer, name, map_arrays(kept, getattr(layer, name)))
+            mx.eval(getattr(layer, name))
         layer.rows = None
         if layer.pending is not None:
             rows, to = layer.pending
