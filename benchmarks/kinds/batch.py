@@ -1,8 +1,9 @@
 """Measures tokens per second of many texts at once, side by side in one run.
 
 Every round writes the same texts with mlx_lm's batch, and with ours without and with drafts,
-on the same weights and layout, in an order that rotates. How much ours drafts goes by how
-many texts run. Each is then compared with the text that mlx_lm's loop writes alone.
+on the same weights and layout, in an order that rotates. As one text ends, the next begins in
+its place, as in a server that is kept busy. How much ours drafts goes by how many texts run.
+Each is then compared with the text that mlx_lm's loop writes alone.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--batch-sizes", type=whole(1), nargs="+", default=[1, 2, 4, 8, 16], metavar="B",
         help="texts at once (default: 1 2 4 8 16)")  # fmt: skip
+    add("--waves", type=whole(1), default=2, metavar="W", help="write W times as many texts in a round: as one"
+        " ends, the next begins in its place (default: %(default)s)")  # fmt: skip
     add("--repeats", type=whole(1), default=3, help="rounds per number of texts, each with other prompts where there"
         " are enough (default: %(default)s)")  # fmt: skip
 
@@ -77,14 +80,14 @@ def run(args: argparse.Namespace) -> Report:
     verifier_of(pair.model).checked()
     texts = encode_texts(args, pair, prompts)
     alone = [_alone(pair, text, args.max_tokens) for text in texts]
-    methods = _methods(pair, args.max_tokens)
+    methods = {size: _methods(pair, args.max_tokens, size) for size in sizes}
     runs: dict[int, dict[str, list[Round]]] = {size: {name: [] for name in METHODS} for size in sizes}
     with tqdm(total=len(sizes) * (1 + args.repeats) * len(METHODS), desc="measuring", unit="round", leave=False) as bar:
         for size in sizes:
             for turn in range(1 + args.repeats):
-                chosen = [(turn * size + i) % len(texts) for i in range(size)]
+                chosen = [i % len(texts) for i in range(turn * size * args.waves, (turn + 1) * size * args.waves)]
                 for name in turn_order(METHODS, turn):
-                    one = _round(methods[name], [texts[i] for i in chosen], [alone[i] for i in chosen])
+                    one = _round(methods[size][name], [texts[i] for i in chosen], [alone[i] for i in chosen])
                     if turn:  # the first round warms up, and learns what steps of so many texts cost
                         runs[size][name].append(one)
                     bar.update()
@@ -102,12 +105,15 @@ def run(args: argparse.Namespace) -> Report:
     return Report("batch", "Many texts at once", pair.facts, pair.command, tables, NOTES, data, draw)
 
 
-def _methods(pair: Pair, max_tokens: int) -> dict[str, Callable[[list[list[int]]], Any]]:
-    """What writes texts for several prompts, by name."""
-    asked: dict[str, Any] = {"max_tokens": max_tokens, "return_token_ids": True}
+def _methods(pair: Pair, max_tokens: int, size: int) -> dict[str, Callable[[list[list[int]]], Any]]:
+    """What writes texts for prompts, so many at once, by name."""
+    asked: dict[str, Any] = {"max_tokens": max_tokens, "return_token_ids": True, "completion_batch_size": size}
     model, tokenizer = pair.model, pair.tokenizer
     return {
-        MLX_LM: lambda prompts: mlx_lm.batch_generate(model, tokenizer, prompts, **asked),
+        # Of more prompts that it may read at once mlx_lm would make more texts at once.
+        MLX_LM: lambda prompts: mlx_lm.batch_generate(
+            model, tokenizer, prompts, prefill_batch_size=min(8, size), **asked
+        ),
         OURS: lambda prompts: batch_generate(model, tokenizer, prompts, **asked),
         DRAFTED: lambda prompts: batch_generate(model, tokenizer, prompts, drafter=pair.drafter, **asked),
     }

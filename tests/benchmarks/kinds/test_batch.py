@@ -15,15 +15,15 @@ def test_batch(tmp_path, capsys):
     for size in data["sizes"]:
         for name in batch.METHODS:
             for one in size["runs"][name]:
-                assert one["equal"] == one["texts"] == size["texts"] and one["tokens"] == 10 * size["texts"]
+                assert one["equal"] == one["texts"] == 2 * size["texts"] and one["tokens"] == 20 * size["texts"]
                 assert one["seconds"] > 0 and (one["acceptance"] > 1) == (name == batch.DRAFTED)
             assert len(size["runs"][name]) == 1
         assert size["ratios"]["mlx_lm"] == {"median": 1, "low": 1, "high": 1}
-    assert "3 at once" in printed and "3/3" in printed
+    assert "3 at once" in printed and "6/6" in printed
 
 
 def test_texts_that_differ_are_not_equal(tmp_path, capsys, monkeypatch):
     """If this fails, a batch that writes other texts looks as though it wrote the same."""
     monkeypatch.setattr(batch, "_alone", lambda *_: [1, 2, 3])
     printed, _, _ = bench(tmp_path, capsys, "batch", "--batch-sizes", "1", "--repeats", "1", *SHORT)
-    assert printed.count("0/1") == 3
+    assert printed.count("0/2") == 3
