@@ -4,7 +4,7 @@ Knows nothing of text. A step of B texts reads B x (1 + N) rows in one call of t
 texts equally many. What such a step costs is computed from what steps of one text cost, and
 corrected by what steps take; nothing waits for a measurement. The plan with the most expected
 tokens per second is in use, and plain decoding is one of them. Now and then the next best plan
-is tried for a few steps; where that does not help, it is waited for twice as long.
+is tried for a few steps, each time after twice as many.
 """
 
 from __future__ import annotations
@@ -22,16 +22,60 @@ from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import BETTER as LOOKUP_BETTER
 from mlx_redrafter.tuning.lookup_controller import COUNTS, DEEPEST, LookupFollower, LookupMemory
 from mlx_redrafter.tuning.session import Session, session_for
-from mlx_redrafter.tuning.shape_controller import Slowness
+from mlx_redrafter.tuning.shape_controller import RecentMedian
 from mlx_redrafter.tuning.step_costs import Costs
 
 MOST_ROWS = 64  # of all texts together, from which on no device reads more of them for little
 BETTER = 1.02  # by how much another plan has to be faster to take over
 CLOSE = 0.8  # of the speed in use, from which on a plan is worth a trial; beside plain steps the best one always is
-BURST, LONGER = 4, 12  # steps of a trial, and steps more if they went better than what is in use
+BURST = 4  # steps of a trial
+COMPARED = 8  # steps after another plan that say how the two compare
+NOW, TIMES = 9, 24  # steps that say how fast the machine is now, and that a plan is known by
+SHARED = 0.75  # of what makes steps slow (as a power) that is taken to make others slow, too
 FIRST_GAP, LARGEST_GAP = 32, 512  # steps between two trials
 COARSE = 64  # tokens of context that make no difference to a step's time
 FEW = 3  # tokens of a lookup where it drafts whether that pays or not
+
+
+class Slowness:
+    """How much slower than computed steps are: those of so many texts now, and each plan beside the others.
+
+    A machine is slow for a while, whatever it is at. So of a plan counts how its steps compare with those right before,
+    which another plan had.
+    """
+
+    def __init__(self) -> None:
+        self._now: dict[int, RecentMedian] = {}  # by the number of texts; 0 for any
+        self._beside: dict[tuple[int, Plan], RecentMedian] = {}
+        self._last: tuple[int, Plan] | None = None
+        self._left, self._before = 0, 1.0  # steps that are compared with what was before
+
+    def learn(self, texts: int, plan: Plan, ratio: float, between: bool = False) -> None:
+        """Takes a step's measured over its computed seconds; of one in between, that says nothing of the others."""
+        own = self._beside.setdefault((texts, plan), RecentMedian(TIMES))
+        if between:
+            own.learn(ratio / self._level(texts))
+            return
+        if self._last != (texts, plan):
+            follows = self._last is not None and self._last[0] == texts
+            self._left, self._before = COMPARED if follows else 0, self._level(texts)
+            self._last = texts, plan
+        if self._left:
+            self._left -= 1
+            own.learn(ratio / self._before)
+        for key in (texts, 0):
+            self._now.setdefault(key, RecentMedian(NOW)).learn(ratio / own.value(1.0, 1))
+
+    def value(self, texts: int, plan: Plan) -> float:
+        own = self._beside.get((texts, plan))
+        if own is None:  # it was never in use: what makes others slow may be their own
+            return self._level(texts) ** SHARED
+        return self._level(texts) * own.value(1.0, 1)
+
+    def _level(self, texts: int) -> float:
+        if texts in self._now:
+            return self._now[texts].value(1.0, 1)
+        return self._now[0].value(1.0, 1) ** SHARED if 0 in self._now else 1.0
 
 
 @dataclasses.dataclass
@@ -83,10 +127,8 @@ class BatchController(BatchPlanner):
         self.plans: list[Plan] = [PLAIN, *plans]
         self.costs, self.slowness, self.trials = costs, slowness, trials
         self._table: dict[tuple[int, Plan, int], float] = {}
-        self._trial: Plan | None = None
-        self._left = self._unread = 0  # steps of the trial that are to be asked for, and to be read
-        self._made = self._read = 0  # tokens of those that were read, and for how many texts
-        self._prolonged = False
+        self._trial: Plan = PLAIN
+        self._left, self._trying = 0, False  # steps more that try it; whether this one does
         self._last: tuple[int, Plan] | None = None
         self._read_at = 0.0
 
@@ -95,7 +137,7 @@ class BatchController(BatchPlanner):
 
     def plan(self, texts: int, length: int, follows: Sequence[LookupFollower | None] = ()) -> Plan:
         plan = self._without_lookup(texts, length)
-        right = [] if plan == self._trial else [follow.expected() for follow in follows if follow is not None]
+        right = [] if self._trying else [follow.expected() for follow in follows if follow is not None]
         return self._with_lookup(plan, length, right) if any(found[1] for found in right) else plan
 
     def _with_lookup(self, plan: Plan, length: int, right: list[list[float]]) -> Plan:
@@ -132,7 +174,8 @@ class BatchController(BatchPlanner):
     def _without_lookup(self, texts: int, length: int) -> Plan:
         fit = [plan for plan in self.plans if plan == PLAIN or texts * (1 + plan.num_draft_tokens) <= MOST_ROWS]
         rates = {plan: self._rate(plan, texts, length) for plan in fit}
-        if self._trial is not None and self._trial in rates and self._left > 0:
+        self._trying = self._left > 0 and self._trial in rates
+        if self._trying:
             self._left -= 1
             return self._trial
         trials = self.trials.setdefault(rounded(texts), Trials())
@@ -147,8 +190,7 @@ class BatchController(BatchPlanner):
         if not others:
             return best
         trial = min(others, key=lambda plan: trials.tried.get(plan, -1))
-        self._trial, trials.tried[trial], self._prolonged = trial, trials.steps, False
-        self._left, self._unread, self._made, self._read = BURST - 1, BURST, 0, 0
+        self._trial, self._left, self._trying, trials.tried[trial] = trial, BURST - 1, True, trials.steps
         trials.gap = min(2 * trials.gap, LARGEST_GAP)
         trials.due = trials.steps + trials.gap
         return trial
@@ -175,7 +217,7 @@ class BatchController(BatchPlanner):
             # A step behind one of another kind, or of other texts, has waited for more than itself.
             if timed and self._last == (texts, plan):
                 expected = self._seconds(plan, texts, length)
-                self.slowness.learn(rounded(texts), plan, (now - self._read_at) / expected)
+                self.slowness.learn(rounded(texts), plan, (now - self._read_at) / expected, plan not in self.plans)
             self._last = texts, plan
             for step in steps:
                 if isinstance(plan, Drafted) and not plan.with_lookup:
@@ -183,24 +225,7 @@ class BatchController(BatchPlanner):
                 if isinstance(step.follows, LookupFollower):
                     step.follows.index.extend(step.tokens)
                     step.follows.learn(step)
-            if plan == self._trial:
-                self._made, self._read = self._made + sum(len(step.tokens) for step in steps), self._read + texts
-                self._unread -= 1
-                if not self._unread:
-                    self._end_trial(plan, texts, length)
         self._read_at = now
-
-    def _end_trial(self, plan: Plan, texts: int, length: int) -> None:
-        """Ends a trial, or goes on with one that went better than what is in use."""
-        seconds = self._step_seconds(plan, texts, length)
-        best = self.trials[rounded(texts)].best if rounded(texts) in self.trials else None
-        better = best is not None and self._made / self._read / seconds > self._rate(best, texts, length)
-        if self._prolonged or plan == PLAIN or not better:
-            self._trial = None
-            return
-        self.acceptance.fade(0.25)  # what was seen long ago would take long to outvote
-        self._left = self._unread = LONGER
-        self._prolonged = True
 
 
 def rounded(texts: int) -> int:
@@ -226,5 +251,8 @@ def batch_planner(
     session = session_for(verifier, drafter)
     plans = [arm.plan for arm in session.memory.arms if isinstance(arm.plan, Drafted)]
     memory = session.memory
-    kept = session.costs, session.batches, session.trials
-    return BatchController(memory.acceptance, plans, *kept, lookup, memory.lookup), session
+    if session.of_batches is None:
+        session.of_batches = Slowness(), dict[int, Trials]()
+    slowness, trials = session.of_batches
+    known = memory.acceptance, plans, session.costs, slowness, trials
+    return BatchController(*known, lookup, memory.lookup), session

@@ -27,7 +27,7 @@ from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import DEEPEST, LookupController
 from mlx_redrafter.tuning.measure import measure
 from mlx_redrafter.tuning.pair_key import key_of, weights_digest
-from mlx_redrafter.tuning.shape_controller import TIMES, TRUSTED, Controller, PairMemory, Slowness
+from mlx_redrafter.tuning.shape_controller import Controller, PairMemory
 from mlx_redrafter.tuning.step_costs import Costs
 
 # Few shapes that serve drafters of any quality on devices of any kind: chains, and trees from
@@ -59,8 +59,7 @@ class Session:
 
     Attributes:
         memory: what choosing goes by.
-        batches, trials: how much slower than computed steps of several texts are, and when other plans are tried for
-            them (see `batch_controller`).
+        of_batches: what steps of several texts taught (see `batch_controller`).
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Session:
         self.verifier, self.key, self.drafter_digest = verifier, key, drafter_digest
         self.costs, self.measured_now = costs, measured_now
         self.memory = PairMemory(costs, acceptance, [PLAIN, *map(Drafted, shapes)])
-        self.batches, self.trials = Slowness(TIMES, TRUSTED), dict[int, Any]()
+        self.of_batches: Any = None
         self._structured: PairMemory | None = None
         self._fixed: dict[tuple[DraftShape, bool], PairMemory] = {}
         self._saved = acceptance.steps

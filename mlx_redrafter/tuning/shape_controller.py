@@ -12,7 +12,7 @@ import itertools
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 from mlx_redrafter.decoding.planner import Odds, Planner, StepRead
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, Forced, LookedUp, Plan
@@ -29,7 +29,6 @@ EARLY, USUAL = 4, 16  # steps between reviews, at first and later
 TIMES, TRUSTED = 32, 5  # measured times of a shape that count, and those from which on no others do
 MOST_ROWS = 24  # of a step with what a grammar forces
 COARSE = 64  # tokens of context that make no difference to a step's time
-SHARED = 0.75  # of what is slow (as a power) that is taken to be slow of everything beside it, too
 
 
 class RecentMedian:
@@ -55,34 +54,6 @@ class RecentMedian:
             self._median = statistics.median(self.values)
         trust = min(1.0, len(self.values) / trusted)
         return trust * self._median + (1 - trust) * assumed
-
-
-class Slowness:
-    """How much slower than expected several kinds of things are, in groups that are slow or fast together.
-
-    Args:
-        size: values of a kind that count.
-        trusted: from so many on a kind, or a group, goes by its own alone.
-    """
-
-    def __init__(self, size: int, trusted: int):
-        self.size, self.trusted = size, trusted
-        self._seen: dict[tuple[Hashable, ...], RecentMedian] = {}
-
-    def learn(self, group: Hashable, kind: Hashable, ratio: float) -> None:
-        """Takes a measured over an expected value."""
-        for key in ((), (group,), (group, kind)):
-            self._seen.setdefault(key, RecentMedian(self.size)).learn(ratio)
-
-    def value(self, group: Hashable, kind: Hashable) -> float:
-        """As lately measured; while that is little, as for the group, and then for all."""
-        found = 1.0
-        for key in ((), (group,)):
-            if key in self._seen:
-                found = self._seen[key].value(found, self.trusted)
-        found **= SHARED
-        own = self._seen.get((group, kind))
-        return found if own is None else own.value(found, self.trusted)
 
 
 class Arm:

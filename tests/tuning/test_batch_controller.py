@@ -4,8 +4,17 @@ from support.costs import made_up
 from mlx_redrafter.decoding.planner import StepRead
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp, Plan
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
-from mlx_redrafter.tuning.batch_controller import BURST, FIRST_GAP, LARGEST_GAP, BatchController, rounded
-from mlx_redrafter.tuning.shape_controller import Slowness
+from mlx_redrafter.tuning.batch_controller import (
+    BURST,
+    COMPARED,
+    FIRST_GAP,
+    LARGEST_GAP,
+    NOW,
+    SHARED,
+    BatchController,
+    Slowness,
+    rounded,
+)
 
 CHAINS = [Drafted(DraftShape(1, n + 1, n)) for n in (1, 3, 7)]
 
@@ -34,7 +43,7 @@ class Device:
 
 
 def controller_on(device, slowness=None, right=0.7, trials=None):
-    slowness, trials = slowness or Slowness(32, 5), {} if trials is None else trials
+    slowness, trials = slowness or Slowness(), {} if trials is None else trials
     acceptance = AcceptanceModel([right] * 7)
     return BatchController(acceptance, CHAINS, device.costs, slowness, trials, clock=lambda: device.now)
 
@@ -59,7 +68,7 @@ def test_plain_is_the_floor_and_comes_to_an_end():
 
 def test_short_batches_do_not_try_again_and_again():
     """If this fails, writing a few short texts at a time costs a trial each time."""
-    device, slowness, trials = Device(slower=dict.fromkeys(CHAINS, 1.3)), Slowness(32, 5), {}
+    device, slowness, trials = Device(slower=dict.fromkeys(CHAINS, 1.3)), Slowness(), {}
     device.run(controller_on(device, slowness, trials=trials), 8, 10 * FIRST_GAP, right=0)
     plans = []
     for _ in range(6):
@@ -70,7 +79,7 @@ def test_short_batches_do_not_try_again_and_again():
 def test_times_of_the_steps_count():
     """If this fails, what was computed decides, however long steps take."""
     device = Device(slower={CHAINS[2]: 20.0})
-    slowness = Slowness(32, 5)
+    slowness = Slowness()
     assert controller_on(device, slowness).plan(1, 100) == CHAINS[2]
     assert device.run(controller_on(device, slowness), 1, 40)[-1] != CHAINS[2]
     assert controller_on(device, slowness).plan(1, 100) != CHAINS[2]  # the next batch knows
@@ -87,13 +96,38 @@ def test_what_is_better_than_computed_is_found():
 
 def test_steps_behind_prompts_do_not_count():
     """If this fails, reading a prompt makes a plan look slow."""
-    device, slowness = Device(), Slowness(32, 5)
+    device, slowness = Device(), Slowness()
     controller = controller_on(device, slowness)
     for _ in range(10):
         plan = controller.plan(2, 100)
         device.now += 50.0
         controller.learn([StepRead(plan, [5], 100)] * 2, timed=False)
     assert slowness.value(2, plan) == 1.0
+
+
+def test_a_plan_is_known_by_how_it_compares():
+    """If this fails, a plan that was in use while the machine was slow counts as slow ever after."""
+    slowness, chain = Slowness(), CHAINS[0]
+    for plan, ratio in [(PLAIN, 1.0)] * NOW + [(chain, 1.5)] * NOW:
+        slowness.learn(4, plan, ratio)
+    assert slowness.value(4, PLAIN) == pytest.approx(1.0) and slowness.value(4, chain) == pytest.approx(1.5)
+    for _ in range(NOW):
+        slowness.learn(4, chain, 3.0)  # the machine has become slow, after the two were compared
+    assert slowness.value(4, PLAIN) == pytest.approx(2.0) and slowness.value(4, chain) == pytest.approx(3.0)
+    assert slowness.value(4, CHAINS[1]) == pytest.approx(2.0**SHARED)  # nothing is known of it but that
+    assert slowness.value(8, chain) == pytest.approx(2.0 ** (SHARED * SHARED))
+    for _ in range(COMPARED + NOW):
+        slowness.learn(4, PLAIN, 1.0)  # nor was it the machine
+    assert slowness.value(4, PLAIN) < 1.1
+
+
+def test_lookups_in_between_say_nothing_of_the_others():
+    """If this fails, a step of lookups makes plans look slow beside which none was made."""
+    slowness = Slowness()
+    for _ in range(NOW):
+        slowness.learn(4, PLAIN, 1.0)
+        slowness.learn(4, LookedUp(3), 2.0, between=True)
+    assert slowness.value(4, PLAIN) == 1.0 and slowness.value(4, LookedUp(3)) == 2.0
 
 
 def looks_up(plan):
@@ -104,9 +138,7 @@ def told(texts, steps, right=0.1, lookup="auto"):
     """Plans of steps in which every text goes on as it has begun: it repeats itself, or says nothing twice."""
     device, acceptance = Device(), AcceptanceModel([right] * 7)
     device.costs.draft = {1: {2: 0.1, 8: 0.4}}
-    controller = BatchController(
-        acceptance, CHAINS, device.costs, Slowness(32, 5), {}, lookup, clock=lambda: device.now
-    )
+    controller = BatchController(acceptance, CHAINS, device.costs, Slowness(), {}, lookup, clock=lambda: device.now)
     follows, plans = [controller.follow(text) for text in texts], []
     for step in range(steps):
         plans.append(controller.plan(len(texts), 100, follows))

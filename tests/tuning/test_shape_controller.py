@@ -19,7 +19,7 @@ from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.tuning.acceptance_model import DEPTHS, AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import LookupController
 from mlx_redrafter.tuning.session import SHAPES
-from mlx_redrafter.tuning.shape_controller import SHARED, Controller, PairMemory, RecentMedian, Slowness
+from mlx_redrafter.tuning.shape_controller import Controller, PairMemory, RecentMedian
 
 PLANS = [PLAIN, *map(Drafted, SHAPES)]
 CHAIN, TREE = Drafted(DraftShape()), Drafted(DraftShape(4, 5, 7))
@@ -274,15 +274,3 @@ def test_a_median_of_the_last_few():
     for _ in range(5):
         median.learn(7.0)
     assert median.value(1.0, trusted=4) == 7.0 and list(median.values) == [7.0] * 5
-
-
-def test_slowness_of_a_kind_of_its_group_and_of_all():
-    """If this fails, what was never measured is taken to be as fast as ever on a busy machine, or far too slow."""
-    slowness = Slowness(size=8, trusted=2)
-    assert slowness.value("a", 1) == 1.0
-    for ratio in (2.0, 2.0):
-        slowness.learn("a", 1, ratio)
-    assert slowness.value("a", 1) == 2.0
-    assert slowness.value("a", 2) == slowness.value("b", 1) == pytest.approx(2.0**SHARED)
-    slowness.learn("b", 1, 4.0)
-    assert slowness.value("a", 1) == 2.0 < slowness.value("b", 2) < slowness.value("b", 1) < 4.0
