@@ -10,7 +10,9 @@ is tried for a few steps, each time after twice as many.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from mlx_redrafter.decoding.planner import BatchPlanner, StepRead
@@ -29,53 +31,63 @@ MOST_ROWS = 64  # of all texts together, from which on no device reads more of t
 BETTER = 1.02  # by how much another plan has to be faster to take over
 CLOSE = 0.8  # of the speed in use, from which on a plan is worth a trial; beside plain steps the best one always is
 BURST = 4  # steps of a trial
-COMPARED = 8  # steps after another plan that say how the two compare
-NOW, TIMES = 9, 24  # steps that say how fast the machine is now, and that a plan is known by
-SHARED = 0.75  # of what makes steps slow (as a power) that is taken to make others slow, too
+COMPARED, TIMES = 8, 64  # steps after another plan that say how the two compare, and of which the last so many count
+FEWEST, RECENT = 3, 9  # steps that say how slow the machine is
+OWN = 0.25  # of what makes a plan slow (as a power) that is taken to be its own before it was compared
 FIRST_GAP, LARGEST_GAP = 32, 512  # steps between two trials
 COARSE = 64  # tokens of context that make no difference to a step's time
 FEW = 3  # tokens of a lookup where it drafts whether that pays or not
 
 
 class Slowness:
-    """How much slower than computed steps are: those of so many texts now, and each plan beside the others.
+    """How much slower than computed a plan's steps are beside those of plain decoding.
 
-    A machine is slow for a while, whatever it is at. So of a plan counts how its steps compare with those right before,
-    which another plan had.
+    A machine is slow for a while, whatever it is at, and so are steps of so many texts. So of a plan counts how its
+    steps compare with those of as many texts right before, which another plan had. Plain steps are what all are
+    compared with in the end.
     """
 
     def __init__(self) -> None:
-        self._now: dict[int, RecentMedian] = {}  # by the number of texts; 0 for any
-        self._beside: dict[tuple[int, Plan], RecentMedian] = {}
-        self._last: tuple[int, Plan] | None = None
-        self._left, self._before = 0, 1.0  # steps that are compared with what was before
+        # By the number of texts, see `rounded`, and by plan.
+        self._compared: dict[tuple[int, Plan], RecentMedian] = {}
+        self._alone: dict[tuple[int, Plan], RecentMedian] = {}
+        self._texts = 0
+        self._plan: Plan | None = None
+        self._recent: deque[float] = deque(maxlen=RECENT)  # how slow the machine was, with so many texts
+        self._before: float | None = None  # and how slow before this plan was in use
+        self._left = 0  # steps that are compared with that
 
     def learn(self, texts: int, plan: Plan, ratio: float, between: bool = False) -> None:
-        """Takes a step's measured over its computed seconds; of one in between, that says nothing of the others."""
-        own = self._beside.setdefault((texts, plan), RecentMedian(TIMES))
+        """Takes a step's measured over its computed seconds; `between` are steps with lookups, which come and go."""
+        key = rounded(texts), plan
+        if texts != self._texts:
+            self._texts, self._plan = texts, None
+            self._recent.clear()
         if between:
-            own.learn(ratio / self._level(texts))
+            self._compare(key, ratio, self._usual())
             return
-        if self._last != (texts, plan):
-            follows = self._last is not None and self._last[0] == texts
-            self._left, self._before = COMPARED if follows else 0, self._level(texts)
-            self._last = texts, plan
-        if self._left:
+        if plan != self._plan:
+            self._plan, self._before, self._left = plan, self._usual(), COMPARED
+        if self._before is not None and self._left > 0:
             self._left -= 1
-            own.learn(ratio / self._before)
-        for key in (texts, 0):
-            self._now.setdefault(key, RecentMedian(NOW)).learn(ratio / own.value(1.0, 1))
+            self._compare(key, ratio, self._before)
+        else:
+            self._alone.setdefault(key, RecentMedian(TIMES)).learn(ratio)
+        self._recent.append(ratio / (self._compared[key].value(1.0, 1) if key in self._compared else 1.0))
 
     def value(self, texts: int, plan: Plan) -> float:
-        own = self._beside.get((texts, plan))
-        if own is None:  # it was never in use: what makes others slow may be their own
-            return self._level(texts) ** SHARED
-        return self._level(texts) * own.value(1.0, 1)
+        key = rounded(texts), plan
+        if key in self._compared:
+            return self._compared[key].value(1.0, 1)
+        # Some of what makes it slower than computed is its own.
+        return self._alone[key].value(1.0, 1) ** OWN if key in self._alone and plan != PLAIN else 1.0
 
-    def _level(self, texts: int) -> float:
-        if texts in self._now:
-            return self._now[texts].value(1.0, 1)
-        return self._now[0].value(1.0, 1) ** SHARED if 0 in self._now else 1.0
+    def _usual(self) -> float | None:
+        return statistics.median(self._recent) if len(self._recent) >= FEWEST else None
+
+    def _compare(self, key: tuple[int, Plan], ratio: float, usual: float | None) -> None:
+        if usual is not None and key[1] != PLAIN:
+            self._compared.setdefault(key, RecentMedian(TIMES)).learn(ratio / usual)
 
 
 @dataclasses.dataclass
@@ -207,8 +219,8 @@ class BatchController(BatchPlanner):
         return tokens / self._step_seconds(plan, texts, length)
 
     def _step_seconds(self, plan: Plan, texts: int, length: int) -> float:
-        """Of a step, as slow as such steps lately were."""
-        return self._seconds(plan, texts, length) * self.slowness.value(rounded(texts), plan)
+        """Of a step, as slow as such steps were beside plain ones."""
+        return self._seconds(plan, texts, length) * self.slowness.value(texts, plan)
 
     def learn(self, steps: list[StepRead], timed: bool = True) -> None:
         now = self.clock()
@@ -217,7 +229,7 @@ class BatchController(BatchPlanner):
             # A step behind one of another kind, or of other texts, has waited for more than itself.
             if timed and self._last == (texts, plan):
                 expected = self._seconds(plan, texts, length)
-                self.slowness.learn(rounded(texts), plan, (now - self._read_at) / expected, plan not in self.plans)
+                self.slowness.learn(texts, plan, (now - self._read_at) / expected, plan not in self.plans)
             self._last = texts, plan
             for step in steps:
                 if isinstance(plan, Drafted) and not plan.with_lookup:
@@ -229,7 +241,7 @@ class BatchController(BatchPlanner):
 
 
 def rounded(texts: int) -> int:
-    """The number of texts whose slowness stands for that of these: the next power of two."""
+    """The number of texts whose plans and trials stand for those of these: the next power of two."""
     return 1 << (texts - 1).bit_length()
 
 

@@ -9,8 +9,6 @@ from mlx_redrafter.tuning.batch_controller import (
     COMPARED,
     FIRST_GAP,
     LARGEST_GAP,
-    NOW,
-    SHARED,
     BatchController,
     Slowness,
     rounded,
@@ -105,29 +103,41 @@ def test_steps_behind_prompts_do_not_count():
     assert slowness.value(2, plan) == 1.0
 
 
+def steps(slowness, texts, plan, ratio, count=2 * COMPARED):
+    for _ in range(count):
+        slowness.learn(texts, plan, ratio)
+
+
 def test_a_plan_is_known_by_how_it_compares():
     """If this fails, a plan that was in use while the machine was slow counts as slow ever after."""
-    slowness, chain = Slowness(), CHAINS[0]
-    for plan, ratio in [(PLAIN, 1.0)] * NOW + [(chain, 1.5)] * NOW:
-        slowness.learn(4, plan, ratio)
-    assert slowness.value(4, PLAIN) == pytest.approx(1.0) and slowness.value(4, chain) == pytest.approx(1.5)
-    for _ in range(NOW):
-        slowness.learn(4, chain, 3.0)  # the machine has become slow, after the two were compared
-    assert slowness.value(4, PLAIN) == pytest.approx(2.0) and slowness.value(4, chain) == pytest.approx(3.0)
-    assert slowness.value(4, CHAINS[1]) == pytest.approx(2.0**SHARED)  # nothing is known of it but that
-    assert slowness.value(8, chain) == pytest.approx(2.0 ** (SHARED * SHARED))
-    for _ in range(COMPARED + NOW):
-        slowness.learn(4, PLAIN, 1.0)  # nor was it the machine
-    assert slowness.value(4, PLAIN) < 1.1
+    slowness, (chain, longer, _) = Slowness(), CHAINS
+    steps(slowness, 4, PLAIN, 1.1)
+    steps(slowness, 4, chain, 1.65)
+    assert slowness.value(4, PLAIN) == 1.0 and slowness.value(4, chain) == pytest.approx(1.5)
+    steps(slowness, 4, chain, 3.3)  # the machine has become slow, after the two were compared
+    steps(slowness, 4, longer, 6.6)
+    assert slowness.value(4, chain) == pytest.approx(1.5) and slowness.value(4, longer) == pytest.approx(3.0)
+    steps(slowness, 3, chain, 9.0)  # fewer texts: that they take longer than computed is not the plan's
+    assert slowness.value(3, chain) == slowness.value(4, chain) == pytest.approx(1.5)
+
+
+def test_a_plan_alone_is_suspected():
+    """If this fails, the plan that is in use first stays for ever, however slow it is."""
+    slowness = Slowness()
+    steps(slowness, 4, CHAINS[0], 16.0)
+    assert slowness.value(4, CHAINS[0]) == pytest.approx(2.0) and slowness.value(4, CHAINS[1]) == 1.0
+    steps(slowness, 4, PLAIN, 8.0)
+    steps(slowness, 4, CHAINS[0], 16.0)
+    assert slowness.value(4, CHAINS[0]) == pytest.approx(2.0) and slowness.value(4, PLAIN) == 1.0
 
 
 def test_lookups_in_between_say_nothing_of_the_others():
     """If this fails, a step of lookups makes plans look slow beside which none was made."""
     slowness = Slowness()
-    for _ in range(NOW):
-        slowness.learn(4, PLAIN, 1.0)
+    for _ in range(COMPARED):
+        slowness.learn(4, CHAINS[0], 1.0)
         slowness.learn(4, LookedUp(3), 2.0, between=True)
-    assert slowness.value(4, PLAIN) == 1.0 and slowness.value(4, LookedUp(3)) == 2.0
+    assert slowness.value(4, CHAINS[0]) == 1.0 and slowness.value(4, LookedUp(3)) == 2.0
 
 
 def looks_up(plan):
