@@ -31,7 +31,7 @@ MOST_ROWS = 64  # of all texts together, from which on no device reads more of t
 BETTER = 1.02  # by how much another plan has to be faster to take over
 CLOSE = 0.8  # of the speed in use, from which on a plan is worth a trial; beside plain steps the best one always is
 BURST = 4  # steps of a trial
-COMPARED, TIMES = 8, 64  # steps after another plan that say how the two compare, and of which the last so many count
+COMPARED, TIMES = 8, 9  # steps after another plan that say how the two compare; comparisons that count
 FEWEST, RECENT = 3, 9  # steps that say how slow the machine is
 OWN = 0.25  # of what makes a plan slow (as a power) that is taken to be its own before it was compared
 FIRST_GAP, LARGEST_GAP = 32, 512  # steps between two trials
@@ -48,32 +48,48 @@ class Slowness:
     """
 
     def __init__(self) -> None:
-        # By the number of texts, see `rounded`, and by plan.
+        # By the number of texts, see `rounded`, and by plan; a comparison counts once, however many steps it took.
         self._compared: dict[tuple[int, Plan], RecentMedian] = {}
         self._alone: dict[tuple[int, Plan], RecentMedian] = {}
         self._texts = 0
         self._plan: Plan | None = None
-        self._recent: deque[float] = deque(maxlen=RECENT)  # how slow the machine was, with so many texts
-        self._before: float | None = None  # and how slow before this plan was in use
-        self._left = 0  # steps that are compared with that
+        self._recent: deque[float] = deque(maxlen=RECENT)  # how slow the last steps of this plan were
+        self._before: float | None = None  # plain ones before it; None if they are not to be compared with
+        self._beside: list[float] = []  # and its own beside them
 
     def learn(self, texts: int, plan: Plan, ratio: float, between: bool = False) -> None:
         """Takes a step's measured over its computed seconds; `between` are steps with lookups, which come and go."""
         key = rounded(texts), plan
-        if texts != self._texts:
-            self._texts, self._plan = texts, None
-            self._recent.clear()
         if between:
-            self._compare(key, ratio, self._usual())
+            if texts == self._texts and (usual := self._usual()) is not None:
+                self._compared.setdefault(key, RecentMedian(TIMES)).learn(ratio / usual)
             return
-        if plan != self._plan:
-            self._plan, self._before, self._left = plan, self._usual(), COMPARED
-        if self._before is not None and self._left > 0:
-            self._left -= 1
-            self._compare(key, ratio, self._before)
-        else:
+        if (texts, plan) != (self._texts, self._plan):
+            self._note()
+            self._before = self._usual() if texts == self._texts else None
+            self._texts, self._plan = texts, plan
+            self._recent.clear()
+        if self._before is None:
             self._alone.setdefault(key, RecentMedian(TIMES)).learn(ratio)
-        self._recent.append(ratio / (self._compared[key].value(1.0, 1) if key in self._compared else 1.0))
+        else:
+            self._beside.append(ratio / self._before)
+            if len(self._beside) == COMPARED:
+                self._note()
+        self._recent.append(ratio)
+
+    def _note(self) -> None:
+        """Ends a comparison."""
+        if self._beside and self._plan is not None and self._plan != PLAIN:
+            key = rounded(self._texts), self._plan
+            self._compared.setdefault(key, RecentMedian(TIMES)).learn(statistics.median(self._beside))
+        self._beside, self._before = [], None
+
+    def _usual(self) -> float | None:
+        """How slow plain steps would have been lately; None if too few steps say so."""
+        if len(self._recent) < FEWEST or self._plan is None:
+            return None
+        own = self._compared.get((rounded(self._texts), self._plan))
+        return statistics.median(self._recent) / (1.0 if own is None else own.value(1.0, 1))
 
     def value(self, texts: int, plan: Plan) -> float:
         key = rounded(texts), plan
@@ -81,13 +97,6 @@ class Slowness:
             return self._compared[key].value(1.0, 1)
         # Some of what makes it slower than computed is its own.
         return self._alone[key].value(1.0, 1) ** OWN if key in self._alone and plan != PLAIN else 1.0
-
-    def _usual(self) -> float | None:
-        return statistics.median(self._recent) if len(self._recent) >= FEWEST else None
-
-    def _compare(self, key: tuple[int, Plan], ratio: float, usual: float | None) -> None:
-        if usual is not None and key[1] != PLAIN:
-            self._compared.setdefault(key, RecentMedian(TIMES)).learn(ratio / usual)
 
 
 @dataclasses.dataclass

@@ -121,6 +121,17 @@ def test_a_plan_is_known_by_how_it_compares():
     assert slowness.value(3, chain) == slowness.value(4, chain) == pytest.approx(1.5)
 
 
+def test_a_short_trial_misleads_nobody():
+    """If this fails, the plan in use looks fast for having been compared with a slow one."""
+    slowness, (chain, longer, _) = Slowness(), CHAINS
+    steps(slowness, 4, PLAIN, 1.0)
+    steps(slowness, 4, chain, 1.2)
+    for _ in range(5):
+        steps(slowness, 4, longer, 2.4, BURST - 1)
+        steps(slowness, 4, chain, 1.2)
+    assert slowness.value(4, chain) == pytest.approx(1.2) and slowness.value(4, longer) == pytest.approx(2.4)
+
+
 def test_a_plan_alone_is_suspected():
     """If this fails, the plan that is in use first stays for ever, however slow it is."""
     slowness = Slowness()
