@@ -29,6 +29,7 @@ from mlx_redrafter.tuning.step_costs import Costs
 
 MOST_ROWS = 64  # of all texts together, from which on no device reads more of them for little
 BETTER = 1.02  # by how much another plan has to be faster to take over
+UPKEEP = 1.1  # by how much steps with drafts have to be faster than plain ones: a drafter reads prompts and joins, too
 CLOSE = 0.8  # of the speed in use, from which on a plan is worth a trial; beside plain steps the best one always is
 BURST = 4  # steps of a trial
 COMPARED, TIMES = 8, 9  # steps after another plan that say how the two compare; comparisons that count
@@ -200,6 +201,7 @@ class BatchController(BatchPlanner):
             self._left -= 1
             return self._trial
         trials = self.trials.setdefault(rounded(texts), Trials())
+        rates[PLAIN] *= UPKEEP
         best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == trials.best else 1.0))
         if best != trials.best:
             trials.best, trials.gap, trials.due = best, FIRST_GAP, min(trials.due, trials.steps + FIRST_GAP)
