@@ -22,7 +22,7 @@ from mlx_redrafter.target.cache.recurrent import RecurrentCache
 from mlx_redrafter.target.cache.rows import join, keep
 from mlx_redrafter.target.tree import CandidateTree
 
-CHUNK = 512  # rows of a prompt read at a time
+CHUNK = 128  # rows of a prompt read at a time
 PIECE = 32  # rows, and waiting parts, that are read or put together at a time later
 LONGEST = 512  # rows of all texts behind their prompts that wait at most where they have contexts, which are kilobytes
 
