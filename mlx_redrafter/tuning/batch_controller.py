@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
 from mlx_redrafter.decoding.planner import BatchPlanner, StepRead
@@ -50,8 +50,8 @@ class Slowness:
 
     def __init__(self) -> None:
         # By the number of texts, see `rounded`, and by plan; a comparison counts once, however many steps it took.
-        self._compared: dict[tuple[int, Plan], RecentMedian] = {}
-        self._alone: dict[tuple[int, Plan], RecentMedian] = {}
+        self._compared: dict[tuple[int, Plan], RecentMedian] = defaultdict(lambda: RecentMedian(TIMES))
+        self._alone: dict[tuple[int, Plan], RecentMedian] = defaultdict(lambda: RecentMedian(TIMES))
         self._texts = 0
         self._plan: Plan | None = None
         self._recent: deque[float] = deque(maxlen=RECENT)  # how slow the last steps of this plan were
@@ -63,7 +63,7 @@ class Slowness:
         key = rounded(texts), plan
         if between:
             if texts == self._texts and (usual := self._usual()) is not None:
-                self._compared.setdefault(key, RecentMedian(TIMES)).learn(ratio / usual)
+                self._compared[key].learn(ratio / usual)
             return
         if (texts, plan) != (self._texts, self._plan):
             self._note()
@@ -71,7 +71,7 @@ class Slowness:
             self._texts, self._plan = texts, plan
             self._recent.clear()
         if self._before is None:
-            self._alone.setdefault(key, RecentMedian(TIMES)).learn(ratio)
+            self._alone[key].learn(ratio)
         else:
             self._beside.append(ratio / self._before)
             if len(self._beside) == COMPARED:
@@ -81,8 +81,7 @@ class Slowness:
     def _note(self) -> None:
         """Ends a comparison."""
         if self._beside and self._plan is not None and self._plan != PLAIN:
-            key = rounded(self._texts), self._plan
-            self._compared.setdefault(key, RecentMedian(TIMES)).learn(statistics.median(self._beside))
+            self._compared[rounded(self._texts), self._plan].learn(statistics.median(self._beside))
         self._beside, self._before = [], None
 
     def _usual(self) -> float | None:
@@ -150,7 +149,7 @@ class BatchController(BatchPlanner):
         self.costs, self.slowness, self.trials = costs, slowness, trials
         self._table: dict[tuple[int, Plan, int], float] = {}
         self._trial: Plan = PLAIN
-        self._left, self._trying = 0, False  # steps more that try it; whether this one does
+        self._left = 0  # steps more that try it
         self._last: tuple[int, Plan] | None = None
         self._read_at = 0.0
 
@@ -158,8 +157,8 @@ class BatchController(BatchPlanner):
         return None if self.lookup == OFF else LookupFollower(TextIndex(tokens), self.found)
 
     def plan(self, texts: int, length: int, follows: Sequence[LookupFollower | None] = ()) -> Plan:
-        plan = self._without_lookup(texts, length)
-        right = [] if self._trying else [follow.expected() for follow in follows if follow is not None]
+        plan, is_trial = self._without_lookup(texts, length)
+        right = [] if is_trial else [follow.expected() for follow in follows if follow is not None]
         return self._with_lookup(plan, length, right) if any(found[1] for found in right) else plan
 
     def _with_lookup(self, plan: Plan, length: int, right: list[list[float]]) -> Plan:
@@ -193,13 +192,13 @@ class BatchController(BatchPlanner):
             return LookedUp(min(FEW, max(1, MOST_ROWS // texts - 1)))
         return best
 
-    def _without_lookup(self, texts: int, length: int) -> Plan:
+    def _without_lookup(self, texts: int, length: int) -> tuple[Plan, bool]:
+        """The plan, and whether it is only tried."""
         fit = [plan for plan in self.plans if plan == PLAIN or texts * (1 + plan.num_draft_tokens) <= MOST_ROWS]
         rates = {plan: self._rate(plan, texts, length) for plan in fit}
-        self._trying = self._left > 0 and self._trial in rates
-        if self._trying:
+        if self._left > 0 and self._trial in rates:
             self._left -= 1
-            return self._trial
+            return self._trial, True
         trials = self.trials.setdefault(rounded(texts), Trials())
         rates[PLAIN] *= UPKEEP
         best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == trials.best else 1.0))
@@ -207,16 +206,16 @@ class BatchController(BatchPlanner):
             trials.best, trials.gap, trials.due = best, FIRST_GAP, min(trials.due, trials.steps + FIRST_GAP)
         trials.steps += 1
         if trials.steps < trials.due:
-            return best
+            return best, False
         others = sorted((plan for plan in fit if plan != best), key=lambda plan: -rates[plan])
         others = [plan for plan in others if rates[plan] > CLOSE * rates[best]] or others[: best == PLAIN]
         if not others:
-            return best
+            return best, False
         trial = min(others, key=lambda plan: trials.tried.get(plan, -1))
-        self._trial, self._left, self._trying, trials.tried[trial] = trial, BURST - 1, True, trials.steps
+        self._trial, self._left, trials.tried[trial] = trial, BURST - 1, trials.steps
         trials.gap = min(2 * trials.gap, LARGEST_GAP)
         trials.due = trials.steps + trials.gap
-        return trial
+        return trial, True
 
     def _seconds(self, plan: Plan, texts: int, length: int) -> float:
         key = texts, plan, length // COARSE
@@ -252,7 +251,7 @@ class BatchController(BatchPlanner):
 
 
 def rounded(texts: int) -> int:
-    """The number of texts whose plans and trials stand for those of these: the next power of two."""
+    """The number of texts under which what is known of these is kept: the next power of two."""
     return 1 << (texts - 1).bit_length()
 
 
