@@ -23,7 +23,7 @@ from mlx_redrafter.system.openblas import IDLE_VARIABLE, prefer_openblas
 from mlx_redrafter.target.verification import Verifier
 from mlx_redrafter.tuning import store
 
-STEPS = 2  # raised where this package makes steps cheaper or dearer: what was measured and learnt before is void
+STEPS = 3  # raised where this package makes steps cheaper or dearer: what was measured and learnt before is void
 
 
 def key_of(verifier: Verifier, drafter: Drafter | None) -> dict[str, Any]:
