@@ -17,7 +17,7 @@ def resident(pid=None):
 class Peaks:
     """Steps of a batch, one by one, and what was there in each beyond weights and the caches of the texts.
 
-    A text that has left is one of them for two steps more: one is on its way, with the next the others move up.
+    A text that leaves is one of them until its last step has been read.
 
     Args:
         held: bytes of the weights.
@@ -30,13 +30,12 @@ class Peaks:
 
     def __init__(self, batch, held):
         self.batch, self.held, self.most, self.worst, self.caches = batch, held, 0.0, (0, 0), 0
-        self._before = [0, 0, 0]
 
     def step(self):
-        self._before = [*self._before[1:], self.batch.nbytes]
+        before = self.batch.nbytes
         mx.reset_peak_memory()
         found = self.batch.step()
-        caches, peak = max(*self._before, self.batch.nbytes), mx.get_peak_memory()
+        caches, peak = max(before, self.batch.nbytes), mx.get_peak_memory()
         over = peak / (self.held + caches) - 1
         if over > self.most:
             self.most, self.worst = over, (peak, self.held + caches)
