@@ -37,6 +37,7 @@ from mlx_redrafter.target.verification import NONE
 from mlx_redrafter.text.flags import add_pair_arguments, load_from
 from mlx_redrafter.text.loading import EMBEDDED_PAIR, is_embedded, load
 from mlx_redrafter.tuning.session import session_for
+from mlx_redrafter.tuning.shape_controller import Controller
 
 HELP = "check this program on this device; exits with 1 and lists the failed checks"
 EMBEDDED, YOUR_PAIR, NO_PAIR = "Embedded pair", "Your pair", "Without a model"
@@ -137,7 +138,7 @@ def _cost_check(model: nn.Module, drafter: Drafter, report: Report) -> Check:
     if verifier.capability == NONE:
         return Check(name, NOT_MADE, "this target cannot verify drafts")
     session = session_for(verifier, drafter)
-    report.costs, report.choice = session.costs, str(session.memory.current.plan)
+    report.costs, report.choice = session.costs, str(Controller(session.memory).plan())
     return Check(name, OK, f"{'measured now' if session.measured_now else 'measured before'}, see below")
 
 

@@ -3,11 +3,15 @@
 Knows nothing of time. Every share is a conditional one: of the steps that got to a node and
 had a child of that rank there to check, how many took it. So steps of any shape tell about
 all others, and a tree that ended early counts neither for nor against what it did not hold
-(Kaplan and Meier's estimate, with depth in place of time).
+(Kaplan and Meier's estimate, with depth in place of time). Texts differ more from one another
+than within themselves, so each has its own counts, with those of all texts as the assumption.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 from mlx_redrafter.decoding.planner import StepRead
@@ -51,57 +55,61 @@ class AcceptanceModel:
 
     Args:
         assumed: shares of right best children by depth, of which training measured some.
+        above: what is known from all texts, if this is what one text shows; learns with it, and is assumed before.
 
     Attributes:
         steps: drafted steps seen.
     """
 
-    def __init__(self, assumed: list[float] | None = None):
-        self.assumed, self.steps = assumed or [], 0
+    def __init__(self, assumed: list[float] | None = None, above: AcceptanceModel | None = None):
+        self.assumed, self.above, self.steps = assumed or [], above, 0
         self.first = [RunningShare(WEIGHT, MEMORY) for _ in range(DEPTHS)]
         self.later = [RunningShare(WEIGHT, MEMORY) for _ in range(RANKS - 1)]
+        self._shares: tuple[list[float], list[float]] | None = None
         self._expected: dict[DraftShape, float] = {}
 
     def learn(self, step: StepRead) -> None:
         """Takes a step of the drafter's own."""
-        self.steps += 1
-        self._expected.clear()
-        chain = step.plan.num_draft_tokens if step.most is None else step.most
-        below: dict[int, list[int]] = {}
-        for row, parent in enumerate(step.parents or [], 0):
-            if row:
-                below.setdefault(parent, []).append(row)
-        for depth in range(min(len(step.tokens) - step.certain, DEPTHS)):
-            place = step.certain + depth
-            if place in step.forced:
-                continue
-            right = place < len(step.tokens) - 1
-            if step.parents is None or step.path is None:  # a chain
-                children = int(place < chain)
-                taken = 0 if right else children
-            else:
-                siblings = below.get(step.path[place], [])  # in the order of their probability
-                children = len(siblings)
-                taken = siblings.index(step.path[place + 1]) if right else children
-            if children == 0:
-                return
-            self.first[depth].learn(taken == 0)
-            for rank in range(1, min(children, taken + 1, RANKS)):
-                self.later[rank - 1].learn(taken == rank)
+        seen = list(_looked_at(step))
+        for model in (self,) if self.above is None else (self, self.above):
+            model.steps += 1
+            model._forget_expected()
+            for depth, children, taken in seen:
+                model.first[depth].learn(taken == 0)
+                for rank in range(1, min(children, taken + 1, RANKS)):
+                    model.later[rank - 1].learn(taken == rank)
 
     def fade(self, factor: float) -> None:
         """Makes what was seen so far count less."""
         for share in (*self.first, *self.later):
             share.fade(factor)
+        self._forget_expected()
+        if self.above is not None:
+            self.above.fade(factor)
+
+    def _forget_expected(self) -> None:
+        self._shares = None
+        self._expected.clear()
 
     def shares(self) -> tuple[list[float], list[float]]:
         """Of right best children by depth, and of right second, third, ... ones where those before were wrong."""
+        if self._shares is None:
+            self._shares = self._of_all_texts() if self.above is None else self._of_this_text(*self.above.shares())
+        return self._shares
+
+    def _of_all_texts(self) -> tuple[list[float], list[float]]:
         first: list[float] = []
         for depth, share in enumerate(self.first):
             above = first[-1] if first else FIRST  # where little was seen, as good as one level up
             first.append(share.share(self.assumed[depth] if depth < len(self.assumed) else above))
         poor = min(1.0, first[0] / FIRST)  # a drafter whose best child is poor has no good second one
         return first, [share.share(poor * assumed) for share, assumed in zip(self.later, NEXT, strict=True)]
+
+    def _of_this_text(self, first: list[float], later: list[float]) -> tuple[list[float], list[float]]:
+        return (
+            [share.share(assumed) for share, assumed in zip(self.first, first, strict=True)],
+            [share.share(assumed) for share, assumed in zip(self.later, later, strict=True)],
+        )
 
     def known(self) -> tuple[float, ...]:
         """Shares of right best children at depth 1, 2, ... as far as they were seen often enough to say."""
@@ -116,19 +124,8 @@ class AcceptanceModel:
         """
         if shape not in self._expected:
             first, later = self.shares()
-            level, paths = [1.0], []
-            for depth in range(shape.beam_length - 1):
-                right = first[min(depth, DEPTHS - 1)]
-                children = []
-                for path in level:
-                    children.append(path * right)
-                    rest = path * (1 - right)
-                    for share in later[: shape.beam_width - 1]:
-                        children.append(rest * share)
-                        rest *= 1 - share
-                level = sorted(children, reverse=True)[: shape.beam_width]
-                paths += level
-            self._expected[shape] = sum(sorted(paths, reverse=True)[: shape.num_draft_tokens])
+            grown = _chain(first, shape) if shape.beam_width == 1 else _tree(first, later, shape)
+            self._expected[shape] = sum(grown)
         return self._expected[shape]
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,4 +145,52 @@ class AcceptanceModel:
         for share, (hits, tries) in zip(shares, counted, strict=True):
             share.hits, share.tries = hits, tries
         self.steps = steps
-        self._expected.clear()
+        self._forget_expected()
+
+
+def _looked_at(step: StepRead) -> Iterator[tuple[int, int, int]]:
+    """The accepted nodes of a step that had children to check: depth, children, and the rank of the one taken."""
+    chain = step.plan.num_draft_tokens if step.most is None else step.most
+    below: dict[int, list[int]] = {}
+    for row, parent in enumerate(step.parents or [], 0):
+        if row:
+            below.setdefault(parent, []).append(row)
+    for depth in range(min(len(step.tokens) - step.certain, DEPTHS)):
+        place = step.certain + depth
+        if place in step.forced:
+            continue
+        right = place < len(step.tokens) - 1
+        if step.parents is None or step.path is None:  # a chain
+            children = int(place < chain)
+            taken = 0 if right else children
+        else:
+            siblings = below.get(step.path[place], [])  # in the order of their probability
+            children = len(siblings)
+            taken = siblings.index(step.path[place + 1]) if right else children
+        if children == 0:
+            return
+        yield depth, children, taken
+
+
+def _chain(first: list[float], shape: DraftShape) -> list[float]:
+    """The probability of each node of a chain."""
+    nodes = shape.as_chain().num_draft_tokens
+    known = first[:nodes] + first[-1:] * (nodes - DEPTHS)
+    return list(itertools.accumulate(known, operator.mul))
+
+
+def _tree(first: list[float], later: list[float], shape: DraftShape) -> list[float]:
+    """The same of a best-first tree."""
+    level, paths = [1.0], []
+    for depth in range(shape.beam_length - 1):
+        right = first[min(depth, DEPTHS - 1)]
+        children = []
+        for path in level:
+            children.append(path * right)
+            rest = path * (1 - right)
+            for share in later[: shape.beam_width - 1]:
+                children.append(rest * share)
+                rest *= 1 - share
+        level = sorted(children, reverse=True)[: shape.beam_width]
+        paths += level
+    return sorted(paths, reverse=True)[: shape.num_draft_tokens]

@@ -10,9 +10,7 @@ is tried for a few steps, each time after twice as many.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
 from mlx_redrafter.decoding.planner import BatchPlanner, StepRead
@@ -24,7 +22,7 @@ from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import BETTER as LOOKUP_BETTER
 from mlx_redrafter.tuning.lookup_controller import COUNTS, DEEPEST, LookupFollower, LookupMemory
 from mlx_redrafter.tuning.session import Session, session_for
-from mlx_redrafter.tuning.shape_controller import RecentMedian
+from mlx_redrafter.tuning.slowness import Slowness
 from mlx_redrafter.tuning.step_costs import Costs
 
 MOST_ROWS = 64  # of all texts together, from which on no device reads more of them for little
@@ -32,84 +30,25 @@ BETTER = 1.02  # by how much another plan has to be faster to take over
 UPKEEP = 1.1  # by how much steps with drafts have to be faster than plain ones: a drafter reads prompts and joins, too
 CLOSE = 0.8  # of the speed in use, from which on a plan is worth a trial; beside plain steps the best one always is
 BURST = 4  # steps of a trial
-COMPARED, TIMES = 8, 9  # steps after another plan that say how the two compare; comparisons that count
-FEWEST, RECENT = 3, 9  # steps that say how slow the machine is
-OWN = 0.25  # of what makes a plan slow (as a power) that is taken to be its own before it was compared
+OWN = 0.5  # how far (standard deviation of the logarithm) a plan's steps may be from as slow as others'
 FIRST_GAP, LARGEST_GAP = 32, 512  # steps between two trials
 COARSE = 64  # tokens of context that make no difference to a step's time
 FEW = 3  # tokens of a lookup where it drafts whether that pays or not
 
 
-class Slowness:
-    """How much slower than computed a plan's steps are beside those of plain decoding.
-
-    A machine is slow for a while, whatever it is at, and so are steps of so many texts. So of a plan counts how its
-    steps compare with those of as many texts right before, which another plan had. Plain steps are what all are
-    compared with in the end.
-    """
-
-    def __init__(self) -> None:
-        # By the number of texts, see `rounded`, and by plan; a comparison counts once, however many steps it took.
-        self._compared: dict[tuple[int, Plan], RecentMedian] = defaultdict(lambda: RecentMedian(TIMES))
-        self._alone: dict[tuple[int, Plan], RecentMedian] = defaultdict(lambda: RecentMedian(TIMES))
-        self._texts = 0
-        self._plan: Plan | None = None
-        self._recent: deque[float] = deque(maxlen=RECENT)  # how slow the last steps of this plan were
-        self._before: float | None = None  # plain ones before it; None if they are not to be compared with
-        self._beside: list[float] = []  # and its own beside them
-
-    def learn(self, texts: int, plan: Plan, ratio: float, between: bool = False) -> None:
-        """Takes a step's measured over its computed seconds; `between` are steps with lookups, which come and go."""
-        key = rounded(texts), plan
-        if between:
-            if texts == self._texts and (usual := self._usual()) is not None:
-                self._compared[key].learn(ratio / usual)
-            return
-        if (texts, plan) != (self._texts, self._plan):
-            self._note()
-            self._before = self._usual() if texts == self._texts else None
-            self._texts, self._plan = texts, plan
-            self._recent.clear()
-        if self._before is None:
-            self._alone[key].learn(ratio)
-        else:
-            self._beside.append(ratio / self._before)
-            if len(self._beside) == COMPARED:
-                self._note()
-        self._recent.append(ratio)
-
-    def _note(self) -> None:
-        """Ends a comparison."""
-        if self._beside and self._plan is not None and self._plan != PLAIN:
-            self._compared[rounded(self._texts), self._plan].learn(statistics.median(self._beside))
-        self._beside, self._before = [], None
-
-    def _usual(self) -> float | None:
-        """How slow plain steps would have been lately; None if too few steps say so."""
-        if len(self._recent) < FEWEST or self._plan is None:
-            return None
-        own = self._compared.get((rounded(self._texts), self._plan))
-        return statistics.median(self._recent) / (1.0 if own is None else own.value(1.0, 1))
-
-    def value(self, texts: int, plan: Plan) -> float:
-        key = rounded(texts), plan
-        if key in self._compared:
-            return self._compared[key].value(1.0, 1)
-        # Some of what makes it slower than computed is its own.
-        return self._alone[key].value(1.0, 1) ** OWN if key in self._alone and plan != PLAIN else 1.0
-
-
 @dataclasses.dataclass
-class Trials:
-    """When plans are tried that are not in use, for one number of texts.
+class BatchMemory:
+    """What is known of batches of about so many texts; outlives them.
 
     Attributes:
+        slowness: of each plan's steps.
         best: the plan in use.
         steps: so far.
         due, gap: the step of the next trial, and steps from there to the one after.
         tried: the step at which each plan was tried last.
     """
 
+    slowness: Slowness = dataclasses.field(default_factory=Slowness)
     best: Plan | None = None
     steps: int = 0
     due: int = FIRST_GAP
@@ -124,8 +63,7 @@ class BatchController(BatchPlanner):
         acceptance: how often the drafter was right.
         plans: to choose from, besides plain decoding.
         costs: of the steps of one text.
-        slowness: of steps of several, by how many texts and by plan; outlives batches.
-        trials: by how many texts; outlives batches.
+        known: by how many texts, see `rounded`; outlives batches.
         lookup: "off", "auto", or "on" to look up wherever something is found.
         found: how often lookups were right.
         clock: seconds; not the machine's in tests.
@@ -136,8 +74,7 @@ class BatchController(BatchPlanner):
         acceptance: AcceptanceModel,
         plans: Sequence[Drafted],
         costs: Costs,
-        slowness: Slowness,
-        trials: dict[int, Trials],
+        known: dict[int, BatchMemory],
         lookup: str = OFF,
         found: LookupMemory | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -146,7 +83,7 @@ class BatchController(BatchPlanner):
         self.acceptance, self.clock = acceptance, clock
         self.lookup, self.found = lookup, found or LookupMemory()
         self.plans: list[Plan] = [PLAIN, *plans]
-        self.costs, self.slowness, self.trials = costs, slowness, trials
+        self.costs, self.known = costs, known
         self._table: dict[tuple[int, Plan, int], float] = {}
         self._trial: Plan = PLAIN
         self._left = 0  # steps more that try it
@@ -199,23 +136,26 @@ class BatchController(BatchPlanner):
         if self._left > 0 and self._trial in rates:
             self._left -= 1
             return self._trial, True
-        trials = self.trials.setdefault(rounded(texts), Trials())
+        known = self.of_size(texts)
         rates[PLAIN] *= UPKEEP
-        best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == trials.best else 1.0))
-        if best != trials.best:
-            trials.best, trials.gap, trials.due = best, FIRST_GAP, min(trials.due, trials.steps + FIRST_GAP)
-        trials.steps += 1
-        if trials.steps < trials.due:
+        best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == known.best else 1.0))
+        if best != known.best:
+            known.best, known.gap, known.due = best, FIRST_GAP, min(known.due, known.steps + FIRST_GAP)
+        known.steps += 1
+        if known.steps < known.due:
             return best, False
         others = sorted((plan for plan in fit if plan != best), key=lambda plan: -rates[plan])
         others = [plan for plan in others if rates[plan] > CLOSE * rates[best]] or others[: best == PLAIN]
         if not others:
             return best, False
-        trial = min(others, key=lambda plan: trials.tried.get(plan, -1))
-        self._trial, self._left, trials.tried[trial] = trial, BURST - 1, trials.steps
-        trials.gap = min(2 * trials.gap, LARGEST_GAP)
-        trials.due = trials.steps + trials.gap
+        trial = min(others, key=lambda plan: known.tried.get(plan, -1))
+        self._trial, self._left, known.tried[trial] = trial, BURST - 1, known.steps
+        known.gap = min(2 * known.gap, LARGEST_GAP)
+        known.due = known.steps + known.gap
         return trial, True
+
+    def of_size(self, texts: int) -> BatchMemory:
+        return self.known.setdefault(rounded(texts), BatchMemory())
 
     def _seconds(self, plan: Plan, texts: int, length: int) -> float:
         key = texts, plan, length // COARSE
@@ -230,16 +170,18 @@ class BatchController(BatchPlanner):
 
     def _step_seconds(self, plan: Plan, texts: int, length: int) -> float:
         """Of a step, as slow as such steps were beside plain ones."""
-        return self._seconds(plan, texts, length) * self.slowness.value(texts, plan)
+        return self._seconds(plan, texts, length) * self.of_size(texts).slowness.of(plan)
 
     def learn(self, steps: list[StepRead], timed: bool = True) -> None:
         now = self.clock()
         if steps:
             texts, plan, length = len(steps), steps[0].plan, max(step.length for step in steps)
             # A step behind one of another kind, or of other texts, has waited for more than itself.
-            if timed and self._last == (texts, plan):
+            if self._last is not None and self._last[0] != texts:  # what is computed is wrong for all plans alike
+                self.of_size(texts).slowness.pause()
+            if timed and self._last == (texts, plan) and now > self._read_at:
                 expected = self._seconds(plan, texts, length)
-                self.slowness.learn(texts, plan, (now - self._read_at) / expected, plan not in self.plans)
+                self.of_size(texts).slowness.learn(plan, (now - self._read_at) / expected, OWN)
             self._last = texts, plan
             for step in steps:
                 if isinstance(plan, Drafted) and not plan.with_lookup:
@@ -274,7 +216,6 @@ def batch_planner(
     plans = [arm.plan for arm in session.memory.arms if isinstance(arm.plan, Drafted)]
     memory = session.memory
     if session.of_batches is None:
-        session.of_batches = Slowness(), dict[int, Trials]()
-    slowness, trials = session.of_batches
-    known = memory.acceptance, plans, session.costs, slowness, trials
+        session.of_batches = dict[int, BatchMemory]()
+    known = memory.acceptance, plans, session.costs, session.of_batches
     return BatchController(*known, lookup, memory.lookup), session

@@ -95,7 +95,7 @@ class LookupController(LookupFollower):
         index: the text so far; whoever proposes extends it.
         mode: "auto", or "on" to look up wherever something is found.
         memory: of all texts of a pair.
-        seconds, speed: of a step of a plan, and tokens per second without lookup, behind so many tokens.
+        seconds: of a lookup of so many tokens behind so many.
         longest: tokens of a lookup at most.
     """
 
@@ -104,17 +104,22 @@ class LookupController(LookupFollower):
         index: TextIndex,
         mode: str,
         memory: LookupMemory,
-        seconds: Callable[[Plan, int], float],
-        speed: Callable[[int], float],
+        seconds: Callable[[int, int], float],
         longest: int = DEEPEST,
     ):
         super().__init__(index, memory)
         self.mode = mode
-        self._seconds, self._speed = seconds, speed
+        self._seconds = seconds
         self._longest, self._counts = longest, [count for count in COUNTS if count <= longest]
 
-    def plan(self, plan: Plan, length: int) -> Plan:
-        """What was planned, or a lookup in its place or beside it where that should bring more tokens per second."""
+    def plan(self, plan: Plan, length: int, speed_of: Callable[[int], float]) -> Plan:
+        """What was planned, or a lookup in its place or beside it where that should bring more tokens per second.
+
+        Args:
+            plan: what would be drafted otherwise.
+            length: tokens in the KV cache.
+            speed_of: tokens per second of that plan behind so many tokens.
+        """
         kind = self.kind
         if self.mode == ON:
             if isinstance(plan, Drafted):
@@ -123,11 +128,10 @@ class LookupController(LookupFollower):
         if not kind:
             return plan
         right = self.memory.expected(kind)
-        best, speed = plan, BETTER * self._speed(length)
+        best, speed = plan, BETTER * speed_of(length)
         for count in self._counts:
-            found = LookedUp(count)
-            if (rate := (1 + right[count]) / self._seconds(found, length)) > speed:
-                best, speed = found, rate
+            if (rate := (1 + right[count]) / self._seconds(count, length)) > speed:
+                best, speed = LookedUp(count), rate
         if best is plan and isinstance(plan, Drafted) and plan.shape.beam_width > 1:
             joins = right[min(plan.shape.beam_length - 1, DEEPEST)] > JOINS
             return Drafted(plan.shape, with_lookup=joins)

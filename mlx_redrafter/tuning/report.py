@@ -13,13 +13,13 @@ from mlx_redrafter.system.device import device_name
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.tuning import store
 from mlx_redrafter.tuning.session import Session
-from mlx_redrafter.tuning.shape_controller import Arm
+from mlx_redrafter.tuning.shape_controller import Arm, Controller
 from mlx_redrafter.tuning.step_costs import Costs
 
 
 def facts(session: Session) -> dict[str, Any]:
     """As JSON has it; times in seconds."""
-    memory, costs = session.memory, session.costs
+    memory, costs, new_text = session.memory, session.costs, Controller(session.memory)
     context, file = min(costs.verify), store.file_for(session.key)
     return {
         "device": device_name(),
@@ -32,36 +32,36 @@ def facts(session: Session) -> dict[str, Any]:
         "candidates": [
             {
                 "shape": _fields(arm.plan),
-                "seconds_per_step": memory.seconds(arm.plan, context, arm),
-                "expected_acceptance_length": memory.tokens(arm),
-                "expected_tokens_per_second": memory.rate(context, arm),
+                "seconds_per_step": memory.seconds(arm, context),
+                "expected_acceptance_length": new_text.tokens(arm),
+                "expected_tokens_per_second": new_text.rate(context, arm),
             }
-            for arm in _best_first(session, context)
+            for arm in _best_first(new_text, context)
         ],
-        "choice": _fields(memory.current.plan),
+        "choice": _fields(new_text.plan()),
     }
 
 
 def text(session: Session) -> str:
     """The same for people."""
-    memory, costs = session.memory, session.costs
+    memory, costs, new_text = session.memory, session.costs, Controller(session.memory)
     context, longest = min(costs.verify), max(costs.verify)
     seen = memory.acceptance.steps
     known = f"from {seen} drafted steps so far" if seen else "assumed, until there are steps to go by"
     rates = " ".join(f"{share:.0%}" for share in memory.acceptance.shares()[0][:5])
     plain = 1 / costs.step_seconds(PLAIN, context)
     rows = []
-    for arm in _best_first(session, context):
-        rate, milliseconds = memory.rate(context, arm), 1e3 * memory.seconds(arm.plan, context, arm)
-        figures = (memory.tokens(arm), milliseconds, rate, rate / plain)
+    for arm in _best_first(new_text, context):
+        rate, milliseconds = new_text.rate(context, arm), 1e3 * memory.seconds(arm, context)
+        figures = (new_text.tokens(arm), milliseconds, rate, rate / plain)
         rows.append([str(arm.plan), *(f"{figure:.2f}" for figure in figures)])
     expected = Table("", ["expected", "tokens/step", "ms/step", "tokens/s", "speed-up"], rows)
-    later, file = _best_first(session, longest)[0].plan, store.file_for(session.key)
+    later, file = _best_first(new_text, longest)[0].plan, store.file_for(session.key)
     kept = f"kept in {file}" if file is not None and file.exists() else "not kept"
     return "\n".join([
         f"Device: {device_name()}", "", *cost_lines(costs), "",
         f"The drafter's best tokens right, by depth: {rates} ({known})", "", expected.text(), "",
-        f"Choice to begin with: {memory.current.plan} (behind {longest} tokens: {later})",
+        f"Choice to begin with: {new_text.plan()} (behind {longest} tokens: {later})",
         f"{'Measured now' if session.measured_now else 'Measured before'}; {kept}",
     ])  # fmt: skip
 
@@ -84,8 +84,8 @@ def cost_lines(costs: Costs) -> list[str]:
     return lines
 
 
-def _best_first(session: Session, context: int) -> list[Arm]:
-    return sorted(session.memory.arms, key=lambda arm: -session.memory.rate(context, arm))
+def _best_first(new_text: Controller, context: int) -> list[Arm]:
+    return sorted(new_text.memory.arms, key=lambda arm: -new_text.rate(context, arm))
 
 
 def _fields(plan: Plan) -> dict[str, Any] | None:

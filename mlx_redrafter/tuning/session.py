@@ -102,7 +102,7 @@ class Session:
         if lookup == OFF:
             return Controller(memory)
         longest = shape.as_chain().num_draft_tokens if shape and (lookup == ON or not self.drafter_digest) else DEEPEST
-        found = LookupController(index, lookup, memory.lookup, memory.seconds, memory.rate, longest)
+        found = LookupController(index, lookup, memory.lookup, memory.lookup_seconds, longest)
         return Controller(memory, found)
 
     def save(self) -> None:

@@ -6,11 +6,9 @@ from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp, P
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.batch_controller import (
     BURST,
-    COMPARED,
     FIRST_GAP,
     LARGEST_GAP,
     BatchController,
-    Slowness,
     rounded,
 )
 
@@ -40,10 +38,9 @@ class Device:
         return plans
 
 
-def controller_on(device, slowness=None, right=0.7, trials=None):
-    slowness, trials = slowness or Slowness(), {} if trials is None else trials
-    acceptance = AcceptanceModel([right] * 7)
-    return BatchController(acceptance, CHAINS, device.costs, slowness, trials, clock=lambda: device.now)
+def controller_on(device, known=None, right=0.7):
+    known, acceptance = {} if known is None else known, AcceptanceModel([right] * 7)
+    return BatchController(acceptance, CHAINS, device.costs, known, clock=lambda: device.now)
 
 
 def test_more_texts_get_fewer_drafts():
@@ -66,21 +63,21 @@ def test_plain_is_the_floor_and_comes_to_an_end():
 
 def test_short_batches_do_not_try_again_and_again():
     """If this fails, writing a few short texts at a time costs a trial each time."""
-    device, slowness, trials = Device(slower=dict.fromkeys(CHAINS, 1.3)), Slowness(), {}
-    device.run(controller_on(device, slowness, trials=trials), 8, 10 * FIRST_GAP, right=0)
+    device, known = Device(slower=dict.fromkeys(CHAINS, 1.3)), {}
+    device.run(controller_on(device, known), 8, 10 * FIRST_GAP, right=0)
     plans = []
     for _ in range(6):
-        plans += device.run(controller_on(device, slowness, right=0.3, trials=trials), 8, 2 * FIRST_GAP, right=0)
+        plans += device.run(controller_on(device, known, right=0.3), 8, 2 * FIRST_GAP, right=0)
     assert 0 < sum(plan != PLAIN for plan in plans) <= 2 * BURST
 
 
 def test_times_of_the_steps_count():
     """If this fails, what was computed decides, however long steps take."""
     device = Device(slower={CHAINS[2]: 20.0})
-    slowness = Slowness()
-    assert controller_on(device, slowness).plan(1, 100) == CHAINS[2]
-    assert device.run(controller_on(device, slowness), 1, 40)[-1] != CHAINS[2]
-    assert controller_on(device, slowness).plan(1, 100) != CHAINS[2]  # the next batch knows
+    known = {}
+    assert controller_on(device, known).plan(1, 100) == CHAINS[2]
+    assert device.run(controller_on(device, known), 1, 40)[-1] != CHAINS[2]
+    assert controller_on(device, known).plan(1, 100) != CHAINS[2]  # the next batch knows
 
 
 def test_what_is_better_than_computed_is_found():
@@ -94,61 +91,13 @@ def test_what_is_better_than_computed_is_found():
 
 def test_steps_behind_prompts_do_not_count():
     """If this fails, reading a prompt makes a plan look slow."""
-    device, slowness = Device(), Slowness()
-    controller = controller_on(device, slowness)
+    device, known = Device(), {}
+    controller = controller_on(device, known)
     for _ in range(10):
         plan = controller.plan(2, 100)
         device.now += 50.0
         controller.learn([StepRead(plan, [5], 100)] * 2, timed=False)
-    assert slowness.value(2, plan) == 1.0
-
-
-def steps(slowness, texts, plan, ratio, count=2 * COMPARED):
-    for _ in range(count):
-        slowness.learn(texts, plan, ratio)
-
-
-def test_a_plan_is_known_by_how_it_compares():
-    """If this fails, a plan that was in use while the machine was slow counts as slow ever after."""
-    slowness, (chain, longer, _) = Slowness(), CHAINS
-    steps(slowness, 4, PLAIN, 1.1)
-    steps(slowness, 4, chain, 1.65)
-    assert slowness.value(4, PLAIN) == 1.0 and slowness.value(4, chain) == pytest.approx(1.5)
-    steps(slowness, 4, chain, 3.3)  # the machine has become slow, after the two were compared
-    steps(slowness, 4, longer, 6.6)
-    assert slowness.value(4, chain) == pytest.approx(1.5) and slowness.value(4, longer) == pytest.approx(3.0)
-    steps(slowness, 3, chain, 9.0)  # fewer texts: that they take longer than computed is not the plan's
-    assert slowness.value(3, chain) == slowness.value(4, chain) == pytest.approx(1.5)
-
-
-def test_a_short_trial_misleads_nobody():
-    """If this fails, the plan in use looks fast for having been compared with a slow one."""
-    slowness, (chain, longer, _) = Slowness(), CHAINS
-    steps(slowness, 4, PLAIN, 1.0)
-    steps(slowness, 4, chain, 1.2)
-    for _ in range(5):
-        steps(slowness, 4, longer, 2.4, BURST - 1)
-        steps(slowness, 4, chain, 1.2)
-    assert slowness.value(4, chain) == pytest.approx(1.2) and slowness.value(4, longer) == pytest.approx(2.4)
-
-
-def test_a_plan_alone_is_suspected():
-    """If this fails, the plan that is in use first stays for ever, however slow it is."""
-    slowness = Slowness()
-    steps(slowness, 4, CHAINS[0], 16.0)
-    assert slowness.value(4, CHAINS[0]) == pytest.approx(2.0) and slowness.value(4, CHAINS[1]) == 1.0
-    steps(slowness, 4, PLAIN, 8.0)
-    steps(slowness, 4, CHAINS[0], 16.0)
-    assert slowness.value(4, CHAINS[0]) == pytest.approx(2.0) and slowness.value(4, PLAIN) == 1.0
-
-
-def test_lookups_in_between_say_nothing_of_the_others():
-    """If this fails, a step of lookups makes plans look slow beside which none was made."""
-    slowness = Slowness()
-    for _ in range(COMPARED):
-        slowness.learn(4, CHAINS[0], 1.0)
-        slowness.learn(4, LookedUp(3), 2.0, between=True)
-    assert slowness.value(4, CHAINS[0]) == 1.0 and slowness.value(4, LookedUp(3)) == 2.0
+    assert known[2].slowness.of(plan) == 1.0
 
 
 def looks_up(plan):
@@ -159,7 +108,7 @@ def told(texts, steps, right=0.1, lookup="auto"):
     """Plans of steps in which every text goes on as it has begun: it repeats itself, or says nothing twice."""
     device, acceptance = Device(), AcceptanceModel([right] * 7)
     device.costs.draft = {1: {2: 0.1, 8: 0.4}}
-    controller = BatchController(acceptance, CHAINS, device.costs, Slowness(), {}, lookup, clock=lambda: device.now)
+    controller = BatchController(acceptance, CHAINS, device.costs, {}, lookup, clock=lambda: device.now)
     follows, plans = [controller.follow(text) for text in texts], []
     for step in range(steps):
         plans.append(controller.plan(len(texts), 100, follows))

@@ -1,5 +1,7 @@
 """Lookups are chosen where they have been right, as far as that pays, and join trees where they should reach."""
 
+import functools
+
 import numpy as np
 import pytest
 from support import REPEATING
@@ -21,15 +23,17 @@ class Device:
     def __init__(self, tokens, slow_lookup=1.0):
         self.tokens, self.slow_lookup = tokens, slow_lookup
 
-    def seconds(self, plan, length):
-        return 1 + 0.1 * plan.num_draft_tokens * (self.slow_lookup if isinstance(plan, LookedUp) else 1)
+    def seconds(self, tokens, length):
+        return 1 + 0.1 * tokens * self.slow_lookup
 
     def speed(self, length):
         return self.tokens / 1.3
 
 
 def started(prompt, device, mode="auto", memory=None, longest=DEEPEST):
-    return LookupController(TextIndex(prompt), mode, memory or LookupMemory(), device.seconds, device.speed, longest)
+    found = LookupController(TextIndex(prompt), mode, memory or LookupMemory(), device.seconds, longest)
+    found.plan = functools.partial(found.plan, speed_of=device.speed)
+    return found
 
 
 def decode(controller, text, steps, accepts, plan=CHAIN):

@@ -8,6 +8,7 @@ from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
 from mlx_redrafter.tuning import report
 from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.session import SHAPES, Session
+from mlx_redrafter.tuning.shape_controller import Controller
 from mlx_redrafter.tuning.step_costs import Costs
 
 COSTS = made_up(lambda rows: 0.01 + 0.0005 * rows, lambda w, n: 0.0002 * w * (n - 1), plain=0.01)
@@ -43,7 +44,9 @@ def test_text():
     lines = report.text(session).splitlines()
     first = session.memory.acceptance.shares()[0]
     assert any(f"by depth: {first[0]:.0%} {first[1]:.0%}" in line and "from 40 drafted" in line for line in lines)
-    assert any(line.startswith(f"Choice to begin with: {session.memory.current.plan} (behind 128 ") for line in lines)
+    assert any(
+        line.startswith(f"Choice to begin with: {Controller(session.memory).plan()} (behind 128 ") for line in lines
+    )
     assert lines[-1] == "Measured before; not kept" and "Measured now" in report.text(known())
     plain = next(line.split() for line in lines if line.split()[:2] == ["plain", "1.00"])
     assert plain == ["plain", "1.00", "10.00", "100.00", "1.00"]

@@ -20,6 +20,7 @@ from mlx_redrafter.target.verification import CHAIN
 from mlx_redrafter.tuning import session, store
 from mlx_redrafter.tuning.pair_key import key_of, weights_digest
 from mlx_redrafter.tuning.session import SHAPES, drafting_for, session_for
+from mlx_redrafter.tuning.shape_controller import Controller
 
 COSTS = made_up(lambda rows: 1 + 0.05 * (rows - 1))
 TREE = DraftShape(4, 5, 7)
@@ -162,7 +163,7 @@ def test_who_proposes_and_who_plans(small_model):
     assert plans(None, DraftShape(), "on")[:2] == (LookupProposer, LookedUp(3))
     assert plans(None, DraftShape(), "on", list(range(20)))[:2] == (LookupProposer, PLAIN)
     kind, plan, known = plans(drafter, None, "off")
-    assert kind is RecurrentProposer and known and plan == session_for(verifier, drafter).memory.current.plan
+    assert kind is RecurrentProposer and known and plan == Controller(session_for(verifier, drafter).memory).plan()
     kind, plan, _ = plans(drafter, TREE, "auto", list(range(20)))
     assert kind is LookupProposer and plan == Drafted(TREE)
     assert isinstance(drafting_for(verifier, drafter, TREE, "off", [], greedy)[1], Planner)
