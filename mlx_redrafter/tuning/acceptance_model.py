@@ -21,6 +21,7 @@ DEPTHS, RANKS = 10, 8  # that are told apart; deeper tokens are taken to be as g
 FIRST = 0.65  # assumed share of right best children
 NEXT = (0.4, 0.3, 0.25, 0.2, 0.2, 0.15, 0.15)  # and of the second, third, ... child where all before it were wrong
 WEIGHT, MEMORY = 3.0, 192.0  # steps that an assumption is worth, and after which one counts e times less
+TEXT_WEIGHT = 6.0  # steps of a text that what all texts have shown is worth
 ENOUGH = 8.0  # steps that got to a depth, for its share to be known
 
 
@@ -63,8 +64,9 @@ class AcceptanceModel:
 
     def __init__(self, assumed: list[float] | None = None, above: AcceptanceModel | None = None):
         self.assumed, self.above, self.steps = assumed or [], above, 0
-        self.first = [RunningShare(WEIGHT, MEMORY) for _ in range(DEPTHS)]
-        self.later = [RunningShare(WEIGHT, MEMORY) for _ in range(RANKS - 1)]
+        weight = WEIGHT if above is None else TEXT_WEIGHT
+        self.first = [RunningShare(weight, MEMORY) for _ in range(DEPTHS)]
+        self.later = [RunningShare(weight, MEMORY) for _ in range(RANKS - 1)]
         self._shares: tuple[list[float], list[float]] | None = None
         self._expected: dict[DraftShape, float] = {}
 

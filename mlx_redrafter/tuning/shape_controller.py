@@ -63,7 +63,7 @@ class PairMemory:
         slowness: of each plan's steps.
         lookup: how lookups fared.
         structured: a grammar forces some tokens. They are no arm's, and take part of what a chain drafts.
-        current: the arm that a text has put in use last; None before the first.
+        current: the arm that a text has put in use last; None before the first, and where it was plain decoding.
         steps: of all texts.
         elapsed, spent: seconds of all steps, and what trials lost, on a machine as fast as when it was measured.
     """
@@ -221,7 +221,8 @@ class Controller(Planner):
         if best is self.current or self.rate(length, best) <= BETTER * self.rate(length):
             return False
         self.current, before = best, self.current
-        self.memory.current = best  # texts that follow one another are often alike
+        # Texts that follow one another are often alike; but plain steps show nothing of the drafter.
+        self.memory.current = None if best.plan == PLAIN else best
         before.due = self.memory.steps + before.gap
         return True
 

@@ -11,10 +11,13 @@ import math
 import statistics
 from collections.abc import Hashable
 
-TOGETHER = 4  # steps in a row of one plan that are looked at together, by their median: some wait for something else
+# Steps in a row of one plan that are looked at together, by their median, as some wait for something else; and the
+# fewest that are: the last one before another plan waits for that plan's step to be built.
+TOGETHER, FEWEST = 4, 3
 MACHINE = 0.08  # by how much (of its logarithm) the machine's part changes from one look to the next
 PAUSE = 0.2  # by how much more after a pause
 NOISE = 0.15  # of a look
+FARTHEST = 3.0  # standard deviations that a look counts at most: a reader may pause for as long as he likes
 CHANGE = 0.004  # and a plan's own part
 
 
@@ -61,16 +64,18 @@ class Slowness:
         return self.of(plan) if plan in self._places else min(1.0, math.exp(-self._mean[0]))
 
     def _look(self) -> None:
-        if not self._ratios:
+        ratios, self._ratios = self._ratios, []
+        if len(ratios) < FEWEST:
             return
-        seen, self._ratios = math.log(statistics.median(self._ratios)), []
+        seen = math.log(statistics.median(ratios))
         at = self._places.get(self._plan) or self._add()
         mean, covariance = self._mean, self._covariance
         for place, row in enumerate(covariance):
             row[place] += CHANGE**2 if place else MACHINE**2
         with_sum = [machine + own for machine, own in zip(covariance[0], covariance[at], strict=True)]
         variance = with_sum[0] + with_sum[at] + NOISE**2
-        surprise = seen - mean[0] - mean[at]
+        farthest = FARTHEST * math.sqrt(variance)
+        surprise = max(-farthest, min(farthest, seen - mean[0] - mean[at]))
         for place, row in enumerate(covariance):
             gain = with_sum[place] / variance
             mean[place] += gain * surprise

@@ -62,7 +62,8 @@ class Device:
 
     def write(self, tokens, quality, pause=lambda: 0.0):
         """One text; returns its seconds. The next step is always planned before the last is known."""
-        controller, made, begin = Controller(self.memory, clock=lambda: self.now), 0, self.now
+        controller = self.controller = Controller(self.memory, clock=lambda: self.now)
+        made, begin = 0, self.now
         following = controller.plan()
         while made < tokens:
             plan, following = following, controller.plan()

@@ -78,6 +78,16 @@ def test_one_step_that_waited_does_not_count():
     assert slowness.of("chain") == pytest.approx(1.0) and slowness.at_best("plain") == pytest.approx(1.0)
 
 
+def test_the_last_steps_before_another_plan_count_together_or_not_at_all():
+    """If this fails, a trial's last step, which waits for another plan's, makes what was tried look slow."""
+    slowness = Slowness()
+    steps(slowness, "chain", 1.0)
+    for ratio in (1.0, 1.0, 1.0, 1.0, 1.0, 2.3):
+        slowness.learn("plain", ratio, OWN)
+    steps(slowness, "chain", 1.0)
+    assert beside(slowness, "plain", "chain") == pytest.approx(1.0)
+
+
 def test_what_is_the_same_for_all_after_a_pause():
     """If this fails, the plan that happens to be in use when a batch grows is blamed for what all plans take."""
 
