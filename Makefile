@@ -23,7 +23,7 @@ test-fast: $(STAMP)
 	$(TESTS) -m "not slow and not model" $(FAST)
 
 test-slow: $(STAMP)-torch $(ASSISTANT)
-	$(BIN)/python -m pytest -q -m slow
+	$(TESTS) -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
