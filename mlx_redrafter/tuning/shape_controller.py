@@ -200,7 +200,7 @@ class Controller(Planner):
         memory.steps += 1
         if arm is None:
             return
-        if seconds:  # a clock may be too coarse
+        if seconds is not None and seconds > 0:  # a clock may be too coarse
             own = OWN if isinstance(arm.plan, Drafted) else OTHERS_OWN
             memory.slowness.learn(arm.kind, seconds / memory.computed(arm, length), own)
         usual = memory.seconds(arm, length)

@@ -93,6 +93,15 @@ def test_pauses_of_the_reader_are_no_slow_steps():
     assert seconds(device.memory, device.controller.current.plan) < 1.2 * before
 
 
+def test_a_clock_that_stands_still():
+    """If this fails, a coarse clock, or one of tests, ends a text."""
+    memory = new_memory()
+    controller = Controller(memory, clock=iter([5.0] * 20 + [4.0] * 20).__next__)
+    for _ in range(40):
+        controller.learn(StepRead(controller.plan(), [1, 1], 128))
+    assert [memory.slowness.of(arm.kind) for arm in memory.arms] == [1.0] * len(memory.arms)
+
+
 def test_few_changes_of_shape():
     """A drafter of one quality is drafted for with one shape, but for trials."""
     device = Device(new_memory())
