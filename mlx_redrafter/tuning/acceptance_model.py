@@ -4,7 +4,8 @@ Knows nothing of time. Every share is a conditional one: of the steps that got t
 had a child of that rank there to check, how many took it. So steps of any shape tell about
 all others, and a tree that ended early counts neither for nor against what it did not hold
 (Kaplan and Meier's estimate, with depth in place of time). Texts differ more from one another
-than within themselves, so each has its own counts, with those of all texts as the assumption.
+than within themselves, so each has its own counts, with those of all texts as the assumption;
+those of a batch go by all texts alone.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class AcceptanceModel:
         weight = WEIGHT if above is None else TEXT_WEIGHT
         self.first = [RunningShare(weight, MEMORY) for _ in range(DEPTHS)]
         self.later = [RunningShare(weight, MEMORY) for _ in range(RANKS - 1)]
+        self._changes, self._above_changes = 0, -1  # of what is known, here and above
         self._shares: tuple[list[float], list[float]] | None = None
         self._expected: dict[DraftShape, float] = {}
 
@@ -82,19 +84,25 @@ class AcceptanceModel:
                     model.later[rank - 1].learn(taken == rank)
 
     def fade(self, factor: float) -> None:
-        """Makes what was seen so far count less."""
+        """Makes what was seen so far count less, in this text if it is one's."""
         for share in (*self.first, *self.later):
             share.fade(factor)
         self._forget_expected()
-        if self.above is not None:
-            self.above.fade(factor)
 
     def _forget_expected(self) -> None:
+        self._changes += 1
         self._shares = None
         self._expected.clear()
 
+    def _heed_others(self) -> None:
+        """Forgets what was computed before other texts taught what is above."""
+        if self.above is not None and self._above_changes != self.above._changes:
+            self._forget_expected()
+            self._above_changes = self.above._changes
+
     def shares(self) -> tuple[list[float], list[float]]:
         """Of right best children by depth, and of right second, third, ... ones where those before were wrong."""
+        self._heed_others()
         if self._shares is None:
             self._shares = self._of_all_texts() if self.above is None else self._of_this_text(*self.above.shares())
         return self._shares
@@ -124,6 +132,7 @@ class AcceptanceModel:
         They are the sum, over the nodes of a tree, of the probability that the target's text
         runs through them; a best-first tree holds the most probable nodes of a beam search.
         """
+        self._heed_others()
         if shape not in self._expected:
             first, later = self.shares()
             grown = _chain(first, shape) if shape.beam_width == 1 else _tree(first, later, shape)

@@ -22,6 +22,7 @@ from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
 from mlx_redrafter.tuning.lookup_controller import BETTER as LOOKUP_BETTER
 from mlx_redrafter.tuning.lookup_controller import COUNTS, DEEPEST, LookupFollower, LookupMemory
 from mlx_redrafter.tuning.session import Session, session_for
+from mlx_redrafter.tuning.shape_controller import kind_of
 from mlx_redrafter.tuning.slowness import Slowness
 from mlx_redrafter.tuning.step_costs import Costs
 
@@ -63,7 +64,7 @@ class BatchController(BatchPlanner):
         acceptance: how often the drafter was right.
         plans: to choose from, besides plain decoding.
         costs: of the steps of one text.
-        known: by how many texts, see `rounded`; outlives batches.
+        memories: by how many texts, see `rounded`; they outlive batches.
         lookup: "off", "auto", or "on" to look up wherever something is found.
         found: how often lookups were right.
         clock: seconds; not the machine's in tests.
@@ -74,7 +75,7 @@ class BatchController(BatchPlanner):
         acceptance: AcceptanceModel,
         plans: Sequence[Drafted],
         costs: Costs,
-        known: dict[int, BatchMemory],
+        memories: dict[int, BatchMemory],
         lookup: str = OFF,
         found: LookupMemory | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -83,7 +84,7 @@ class BatchController(BatchPlanner):
         self.acceptance, self.clock = acceptance, clock
         self.lookup, self.found = lookup, found or LookupMemory()
         self.plans: list[Plan] = [PLAIN, *plans]
-        self.costs, self.known = costs, known
+        self.costs, self.memories = costs, memories
         self._table: dict[tuple[int, Plan, int], float] = {}
         self._trial: Plan = PLAIN
         self._left = 0  # steps more that try it
@@ -136,26 +137,28 @@ class BatchController(BatchPlanner):
         if self._left > 0 and self._trial in rates:
             self._left -= 1
             return self._trial, True
-        known = self.of_size(texts)
+        memory = self.of_size(texts)
         rates[PLAIN] *= UPKEEP
-        best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == known.best else 1.0))
-        if best != known.best:
-            known.best, known.gap, known.due = best, FIRST_GAP, min(known.due, known.steps + FIRST_GAP)
-        known.steps += 1
-        if known.steps < known.due:
+        best = max(rates, key=lambda plan: rates[plan] * (BETTER if plan == memory.best else 1.0))
+        if best != memory.best:
+            memory.best, memory.gap, memory.due = best, FIRST_GAP, min(memory.due, memory.steps + FIRST_GAP)
+        memory.steps += 1
+        if memory.steps < memory.due:
             return best, False
         others = sorted((plan for plan in fit if plan != best), key=lambda plan: -rates[plan])
         others = [plan for plan in others if rates[plan] > CLOSE * rates[best]] or others[: best == PLAIN]
         if not others:
             return best, False
-        trial = min(others, key=lambda plan: known.tried.get(plan, -1))
-        self._trial, self._left, known.tried[trial] = trial, BURST - 1, known.steps
-        known.gap = min(2 * known.gap, LARGEST_GAP)
-        known.due = known.steps + known.gap
+        trial = min(others, key=lambda plan: memory.tried.get(plan, -1))
+        self._trial, self._left, memory.tried[trial] = trial, BURST - 1, memory.steps
+        memory.gap = min(2 * memory.gap, LARGEST_GAP)
+        memory.due = memory.steps + memory.gap
         return trial, True
 
     def of_size(self, texts: int) -> BatchMemory:
-        return self.known.setdefault(rounded(texts), BatchMemory())
+        if (memory := self.memories.get(rounded(texts))) is None:
+            memory = self.memories[rounded(texts)] = BatchMemory()
+        return memory
 
     def _seconds(self, plan: Plan, texts: int, length: int) -> float:
         key = texts, plan, length // COARSE
@@ -169,19 +172,20 @@ class BatchController(BatchPlanner):
         return tokens / self._step_seconds(plan, texts, length)
 
     def _step_seconds(self, plan: Plan, texts: int, length: int) -> float:
-        """Of a step, as slow as such steps were beside plain ones."""
-        return self._seconds(plan, texts, length) * self.of_size(texts).slowness.of(plan)
+        """Of a step: as computed, times what is the plan's own since then."""
+        return self._seconds(plan, texts, length) * self.of_size(texts).slowness.of(kind_of(plan))
 
     def learn(self, steps: list[StepRead], timed: bool = True) -> None:
         now = self.clock()
         if steps:
             texts, plan, length = len(steps), steps[0].plan, max(step.length for step in steps)
+            slowness = self.of_size(texts).slowness
+            if self._last is None or self._last[0] != texts:  # what is computed is wrong for all plans alike
+                slowness.pause()
             # A step behind one of another kind, or of other texts, has waited for more than itself.
-            if self._last is not None and self._last[0] != texts:  # what is computed is wrong for all plans alike
-                self.of_size(texts).slowness.pause()
-            if timed and self._last == (texts, plan) and now > self._read_at:
-                expected = self._seconds(plan, texts, length)
-                self.of_size(texts).slowness.learn(plan, (now - self._read_at) / expected, OWN)
+            expected = self._seconds(plan, texts, length)
+            if timed and self._last == (texts, plan) and now - self._read_at > 0 < expected:
+                slowness.learn(kind_of(plan), (now - self._read_at) / expected, OWN)
             self._last = texts, plan
             for step in steps:
                 if isinstance(plan, Drafted) and not plan.with_lookup:
@@ -215,7 +219,5 @@ def batch_planner(
     session = session_for(verifier, drafter)
     plans = [arm.plan for arm in session.memory.arms if isinstance(arm.plan, Drafted)]
     memory = session.memory
-    if session.of_batches is None:
-        session.of_batches = dict[int, BatchMemory]()
-    known = memory.acceptance, plans, session.costs, session.of_batches
-    return BatchController(*known, lookup, memory.lookup), session
+    planner = BatchController(memory.acceptance, plans, session.costs, session.of_batches, lookup, memory.lookup)
+    return planner, session

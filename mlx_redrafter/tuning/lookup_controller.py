@@ -118,7 +118,7 @@ class LookupController(LookupFollower):
         Args:
             plan: what would be drafted otherwise.
             length: tokens in the KV cache.
-            speed_of: tokens per second of that plan behind so many tokens.
+            speed_of: tokens per second without lookup behind so many tokens.
         """
         kind = self.kind
         if self.mode == ON:

@@ -75,7 +75,7 @@ class Session:
         self.verifier, self.key, self.drafter_digest = verifier, key, drafter_digest
         self.costs, self.measured_now = costs, measured_now
         self.memory = PairMemory(costs, acceptance, [PLAIN, *map(Drafted, shapes)])
-        self.of_batches: Any = None
+        self.of_batches: dict[int, Any] = {}
         self._structured: PairMemory | None = None
         self._fixed: dict[tuple[DraftShape, bool], PairMemory] = {}
         self._saved = acceptance.steps

@@ -33,18 +33,23 @@ MOST_ROWS = 24  # of a step with what a grammar forces
 COARSE = 64  # tokens of context that make no difference to a step's time
 
 
+def kind_of(plan: Plan) -> str:
+    """What a plan shares its own slowness with: lookups of any length, or a shape with and without lookup beside it."""
+    return str(plan.shape) if isinstance(plan, Drafted) else type(plan).__name__
+
+
 class Arm:
-    """A plan to choose, and how it went.
+    """A plan to choose, or a lookup, and how it went.
 
     Attributes:
-        kind: what it shares its own slowness with: lookups of any length are of one.
+        kind: what it shares its own slowness with, see `kind_of`.
         computed: seconds of a step as measured beforehand, by tokens of context.
-        fit: of a tree, accepted over expected draft tokens.
+        fit: of a tree, or beside a grammar, accepted over expected draft tokens.
         due, gap: the step from which on it may be tried again, and how long to wait after that.
     """
 
     def __init__(self, plan: Plan):
-        self.plan, self.kind = plan, LookedUp.__name__ if isinstance(plan, LookedUp) else str(plan)
+        self.plan, self.kind = plan, kind_of(plan)
         self.is_tree = isinstance(plan, Drafted) and plan.shape.beam_width > 1
         self.computed: dict[int, float] = {}
         self.fit = RunningShare(weight=8.0, memory=100.0)
@@ -75,20 +80,20 @@ class PairMemory:
         self._plain = self._arm_of.get(PLAIN) or Arm(PLAIN)
         self.slowness = Slowness()
         self.current: Arm | None = None
-        self._computed: dict[tuple[Plan, int], float] = {}
         self.steps, self.elapsed, self.spent = 0, 0.0, 0.0
 
     def arm(self, plan: Plan) -> Arm | None:
         """Where a plan's times are kept; None for one that is not among those to choose from, nor a lookup."""
-        if (arm := self._arm_of.get(plan)) is None and isinstance(plan, LookedUp):
+        return self._lookup_arm(plan) if isinstance(plan, LookedUp) else self._arm_of.get(plan)
+
+    def _lookup_arm(self, plan: LookedUp) -> Arm:
+        if (arm := self._arm_of.get(plan)) is None:
             arm = self._arm_of[plan] = Arm(plan)
         return arm
 
     def lookup_seconds(self, tokens: int, length: int) -> float:
         """Of a lookup of so many tokens behind so many."""
-        arm = self.arm(LookedUp(tokens))
-        assert arm is not None
-        return self.seconds(arm, length)
+        return self.seconds(self._lookup_arm(LookedUp(tokens)), length)
 
     def seconds(self, arm: Arm, length: int, at_best: bool = False) -> float:
         """Of a step behind so many tokens: as measured beforehand, times what is the plan's own since then.
@@ -104,7 +109,7 @@ class PairMemory:
         return self.computed(self._plain, length)
 
     def computed(self, arm: Arm, length: int) -> float:
-        """The same, as measured beforehand."""
+        """Of a step, as measured beforehand."""
         if (seconds := arm.computed.get(length // COARSE)) is None:
             seconds = arm.computed[length // COARSE] = self.costs.step_seconds(arm.plan, length)
         return seconds
@@ -174,6 +179,8 @@ class Controller(Planner):
         seconds, self._read_at, self._length = now - self._read_at, now, step.length
         if self.lookup is not None:
             self.lookup.learn(step)
+        if self._last is None:
+            self.memory.slowness.pause()
         if isinstance(step.plan, Forced) or len(step.forced) == len(step.tokens):
             return  # nobody was put to the test
         arm = self.memory.arm(step.plan)
@@ -198,11 +205,13 @@ class Controller(Planner):
         """Keeps a step, and its time where that says something."""
         memory, length = self.memory, step.length
         memory.steps += 1
-        if arm is None:
+        if arm is None:  # lookup has joined a tree
+            memory.elapsed += memory.costs.step_seconds(step.plan, length)
             return
-        if seconds is not None and seconds > 0:  # a clock may be too coarse
+        computed = memory.computed(arm, length)
+        if seconds is not None and seconds > 0 < computed:  # a clock may be too coarse
             own = OWN if isinstance(arm.plan, Drafted) else OTHERS_OWN
-            memory.slowness.learn(arm.kind, seconds / memory.computed(arm, length), own)
+            memory.slowness.learn(arm.kind, seconds / computed, own)
         usual = memory.seconds(arm, length)
         memory.elapsed += usual
         if isinstance(arm.plan, LookedUp):
@@ -235,10 +244,12 @@ class Controller(Planner):
             others = sorted(others, key=lambda arm: -self.rate(length, arm))[:1]
 
         def pays(arm: Arm) -> bool:
-            poor = self.current.plan != PLAIN != arm.plan and self.rate(length, arm) <= CLOSE * speed
+            both_draft = PLAIN not in (self.current.plan, arm.plan)
+            if both_draft and self.rate(length, arm) <= CLOSE * speed:
+                return False
+            seconds = memory.seconds(arm, length, at_best=arm.plan == PLAIN)
             # One more step is on its way when the last is read.
-            loss = (BURST + 1) * (memory.seconds(arm, length, arm.plan == PLAIN) - self.tokens(arm) / speed)
-            return not poor and loss <= left
+            return (BURST + 1) * (seconds - self.tokens(arm) / speed) <= left
 
         found = (arm for arm in others if memory.steps >= arm.due and pays(arm))
         return min(found, key=lambda arm: arm.due, default=None)

@@ -1,7 +1,7 @@
 """Tells a slow machine from a plan that is slow: both make steps take longer than computed.
 
 Knows nothing of what plans are. The machine's part changes all the time and is common to whatever is at work; a
-plan's own part stays. Steps of two plans close to one another tell their own parts apart, so a spell in which the
+plan's own part stays. Steps of two plans close to one another tell their own parts apart. So a spell in which the
 machine was slow does not stay with the plan that was in use meanwhile.
 """
 
@@ -9,32 +9,34 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Hashable
 
-# Steps in a row of one plan that are looked at together, by their median, as some wait for something else; and the
-# fewest that are: the last one before another plan waits for that plan's step to be built.
+# Steps of one plan are looked at together, by their median, as some wait for something else. The last one before
+# another plan waits for that plan's step to be built: fewer than so many say nothing.
 TOGETHER, FEWEST = 4, 3
-MACHINE = 0.08  # by how much (of its logarithm) the machine's part changes from one look to the next
-PAUSE = 0.2  # by how much more after a pause
+OLD = 16  # steps of other plans, after which a step that was not looked at yet is forgotten
+# Standard deviations of logarithms. What may change from one look to the next: the machine's part, and a plan's own.
+MACHINE, CHANGE = 0.08, 0.004
+PAUSE = 0.2  # the machine's part in a pause
 NOISE = 0.15  # of a look
-FARTHEST = 3.0  # standard deviations that a look counts at most: a reader may pause for as long as he likes
-CHANGE = 0.004  # and a plan's own part
+FARTHEST = 3.0  # times its standard deviation that a look counts at most: readers pause for as long as they like
 
 
 class Slowness:
     """Measured over computed seconds of steps, as the machine's part times the plan's own.
 
-    The logarithms of the parts are followed by a Kalman filter, their sum being what is seen. Plain lists: beside a
-    model at work, whose weights pass through all caches, a call of NumPy's takes longer than this arithmetic.
-
+    The logarithms of the parts are followed by a Kalman filter, their sum being what is seen. It works on plain
+    lists: beside a model at work, whose weights pass through all caches, a call of NumPy's takes longer.
     """
 
     def __init__(self) -> None:
         self._places: dict[Hashable, int] = {}  # of the plans' parts; the machine's has place 0
         self._mean, self._covariance = [0.0], [[1.0]]
+        self._waiting: dict[Hashable, list[tuple[int, float]]] = defaultdict(list)  # steps and ratios, by plan
+        self._steps = 0
         self._plan: Hashable = None
         self._own = 1.0
-        self._ratios: list[float] = []  # of its last steps, not looked at yet
 
     def learn(self, plan: Hashable, ratio: float, own: float) -> None:
         """Takes the measured over the computed seconds of a step.
@@ -43,15 +45,18 @@ class Slowness:
             own: standard deviation of the logarithm of the plan's own part, before any of its steps was seen.
         """
         if plan != self._plan:
-            self._look()
+            if len(self._waiting[self._plan]) >= FEWEST:
+                self._look()
             self._plan, self._own = plan, own
-        self._ratios.append(ratio)
-        if len(self._ratios) == TOGETHER:
+        self._steps += 1
+        waiting = [(step, seen) for step, seen in self._waiting[plan] if self._steps - step <= OLD]
+        self._waiting[plan] = [*waiting, (self._steps, ratio)]
+        if len(waiting) + 1 == TOGETHER:
             self._look()
 
     def pause(self) -> None:
         """Says that the next steps may find the machine faster or slower than the last ones did."""
-        self._look()
+        self._waiting.clear()
         self._covariance[0][0] += PAUSE**2
 
     def of(self, plan: Hashable) -> float:
@@ -60,14 +65,11 @@ class Slowness:
         return 1.0 if at is None else math.exp(self._mean[at])
 
     def at_best(self, plan: Hashable) -> float:
-        """The same; of a plan of which no step was seen as if it alone were not slow."""
+        """The same; for a plan never seen as if the machine were not slow, and only the other plans were."""
         return self.of(plan) if plan in self._places else min(1.0, math.exp(-self._mean[0]))
 
     def _look(self) -> None:
-        ratios, self._ratios = self._ratios, []
-        if len(ratios) < FEWEST:
-            return
-        seen = math.log(statistics.median(ratios))
+        seen = math.log(statistics.median(ratio for _, ratio in self._waiting.pop(self._plan)))
         at = self._places.get(self._plan) or self._add()
         mean, covariance = self._mean, self._covariance
         for place, row in enumerate(covariance):

@@ -101,9 +101,12 @@ def _beyond(times: dict[int, float], at: int) -> float:
 
 
 def _line(times: dict[int, float], at: int, before: bool = False) -> float:
-    """On the line through the first and the last point; flat before the first unless `before`."""
+    """On the line through the first and the last point; flat before the first unless `before`.
+
+    More never takes less: where it was measured to, the line is flat, or it would fall below zero far out.
+    """
     low, high = min(times), max(times)
     if low == high:
         return times[low]
     share = (at - low) / (high - low)
-    return times[low] + (times[high] - times[low]) * (share if before else max(0.0, share))
+    return times[low] + max(0.0, times[high] - times[low]) * (share if before else max(0.0, share))

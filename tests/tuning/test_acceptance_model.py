@@ -169,3 +169,29 @@ def test_shares_of_several_tries():
     share.learn(3, 2.0)
     share.learn(1, 2.0)
     assert share.share(1.0) == pytest.approx(1.0)
+
+
+def test_a_text_has_its_own_counts():
+    """If this fails, an easy text is drafted for as a hard one, or a text tells the next one nothing."""
+    all_texts, shape = AcceptanceModel(), DraftShape()
+    easy, hard = AcceptanceModel(above=all_texts), AcceptanceModel(above=all_texts)
+    for _ in range(30):
+        easy.learn(chain(3))
+        hard.learn(chain(0))
+    new = AcceptanceModel(above=all_texts)
+    assert all_texts.steps == 60 and easy.steps == hard.steps == 30
+    assert new.shares()[0] == pytest.approx(all_texts.shares()[0]) and new.expected(shape) == pytest.approx(all_texts.expected(shape))
+    assert hard.expected(shape) < 0.3 < 1.0 < new.expected(shape) < 2.0 < 2.4 < easy.expected(shape)
+    before = all_texts.to_dict()
+    easy.fade(0.25)
+    assert all_texts.to_dict() == before and easy.expected(shape) < 2.8
+
+
+def test_a_text_heeds_what_others_teach_meanwhile():
+    """If this fails, a text that decodes plainly never hears that the drafter has become good."""
+    all_texts, shape = AcceptanceModel(), DraftShape()
+    waiting, other = AcceptanceModel(above=all_texts), AcceptanceModel(above=all_texts)
+    before = waiting.expected(shape), waiting.shares()[0][0]
+    for _ in range(100):
+        other.learn(chain(3))
+    assert waiting.expected(shape) > before[0] + 0.5 and waiting.shares()[0][0] > before[1] + 0.2

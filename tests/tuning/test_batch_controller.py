@@ -11,6 +11,7 @@ from mlx_redrafter.tuning.batch_controller import (
     BatchController,
     rounded,
 )
+from mlx_redrafter.tuning.shape_controller import kind_of
 
 CHAINS = [Drafted(DraftShape(1, n + 1, n)) for n in (1, 3, 7)]
 
@@ -97,7 +98,22 @@ def test_steps_behind_prompts_do_not_count():
         plan = controller.plan(2, 100)
         device.now += 50.0
         controller.learn([StepRead(plan, [5], 100)] * 2, timed=False)
-    assert known[2].slowness.of(plan) == 1.0
+    assert known[2].slowness.of(kind_of(plan)) == 1.0
+
+
+def test_another_number_of_texts_is_no_plans_fault():
+    """If this fails, a batch that grows blames the plan in use for what a step of more texts takes."""
+
+    def blamed(texts, slower):
+        device, known = Device(), {}
+        controller = controller_on(device, known)
+        device.run(controller, 4, 24)
+        device.slower = dict.fromkeys([PLAIN, *CHAINS], slower)
+        plans = device.run(controller, texts, 6)
+        return known[4].slowness.of(kind_of(plans[-1]))
+
+    assert blamed(4, 1.0) == blamed(3, 1.0) == pytest.approx(1.0)
+    assert blamed(3, 1.4) < 1 + 0.75 * (blamed(4, 1.4) - 1)
 
 
 def looks_up(plan):

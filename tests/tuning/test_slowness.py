@@ -88,6 +88,26 @@ def test_the_last_steps_before_another_plan_count_together_or_not_at_all():
     assert beside(slowness, "plain", "chain") == pytest.approx(1.0)
 
 
+def test_texts_that_take_turns():
+    """If this fails, two texts with plans of their own, step by step in turn, teach nothing."""
+    slowness = Slowness()
+    for _ in range(40):
+        slowness.learn("plain", 1.0, OWN)
+        slowness.learn("chain", 1.5, OWN)
+    assert beside(slowness, "chain", "plain") == pytest.approx(1.5, rel=0.1)
+
+
+def test_steps_of_long_ago_are_not_looked_at():
+    """If this fails, what was left of a trial is taken for what the machine is like much later."""
+    slowness = Slowness()
+    steps(slowness, "chain", 1.0)
+    for _ in range(2):
+        slowness.learn("longer", 3.0, OWN)
+    steps(slowness, "chain", 1.0, looks=5)
+    steps(slowness, "longer", 1.0, looks=2)
+    assert beside(slowness, "longer", "chain") == pytest.approx(1.0)
+
+
 def test_what_is_the_same_for_all_after_a_pause():
     """If this fails, the plan that happens to be in use when a batch grows is blamed for what all plans take."""
 

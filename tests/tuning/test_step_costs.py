@@ -70,3 +70,11 @@ def test_damaged_costs_are_refused(damage):
     fields = json.loads(json.dumps(made_up(lambda rows: 1.0).to_dict()))
     with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
         Costs.from_dict(fields | damage)
+
+
+def test_noise_does_not_make_long_contexts_free():
+    """If this fails, costs measured on a busy machine fall below zero far out, and what is computed from them fails."""
+    costs = Costs({128: {1: 3.0, 4: 4.0}, 448: {1: 2.0, 4: 1.0}}, {128: 3.0, 448: 1.0}, {1: {2: 1.0, 5: 0.5}})
+    for length in (0, 128, 448, 10_000):
+        assert costs.step_seconds(PLAIN, length) == 3.0
+        assert costs.step_seconds(Drafted(DraftShape(1, 9, 8)), length) == 5.0
