@@ -180,7 +180,9 @@ def test_a_text_has_its_own_counts():
         hard.learn(chain(0))
     new = AcceptanceModel(above=all_texts)
     assert all_texts.steps == 60 and easy.steps == hard.steps == 30
-    assert new.shares()[0] == pytest.approx(all_texts.shares()[0]) and new.expected(shape) == pytest.approx(all_texts.expected(shape))
+    assert new.shares()[0] == pytest.approx(all_texts.shares()[0]) and new.expected(shape) == pytest.approx(
+        all_texts.expected(shape)
+    )
     assert hard.expected(shape) < 0.3 < 1.0 < new.expected(shape) < 2.0 < 2.4 < easy.expected(shape)
     before = all_texts.to_dict()
     easy.fade(0.25)
