@@ -108,6 +108,20 @@ def test_steps_of_long_ago_are_not_looked_at():
     assert beside(slowness, "longer", "chain") == pytest.approx(1.0)
 
 
+def test_however_long_a_reader_pauses():
+    """If this fails, a reader who comes back an hour later finds a plan given up."""
+
+    def after(ratio):
+        slowness = Slowness()
+        for _ in range(3):
+            steps(slowness, "plain", 1.0)
+            steps(slowness, "chain", 1.0)
+        steps(slowness, "chain", ratio, looks=1)
+        return beside(slowness, "chain", "plain")
+
+    assert after(1e6) == pytest.approx(after(1e3)) and after(1e6) < 1.3
+
+
 def test_what_is_the_same_for_all_after_a_pause():
     """If this fails, the plan that happens to be in use when a batch grows is blamed for what all plans take."""
 
