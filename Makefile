@@ -22,8 +22,9 @@ FAST := tests/test_architecture.py tests/target tests/drafting tests/decoding te
 test-fast: $(STAMP)
 	$(TESTS) -m "not slow and not model" $(FAST)
 
+# One after the other: some start several processes that need the cores for themselves.
 test-slow: $(STAMP)-torch $(ASSISTANT)
-	$(TESTS) -m slow
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
