@@ -185,7 +185,7 @@ def _looked_at(step: StepRead) -> Iterator[tuple[int, int, int]]:
 
 def _chain(first: list[float], shape: DraftShape) -> list[float]:
     """The probability of each node of a chain."""
-    nodes = shape.as_chain().num_draft_tokens
+    nodes = min(shape.beam_length - 1, shape.num_draft_tokens)
     known = first[:nodes] + first[-1:] * (nodes - DEPTHS)
     return list(itertools.accumulate(known, operator.mul))
 
