@@ -8,6 +8,7 @@ cost a small share of all time, and one that did not help is waited for twice as
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ MOST_ROWS = 24  # of a step with what a grammar forces
 COARSE = 64  # tokens of context that make no difference to a step's time
 
 
+@functools.cache  # a batch asks for every plan in every step
 def kind_of(plan: Plan) -> str:
     """What a plan shares its own slowness with: lookups of any length, or a shape with and without lookup beside it."""
     return str(plan.shape) if isinstance(plan, Drafted) else type(plan).__name__
@@ -179,10 +181,10 @@ class Controller(Planner):
         seconds, self._read_at, self._length = now - self._read_at, now, step.length
         if self.lookup is not None:
             self.lookup.learn(step)
-        if self._last is None:
-            self.memory.slowness.pause()
         if isinstance(step.plan, Forced) or len(step.forced) == len(step.tokens):
             return  # nobody was put to the test
+        if self._last is None:
+            self.memory.slowness.pause()
         arm = self.memory.arm(step.plan)
         kind = step.plan if arm is None else arm.kind
         # A step behind one of another kind has waited for it, or met cold caches.

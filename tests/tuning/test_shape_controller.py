@@ -186,7 +186,9 @@ def test_what_a_grammar_forces_is_no_plans_merit():
     memory, now, plans = new_memory(plans=[PLAIN, CHAIN]), 0.0, []
     memory.structured = True
     assert choice(memory) == CHAIN
-    controller = Controller(memory, clock=lambda: now)
+    controller, pauses = Controller(memory, clock=lambda: now), []
+    memory.slowness.pause = lambda: pauses.append(now)
+    controller.learn(StepRead(Forced(5), [1] * 6, 128, forced=range(5)))
     for _ in range(400):
         plans.append(controller.plan())
         now += COSTS.step_seconds(plans[-1], 128)
@@ -196,6 +198,7 @@ def test_what_a_grammar_forces_is_no_plans_merit():
         now += 50.0  # of a step that is the grammar's alone
         controller.learn(StepRead(Forced(5), [1] * 6, 128, forced=range(5)))
         assert state(memory) == before
+    assert len(pauses) == 1 and pauses[0] > 0  # the first step that somebody drafted
     assert choice(memory) == PLAIN and CHAIN in plans[40:] and plans[40:].count(CHAIN) < 40  # tried in vain
     assert Controller(memory).tokens(memory.arm(CHAIN)) < 1.3 and memory.acceptance.first[0].tries == 0
 
