@@ -158,6 +158,7 @@ def _inspect_drafter(folder: pathlib.Path, found: Inspection, files: list[pathli
                 found.about += f", reads hidden states behind layers {', '.join(map(str, layers))}"
             if window := getattr(config, "prefix_window", 0):
                 found.about += f", attends to {window} tokens"
+                found.about += f" in {config.prefix_layers} layers" if config.prefix_layers > 1 else ""
             if config.target_fingerprint:
                 found.about += f", made for {config.target_fingerprint.get('name', 'a target of unknown name')}"
             else:

@@ -117,9 +117,11 @@ class HeadConfig(abc.ABC):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of a config.json; what is not used is not said, but for some."""
+        """The keys of a config.json; what is not used, or is as usual, is not said, but for some."""
         fields = {"model_type": self.model_type, **dataclasses.asdict(self)}
-        return {name: value for name, value in fields.items() if value or name in self.said}
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        used = {name for name, value in fields.items() if value and value != usual.get(name)}
+        return {name: value for name, value in fields.items() if name in used or name in self.said}
 
 
 def check_quantization(bits: int, group_size: int) -> None:

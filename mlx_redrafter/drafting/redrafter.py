@@ -22,7 +22,7 @@ most frequent tokens only, or ties O to the target's own output layer and stores
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,6 +39,7 @@ from mlx_redrafter.drafting.shape import LONGEST_BEAM
 from mlx_redrafter.errors import UserError
 
 MODEL_TYPE = "recurrent_drafting_drafter"
+R = TypeVar("R", bound="RecurrentDrafter")
 
 
 @dataclasses.dataclass
@@ -56,7 +57,8 @@ class DrafterConfig(HeadConfig):
         context_layers: hidden states of the target that h is made of, by the number of layers passed,
             rising; the number of all layers stands for the last one, after the final norm. None of
             them: h is the last one alone, as in Apple's weights.
-        prefix_window: committed tokens that prefix attention reads; 0 where there is none.
+        prefix_window: rows of committed tokens that a row of prefix attention attends to; 0 where there is none.
+        prefix_layers: its layers.
         output_norm: z is normalised before O, as targets do; no part of Apple's weights.
         tie_output: O is the target's own output layer, or those of its rows that can be
             drafted; needs exit_dim = hidden_size.
@@ -70,6 +72,7 @@ class DrafterConfig(HeadConfig):
     draft_vocab_size: int | None = None
     context_layers: tuple[int, ...] = ()
     prefix_window: int = 0
+    prefix_layers: int = 1
     output_norm: bool = False
     tie_output: bool = False
     model_type = MODEL_TYPE
@@ -111,7 +114,10 @@ class DrafterConfig(HeadConfig):
         if (layers := fields.get("context_layers")) is not None and not are_layers(layers):
             raise UserError(f"{source}: context_layers is {layers!r}, expected a list of rising numbers from 1 on")
         values["context_layers"] = tuple(layers or ())
-        values["prefix_window"] = whole_number({"prefix_window": 0} | fields, "prefix_window", 0, source)
+        for key, usual in (("prefix_window", 0), ("prefix_layers", 1)):
+            values[key] = whole_number({key: usual} | fields, key, usual, source)
+        if values["prefix_layers"] > 1 and not values["prefix_window"]:
+            raise UserError(f"{source}: prefix_layers is {values['prefix_layers']}, which needs a prefix_window")
         return cls(**values).with_notes(fields, source)
 
     def widths(self) -> dict[str, int]:
@@ -157,7 +163,8 @@ class RecurrentDrafter(ScoringDrafter):
             self.input_proj_context = nn.Linear(config.context_size, exit_dim)
             self.input_proj_state = nn.Linear(hidden, exit_dim, bias=False)
         if config.prefix_window:
-            self.prefix = PrefixAttention(config.context_size, hidden, exit_dim, config.prefix_window)
+            shape = config.prefix_window, config.prefix_layers
+            self.prefix = PrefixAttention(config.context_size, hidden, exit_dim, *shape)
         self.blocks = [ResidualBlock(exit_dim) for _ in range(config.num_draft_layers)]
         if config.output_norm:
             self.output_norm = nn.RMSNorm(exit_dim, eps=1e-6)
@@ -166,6 +173,11 @@ class RecurrentDrafter(ScoringDrafter):
     @property
     def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.config.context_layers
+
+    def fill(self: R, weights: dict[str, mx.array], source: str) -> R:
+        """As any drafter's; of files written when prefix attention had one layer, under the name "layer", too."""
+        old, new = "prefix.layer.", "prefix.layers.0."
+        return super().fill({name.replace(old, new): value for name, value in weights.items()}, source)
 
     def project_context(self, context: mx.array) -> mx.array:
         """The part of the head that reads only the context h; once per step.

@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " and all of the layers)")  # fmt: skip
     add("--prefix-window", type=whole(1), metavar="TOKENS", help="prefix attention: a recurrent head also reads so many"
         " tokens of the text (default: none)")  # fmt: skip
+    add("--prefix-layers", type=whole(1, 64), help="layers of prefix attention (default: 1)")
     add("--output-norm", nargs=0, default=False, help="normalise what a recurrent head's output layer reads")
     add("--draft-vocab-size", type=whole(1), help="draft only so many tokens, the most frequent ones (default: all)")
     add("--output-layer", choices=OUTPUTS, help="begin from the target's output layer (default)"

@@ -125,6 +125,9 @@ def test_drafters(tmp_path, capsys):
     assert unconverted["parameters"] == found["parameters"]
     make_drafter(context_layers=(1, 4, 9)).save(tmp_path / "layers")
     assert inspected(capsys, tmp_path / "layers")["about"].endswith(", reads hidden states behind layers 1, 4, 9")
+    for layers, words in ((1, ", attends to 8 tokens"), (2, ", attends to 8 tokens in 2 layers")):
+        make_drafter(prefix_window=8, prefix_layers=layers).save(tmp_path / f"prefix{layers}")
+        assert inspected(capsys, tmp_path / f"prefix{layers}")["about"].endswith(words)
     drafter.quantize(32, 4)
     drafter.config.target_fingerprint = None
     drafter.save(tmp_path / "q")

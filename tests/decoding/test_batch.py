@@ -77,6 +77,7 @@ def finish(batch, texts):
     "drafter",
     [
         pytest.param(make_drafter(prefix_window=5), id="prefix"),
+        pytest.param(make_drafter(prefix_window=5, prefix_layers=2), id="prefix of two layers"),
         pytest.param(MedusaHeads(MedusaConfig(97, 32, 3, 1)), id="medusa"),
         pytest.param(DraftModel(make_model(seed=1), None), id="model"),
         pytest.param(eagle_head(), id="eagle"),
@@ -116,9 +117,10 @@ def test_a_drafters_cache_is_as_long_as_its_texts(model):
                 assert cache.bound <= longest + 2 * 5
 
 
-def test_what_prefix_attention_drafts_is_what_it_drafts_alone(model):
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_prefix_attention_drafts_is_what_it_drafts_alone(model, layers):
     """If this fails, prefix attention reads another text's rows: drafts get worse, texts do not."""
-    drafter = make_drafter(prefix_window=5)
+    drafter = make_drafter(prefix_window=5, prefix_layers=layers)
 
     def accepted(prompts):
         planner = Noted(TREE)

@@ -101,6 +101,8 @@ def test_quantising_needs_fitting_widths():
         ({"context_layers": [3, 2]}, r"context_layers is \[3, 2\], expected a list of rising numbers from 1 on"),
         ({"context_layers": []}, r"context_layers is \[\], expected"),
         ({"context_layers": 4}, "context_layers is 4, expected"),
+        ({"prefix_window": 9, "prefix_layers": 0}, "prefix_layers is 0, expected a whole number from 1"),
+        ({"prefix_layers": 2}, "prefix_layers is 2, which needs a prefix_window"),
         ({"context_layers": [1, 2]}, r"tensor 'input_proj_context.weight' has shape \(32, 32\), expected \(32, 64\)"),
         ({"vocab_size": 96}, r"tensor 'lm_head.weight' has shape \(97, 32\), expected \(96, 32\)"),
         (
@@ -147,3 +149,26 @@ def test_config_round_trip():
         config = DrafterConfig(10, 4, 8, 1, True, context_layers=layers)
         written = json.loads(json.dumps(config.to_dict()))
         assert DrafterConfig.from_dict(written, "x") == config and ("context_layers" in written) == bool(layers)
+    for deep in (1, 2):
+        config = DrafterConfig(10, 4, 8, 1, False, prefix_window=9, prefix_layers=deep)
+        written = json.loads(json.dumps(config.to_dict()))
+        assert DrafterConfig.from_dict(written, "x") == config and ("prefix_layers" in written) == (deep > 1)
+        assert written["rnn"] is False and written["num_draft_layers"] == 1
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_one_layer_of_prefix_attention_under_its_name_of_before(tmp_path, quantised):
+    """If this fails, drafters that were trained when prefix attention had one layer cannot be read any more."""
+    drafter = make_drafter(hidden=64, vocab=128, exit_dim=64, prefix_window=5)
+    if quantised:
+        drafter.quantize(group_size=32, bits=4)
+    drafter.save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = mx.load(str(file))
+    old = {name.replace("prefix.layers.0.", "prefix.layer."): value for name, value in weights.items()}
+    assert len(old.keys() - weights.keys()) == (23 if quantised else 9)
+    mx.save_safetensors(str(file), old)
+    again, rows = open_drafter(tmp_path), (mx.random.normal((1, 7, 64)), mx.random.normal((1, 7, 64)))
+    assert mx.array_equal(again.prefix(*rows), drafter.prefix(*rows))
+    again.save(tmp_path / "new")
+    assert mx.load(str(tmp_path / "new" / "model.safetensors")).keys() == weights.keys()

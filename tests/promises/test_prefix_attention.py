@@ -22,13 +22,16 @@ def written(model, tokenizer, prompt, drafter, shape=TREE, **options):
     return [r.token for r in responses][:COUNT]
 
 
-@pytest.mark.parametrize("module", ["llama", "qwen3", "gemma3_text", "qwen3_moe", "qwen3_next"])
-def test_texts(module, tokenizer):
+ONE_LAYER = [(module, 1) for module in ("llama", "qwen3", "gemma3_text", "qwen3_moe", "qwen3_next")]
+
+
+@pytest.mark.parametrize(("module", "deep"), [*ONE_LAYER, ("llama", 2)])
+def test_texts(module, deep, tokenizer):
     """If this fails, prefix attention changes the text."""
     model = small_models.build(module)
     target = Target.of(model)
     layers = (1, target.num_layers)
-    drafter = random_drafter(target, context_layers=layers, prefix_window=5)
+    drafter = random_drafter(target, context_layers=layers, prefix_window=5, prefix_layers=deep)
     for choose in (greedy, position_keyed(0.8, seed=3)):
         plain = written(model, tokenizer, PROMPT, None, chooser=choose)
         assert written(model, tokenizer, PROMPT, drafter, chooser=choose, prefill_step_size=3) == plain
@@ -36,10 +39,11 @@ def test_texts(module, tokenizer):
         assert written(model, tokenizer, PROMPT, drafter, "auto", chooser=choose) == plain
 
 
-def test_a_conversation(tokenizer):
+@pytest.mark.parametrize("deep", [1, 2])
+def test_a_conversation(deep, tokenizer):
     """If this fails, a head with prefix attention cannot go on from a prompt cache."""
     model = small_models.build("llama")
-    drafter = random_drafter(Target.of(model), prefix_window=5)
+    drafter = random_drafter(Target.of(model), prefix_window=5, prefix_layers=deep)
     cache = make_prompt_cache(model)
     first = written(model, tokenizer, PROMPT[:4], drafter, prompt_cache=cache)
     kept = [*PROMPT[:4], *first]

@@ -57,8 +57,8 @@ HEADS = {
 }
 
 
-WHOLE_ROWS = ("--context-layers", "1", "2", "3", "--prefix-window", "16", "--output-norm", "--learn-prompts",
-    "--loss-vocab", "64")  # fmt: skip
+WHOLE_ROWS = ("--context-layers", "1", "2", "3", "--prefix-window", "16", "--prefix-layers", "2", "--output-norm",
+    "--learn-prompts", "--loss-vocab", "64")  # fmt: skip
 FAST = ("4 bit, trained for it, reduced vocabulary, two layers",)  # a tied one is in `test_a_quantised_target`
 
 

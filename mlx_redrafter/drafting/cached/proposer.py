@@ -153,7 +153,7 @@ class PrefixProposer(RememberingProposer, RecurrentProposer):
     def __init__(self, drafter: RecurrentDrafter, embed: Embedder, temperature: float = 1.0):
         RecurrentProposer.__init__(self, drafter, embed, temperature)
         RememberingProposer.__init__(self, drafter, PrefixReader(drafter.prefix, embed))
-        self.prefix_window = drafter.config.prefix_window
+        self.prefix_window = drafter.prefix.reach
 
     def project(self, context: mx.array) -> mx.array:
         _, added = self.memory.last()

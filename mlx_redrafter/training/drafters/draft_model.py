@@ -41,8 +41,8 @@ class DraftModel(Method):
     reads_tokens = True
     foreign = (
         *("exit_dim", "num_draft_layers", "no_rnn", "draft_vocab_size", "output_layer", "tree_size", "q_bits"),
-        *("q_aware", "step_weights", "step_shares", "context_layers", "prefix_window", "output_norm"),
-        *("loss_vocab", "learn_prompts", "dropout", "expected"),
+        *("q_aware", "step_weights", "step_shares", "context_layers", "prefix_window", "prefix_layers"),
+        *("output_norm", "loss_vocab", "learn_prompts", "dropout", "expected"),
     )
     use = 'mlx_lm.generate --model {model} --draft-model THIS_DIRECTORY --prompt "..."'
 

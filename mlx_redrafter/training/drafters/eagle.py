@@ -38,7 +38,10 @@ class Eagle(Method):
     title = "An EAGLE-3 head"
     kind = EagleHead
     reads_tokens = True
-    foreign = ("exit_dim", "num_draft_layers", "no_rnn", "prefix_window", "output_norm", "tree_size")
+    foreign = (
+        *("exit_dim", "num_draft_layers", "no_rnn", "prefix_window", "prefix_layers", "output_norm"),
+        "tree_size",
+    )
 
     def check(self, args: argparse.Namespace) -> None:
         super().check(args)

@@ -30,8 +30,8 @@ class Medusa(Method):
     kind = MedusaHeads
     reads_tokens = False
     foreign = (
-        *("exit_dim", "no_rnn", "context_layers", "prefix_window", "output_norm", "draft_vocab_size"),
-        "loss_vocab",
+        *("exit_dim", "no_rnn", "context_layers", "prefix_window", "prefix_layers", "output_norm"),
+        *("draft_vocab_size", "loss_vocab"),
     )
 
     def check(self, args: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ from mlx_redrafter.training.drafters.kinds import METHODS
 
 # Of the drafter itself: one that --init names has them already.
 SHAPE = (
-    *("exit_dim", "num_draft_layers", "no_rnn", "context_layers", "prefix_window", "output_norm"),
-    *("draft_vocab_size", "output_layer"),
+    *("exit_dim", "num_draft_layers", "no_rnn", "context_layers", "prefix_window", "prefix_layers"),
+    *("output_norm", "draft_vocab_size", "output_layer"),
 )
 
 

@@ -37,6 +37,8 @@ class ReDrafter(Method):
         if args.context_layers is not None and not are_layers(args.context_layers):
             given = " ".join(map(str, args.context_layers))
             raise UserError(f"{flag('context_layers')} {given}: expected rising numbers of layers")
+        if args.prefix_layers is not None and args.prefix_window is None and args.init is None:
+            raise UserError("--prefix-layers needs --prefix-window")
 
     def check_for(self, args: argparse.Namespace, target: Target) -> None:
         target.check_layers(tuple(args.context_layers or ()), flag("context_layers"))
@@ -48,9 +50,10 @@ class ReDrafter(Method):
 
     def shape_flags(self, drafter: RecurrentDrafter) -> dict[str, Any]:
         same = ("exit_dim", "num_draft_layers", "draft_vocab_size")
-        layers, window = list(drafter.context_layers) or None, drafter.config.prefix_window or None
-        found = {name: getattr(drafter.config, name) for name in same}
-        return found | {"context_layers": layers, "prefix_window": window}
+        config, found = drafter.config, {name: getattr(drafter.config, name) for name in same}
+        window, deep = (config.prefix_window, config.prefix_layers) if config.prefix_window else (None, None)
+        layers = list(drafter.context_layers) or None
+        return found | {"context_layers": layers, "prefix_window": window, "prefix_layers": deep}
 
     def new(self, args: argparse.Namespace, target: Target, rows: Rows) -> RecurrentDrafter:
         layers = tuple(args.context_layers or ())
@@ -63,6 +66,7 @@ class ReDrafter(Method):
             draft_vocab_size=args.draft_vocab_size,
             context_layers=() if layers == (target.num_layers,) else layers,
             prefix_window=args.prefix_window or 0,
+            prefix_layers=args.prefix_layers or 1,
             output_norm=args.output_norm,
             tie_output=args.output_layer == TIED,
         )
@@ -92,5 +96,6 @@ class ReDrafter(Method):
         blocks = f"{config.num_draft_layers} residual blocks"
         layers = f"context of layers {', '.join(map(str, config.context_layers))}, " if config.context_layers else ""
         if config.prefix_window:
-            layers += f"prefix attention over {config.prefix_window} tokens, "
+            deep = f" of {config.prefix_layers} layers" if config.prefix_layers > 1 else ""
+            layers += f"prefix attention{deep} over {config.prefix_window} tokens, "
         return f"{recurrence}, {layers}exit_dim {config.exit_dim}, {blocks}, output layer: {output}"

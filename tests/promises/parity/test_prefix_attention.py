@@ -16,14 +16,14 @@ from torch_reference import prefix_attention as reference  # noqa: E402
 from torch_reference.pairs import to_numpy, worst  # noqa: E402
 
 
-@pytest.mark.parametrize(("hidden", "heads", "window"), [(128, 2, 5), (48, 1, 30)])
-def test_the_layer(hidden, heads, window):
-    """If this fails, the layer is another function than its documentation says."""
+@pytest.mark.parametrize(("hidden", "heads", "window", "layers"), [(128, 2, 5, 1), (48, 1, 30, 1), (128, 2, 5, 2)])
+def test_the_layers(hidden, heads, window, layers):
+    """If this fails, the layers are another function than their documentation says."""
     torch.manual_seed(1)
-    theirs = reference.PrefixAttention(3 * hidden, hidden, 40, window, heads).to(DEVICE)
-    ours = PrefixAttention(3 * hidden, hidden, 40, window)
-    weights = {name.removesuffix(".weight"): mx.array(to_numpy(value)) for name, value in theirs.state_dict().items()}
-    ours.load_weights([(f"{reference.NAMES[name]}.weight", value) for name, value in weights.items()])
+    theirs = reference.PrefixAttention(3 * hidden, hidden, 40, window, heads, layers).to(DEVICE)
+    ours = PrefixAttention(3 * hidden, hidden, 40, window, layers)
+    weights = theirs.state_dict().items()
+    ours.load_weights([(reference.our_name(name), mx.array(to_numpy(value))) for name, value in weights])
     contexts, embeddings = torch.randn(12, 3 * hidden, device=DEVICE), torch.randn(12, hidden, device=DEVICE)
     with torch.no_grad():
         expected = theirs(contexts, embeddings)

@@ -151,6 +151,7 @@ def test_going_on_from_a_head(trained, stories, tmp_path, capsys):
         (["--context-layers", "1", "2"], "--context-layers 1 2: expected 3 rising numbers of layers"),
         (["--context-layers", "1", "2", "9"], "--method eagle: layer 9 is to be read, but the target has 3 layers"),
         (["--prefix-window", "9"], "--prefix-window does not apply to --method eagle"),
+        (["--prefix-layers", "2"], "--prefix-layers does not apply to --method eagle"),
         (["--q-bits", "4", "--q-group-size", "128"], "does not divide the drafter's hidden_size 64"),
         (["--draft-vocab-size", "513"], "--draft-vocab-size is 513, expected at most 512"),
     ):
