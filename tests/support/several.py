@@ -39,8 +39,9 @@ from mlx_lm.utils import load_tokenizer  # isort: skip
 
 
 def ours(said: str) -> list[str]:
-    """Lines that processes of ours have said; MLX's ring says its own in pieces, also in front of ours."""
-    return [line for line in re.sub(r"\[ring\].*?(?=mlx-redrafter|$)", "", said, flags=re.M).splitlines() if line]
+    """Lines that processes of ours have said; MLX's ring says its own in pieces, in front of ours and behind them."""
+    left = re.sub(r"\[ring\].*?(?=mlx-redrafter|$)", "", said, flags=re.M)
+    return [line.strip() for line in left.splitlines() if re.search("[a-zA-Z]", line)]
 
 
 def every_third(tokens: mx.array, logits: mx.array) -> mx.array:
