@@ -1,4 +1,4 @@
-"""Which shape pays on this device, and when: measured costs, running averages, controllers.
+"""Which shape pays on this device, and when: measured costs, what drafts bring, what steps take, controllers.
 
 Knows nothing of text.
 """

@@ -1,21 +1,29 @@
-"""Expects how many draft tokens of a shape are accepted, from how often drafts were right.
+"""Expects how many draft tokens of a shape, or of a lookup, are accepted, from how often drafts were right.
 
-Knows nothing of time. Every share is a conditional one: of the steps that got to a node and
-had a child of that rank there to check, how many took it. So steps of any shape tell about
+Knows nothing of time. Every share of a drafter's is a conditional one: of the steps that got to a node
+and had a child of that rank there to check, how many took it. So steps of any shape tell about
 all others, and a tree that ended early counts neither for nor against what it did not hold
 (Kaplan and Meier's estimate, with depth in place of time). Texts differ more from one another
 than within themselves, so each has its own counts, with those of all texts as the assumption;
 those of a batch go by all texts alone.
+
+The text is the same whoever proposes. So what a lookup would have brought at a step is known
+once the text has gone on: the host looks the same tokens up in its own index and compares.
+Texts repeat themselves in stretches, so how far a lookup will be right is told by for how
+many tokens lookups have been right so far.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from mlx_redrafter.decoding.planner import StepRead
+from mlx_redrafter.drafting.lookup import TextIndex
 from mlx_redrafter.drafting.shape import DraftShape
 
 DEPTHS, RANKS = 10, 8  # that are told apart; deeper tokens are taken to be as good as the last
@@ -24,6 +32,11 @@ NEXT = (0.4, 0.3, 0.25, 0.2, 0.2, 0.15, 0.15)  # and of the second, third, ... c
 WEIGHT, MEMORY = 3.0, 192.0  # steps that an assumption is worth, and after which one counts e times less
 TEXT_WEIGHT = 6.0  # steps of a text that what all texts have shown is worth
 ENOUGH = 8.0  # steps that got to a depth, for its share to be known
+DEEPEST = 15  # tokens of the longest lookup
+# Classes of steps: where nothing is found, then by streak (see `TextIndex`), the lowest of each.
+# And the share of right tokens, one by one, that is assumed of a class until some were seen.
+STREAKS, LOOKUP_ASSUMED = (0, 1, 2, 4, 8, 16), (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LOOKUP_WEIGHT, LOOKUP_MEMORY = 3.0, 50.0  # lookups that an assumption is worth, and after which one counts e times less
 
 
 class RunningShare:
@@ -205,3 +218,63 @@ def _tree(first: list[float], later: list[float], shape: DraftShape) -> list[flo
         level = sorted(children, reverse=True)[: shape.beam_width]
         paths += level
     return sorted(paths, reverse=True)[: shape.num_draft_tokens]
+
+
+class LookupMemory:
+    """How many tokens of a lookup are right, and would not be forced without it, by class; outlives texts."""
+
+    def __init__(self) -> None:
+        self._shares = [[RunningShare(LOOKUP_WEIGHT, LOOKUP_MEMORY) for _ in range(DEEPEST)] for _ in LOOKUP_ASSUMED]
+
+    def learn(self, kind: int, right: int, forced: Container[int] = ()) -> None:
+        """Takes a lookup of a class, of which so many tokens were right, those in some places forced by a grammar."""
+        for depth, share in enumerate(self._shares[kind]):
+            share.learn(depth < right and depth not in forced)
+
+    def expected(self, kind: int) -> list[float]:
+        """Right tokens to expect of a lookup of 0, 1, 2, ... DEEPEST tokens."""
+        shares = (share.share(LOOKUP_ASSUMED[kind] ** (depth + 1)) for depth, share in enumerate(self._shares[kind]))
+        return list(itertools.accumulate(shares, initial=0.0))
+
+
+@dataclasses.dataclass
+class LookupFollower:
+    """Follows one text: what lookup would say next, and how it would have fared.
+
+    Args:
+        index: the text so far; somebody else extends it.
+        memory: of all texts of a pair.
+    """
+
+    index: TextIndex
+    memory: LookupMemory
+    # Class, place and tokens of lookups yet to be judged; places in the text that a grammar forced.
+    _waiting: list[tuple[int, int, list[int]]] = dataclasses.field(default_factory=list)
+    _forced: set[int] = dataclasses.field(default_factory=set)
+
+    @property
+    def kind(self) -> int:
+        """The class of the step that comes next."""
+        return bisect.bisect_right(STREAKS, self.index.streak) if self.index.continuation(1) else 0
+
+    def expected(self) -> list[float]:
+        """Right tokens to expect of a lookup of 0, 1, 2, ... DEEPEST tokens; none where nothing is found."""
+        kind = self.kind
+        return self.memory.expected(kind) if kind else [0.0] * (1 + DEEPEST)
+
+    def learn(self, step: StepRead) -> None:
+        """Judges the lookups that the text has gone past; `index` has the step's tokens already."""
+        text = self.index.tokens
+        self._forced.update(len(text) - len(step.tokens) + place for place in step.forced)
+        still: list[tuple[int, int, list[int]]] = []
+        for kind, place, tokens in self._waiting:
+            seen = text[place : place + len(tokens)]
+            right = next((i for i, (a, b) in enumerate(zip(tokens, seen)) if a != b), len(seen))
+            if right == len(seen) < len(tokens):
+                still.append((kind, place, tokens))
+            else:
+                self.memory.learn(kind, right, {i for i in range(right) if place + i in self._forced})
+        found = self.index.continuation(DEEPEST)
+        if found:
+            still.append((self.kind, len(text), found))
+        self._waiting = still

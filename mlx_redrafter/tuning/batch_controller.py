@@ -18,12 +18,10 @@ from mlx_redrafter.drafting.kinds import Drafter
 from mlx_redrafter.drafting.lookup import TextIndex
 from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, LookedUp, Plan
 from mlx_redrafter.target.verification import Verifier
-from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
-from mlx_redrafter.tuning.lookup_controller import BETTER as LOOKUP_BETTER
-from mlx_redrafter.tuning.lookup_controller import COUNTS, DEEPEST, LookupFollower, LookupMemory
+from mlx_redrafter.tuning.acceptance_model import DEEPEST, AcceptanceModel, LookupFollower, LookupMemory
+from mlx_redrafter.tuning.pair_memory import Slowness, kind_of
 from mlx_redrafter.tuning.session import Session, session_for
-from mlx_redrafter.tuning.shape_controller import kind_of
-from mlx_redrafter.tuning.slowness import Slowness
+from mlx_redrafter.tuning.shape_controller import COUNTS, LOOKUP_BETTER
 from mlx_redrafter.tuning.step_costs import Costs
 
 MOST_ROWS = 64  # of all texts together, from which on no device reads more of them for little

@@ -12,8 +12,9 @@ from mlx_redrafter.drafting.shape import PLAIN, Drafted, Plan
 from mlx_redrafter.system.device import device_name
 from mlx_redrafter.system.table import Table
 from mlx_redrafter.tuning import store
+from mlx_redrafter.tuning.pair_memory import Arm
 from mlx_redrafter.tuning.session import Session
-from mlx_redrafter.tuning.shape_controller import Arm, Controller
+from mlx_redrafter.tuning.shape_controller import Controller
 from mlx_redrafter.tuning.step_costs import Costs
 
 

@@ -23,11 +23,11 @@ from mlx_redrafter.target.model import Target
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.target.verification import CHAIN, NONE, Verifier
 from mlx_redrafter.tuning import store
-from mlx_redrafter.tuning.acceptance_model import AcceptanceModel
-from mlx_redrafter.tuning.lookup_controller import DEEPEST, LookupController
+from mlx_redrafter.tuning.acceptance_model import DEEPEST, AcceptanceModel
 from mlx_redrafter.tuning.measure import measure
 from mlx_redrafter.tuning.pair_key import key_of, weights_digest
-from mlx_redrafter.tuning.shape_controller import Controller, PairMemory
+from mlx_redrafter.tuning.pair_memory import PairMemory
+from mlx_redrafter.tuning.shape_controller import Controller, LookupController
 from mlx_redrafter.tuning.step_costs import Costs
 
 # Few shapes that serve drafters of any quality on devices of any kind: chains, and trees from

@@ -3,118 +3,87 @@
 Knows nothing of text. All it goes by is what the host reads anyway: which drafts were
 accepted, and when. The shape with the most expected tokens per second is in use. Now and
 then another one is tried for a few steps, because what is not tried is not known; trials
-cost a small share of all time, and one that did not help is waited for twice as long.
+cost a small share of all time, and one that did not help is waited for twice as long. What
+the text has said before takes the shape's place, or joins its tree, where that should bring
+more tokens per second still.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections.abc import Callable
 
 from mlx_redrafter.decoding.planner import Odds, Planner, StepRead
-from mlx_redrafter.drafting.shape import PLAIN, Drafted, Forced, LookedUp, Plan
-from mlx_redrafter.tuning.acceptance_model import AcceptanceModel, RunningShare
-from mlx_redrafter.tuning.lookup_controller import LookupController, LookupMemory
-from mlx_redrafter.tuning.slowness import Slowness
-from mlx_redrafter.tuning.step_costs import Costs
+from mlx_redrafter.drafting.lookup import TextIndex
+from mlx_redrafter.drafting.shape import ON, PLAIN, Drafted, Forced, LookedUp, Plan
+from mlx_redrafter.tuning.acceptance_model import DEEPEST, AcceptanceModel, LookupFollower, LookupMemory
+from mlx_redrafter.tuning.pair_memory import FIRST_GAP, Arm, PairMemory
 
 BETTER = 1.02  # by how much another shape has to be faster to take over
 CLOSE = 0.9  # of the speed in use, from which on a shape is worth a trial
 BURST, LONGER = 6, 12  # steps of a trial, and steps more if they went better than what is in use
 SHARE, ALLOWANCE = 0.01, 2.0  # of all time that trials may cost, beside so many plain steps
-FIRST_GAP, LARGEST_GAP = 32, 4096  # steps between two trials of one shape
+LARGEST_GAP = 4096  # steps between two trials of one shape
 REVIEW = 4  # steps between reviews of plain steps and chains
 TREES = 4  # reviews between those of trees, too, which take the host longer to expect
 # How far (standard deviation of the logarithm) a plan's steps may be from as slow as others': shapes of drafts have
 # most of a step in common, plain steps and lookups little.
 OWN, OTHERS_OWN = 0.1, 0.3
 MOST_ROWS = 24  # of a step with what a grammar forces
-COARSE = 64  # tokens of context that make no difference to a step's time
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 11, DEEPEST)  # tokens of a lookup, to choose from
+LOOKUP_BETTER = 1.05  # by how much a lookup has to be faster than what would be drafted otherwise
+JOINS = 1.0  # tokens of a lookup that should be right for it to join a tree
 
 
-@functools.cache  # a batch asks for every plan in every step
-def kind_of(plan: Plan) -> str:
-    """What a plan shares its own slowness with: lookups of any length, or a shape with and without lookup beside it."""
-    return str(plan.shape) if isinstance(plan, Drafted) else type(plan).__name__
-
-
-class Arm:
-    """A plan to choose, or a lookup, and how it went.
-
-    Attributes:
-        kind: what it shares its own slowness with, see `kind_of`.
-        computed: seconds of a step as measured beforehand, by tokens of context.
-        fit: of a tree, or beside a grammar, accepted over expected draft tokens.
-        due, gap: the step from which on it may be tried again, and how long to wait after that.
-    """
-
-    def __init__(self, plan: Plan):
-        self.plan, self.kind = plan, kind_of(plan)
-        self.is_tree = isinstance(plan, Drafted) and plan.shape.beam_width > 1
-        self.computed: dict[int, float] = {}
-        self.fit = RunningShare(weight=8.0, memory=100.0)
-        self.due = self.gap = FIRST_GAP
-
-
-class PairMemory:
-    """What is known of a pair on this device; outlives texts.
+class LookupController(LookupFollower):
+    """Chooses where one text (batch size 1) looks its drafts up in itself.
 
     Args:
-        costs: measured beforehand.
-        acceptance: how often the drafter was right.
-        plans: those to choose from.
-
-    Attributes:
-        slowness: of each plan's steps.
-        lookup: how lookups fared.
-        structured: a grammar forces some tokens. They are no arm's, and take part of what a chain drafts.
-        current: the arm that a text has put in use last; None before the first, and where it was plain decoding.
-        steps: of all texts.
-        elapsed, spent: seconds of all steps, and what trials lost, on a machine as fast as when it was measured.
+        index: the text so far; whoever proposes extends it.
+        mode: "auto", or "on" to look up wherever something is found.
+        memory: of all texts of a pair.
+        seconds: of a lookup of so many tokens behind so many.
+        longest: tokens of a lookup at most.
     """
 
-    def __init__(self, costs: Costs, acceptance: AcceptanceModel, plans: list[Plan]):
-        self.costs, self.acceptance, self.lookup, self.structured = costs, acceptance, LookupMemory(), False
-        self.arms = [Arm(plan) for plan in plans]
-        self._arm_of = {arm.plan: arm for arm in self.arms}
-        self._plain = self._arm_of.get(PLAIN) or Arm(PLAIN)
-        self.slowness = Slowness()
-        self.current: Arm | None = None
-        self.steps, self.elapsed, self.spent = 0, 0.0, 0.0
+    def __init__(
+        self,
+        index: TextIndex,
+        mode: str,
+        memory: LookupMemory,
+        seconds: Callable[[int, int], float],
+        longest: int = DEEPEST,
+    ):
+        super().__init__(index, memory)
+        self.mode = mode
+        self._seconds = seconds
+        self._longest, self._counts = longest, [count for count in COUNTS if count <= longest]
 
-    def arm(self, plan: Plan) -> Arm | None:
-        """Where a plan's times are kept; None for one that is not among those to choose from, nor a lookup."""
-        return self._lookup_arm(plan) if isinstance(plan, LookedUp) else self._arm_of.get(plan)
-
-    def _lookup_arm(self, plan: LookedUp) -> Arm:
-        if (arm := self._arm_of.get(plan)) is None:
-            arm = self._arm_of[plan] = Arm(plan)
-        return arm
-
-    def lookup_seconds(self, tokens: int, length: int) -> float:
-        """Of a lookup of so many tokens behind so many."""
-        return self.seconds(self._lookup_arm(LookedUp(tokens)), length)
-
-    def seconds(self, arm: Arm, length: int, at_best: bool = False) -> float:
-        """Of a step behind so many tokens: as measured beforehand, times what is the plan's own since then.
+    def plan(self, plan: Plan, length: int, speed_of: Callable[[int], float]) -> Plan:
+        """What was planned, or a lookup in its place or beside it where that should bring more tokens per second.
 
         Args:
-            at_best: that others take longer than computed is to say nothing of a plan that was never tried.
+            plan: what would be drafted otherwise.
+            length: tokens in the KV cache.
+            speed_of: tokens per second without lookup behind so many tokens.
         """
-        slowness = self.slowness.at_best if at_best else self.slowness.of
-        return self.computed(arm, length) * slowness(arm.kind)
-
-    def plain_seconds(self, length: int) -> float:
-        """Of a plain step, as measured beforehand."""
-        return self.computed(self._plain, length)
-
-    def computed(self, arm: Arm, length: int) -> float:
-        """Of a step, as measured beforehand."""
-        if (seconds := arm.computed.get(length // COARSE)) is None:
-            seconds = arm.computed[length // COARSE] = self.costs.step_seconds(arm.plan, length)
-        return seconds
+        kind = self.kind
+        if self.mode == ON:
+            if isinstance(plan, Drafted):
+                return Drafted(plan.shape, with_lookup=True)
+            return LookedUp(self._longest) if kind else plan
+        if not kind:
+            return plan
+        right = self.memory.expected(kind)
+        best, speed = plan, LOOKUP_BETTER * speed_of(length)
+        for count in self._counts:
+            if (rate := (1 + right[count]) / self._seconds(count, length)) > speed:
+                best, speed = LookedUp(count), rate
+        if best is plan and isinstance(plan, Drafted) and plan.shape.beam_width > 1:
+            joins = right[min(plan.shape.beam_length - 1, DEEPEST)] > JOINS
+            return Drafted(plan.shape, with_lookup=joins)
+        return best
 
 
 class Controller(Planner):

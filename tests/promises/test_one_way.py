@@ -13,7 +13,7 @@ from mlx_redrafter.target import operations
 from mlx_redrafter.tuning import session
 
 ROOT = pathlib.Path(__file__).parents[2]
-FUNCTIONS, FILES = 149, 23  # at most; to be lowered with every indirection that goes
+FUNCTIONS, FILES = 148, 22  # at most; to be lowered with every indirection that goes
 
 
 def passed(call: Callable[[], object]) -> set[tuple[str, str]]:

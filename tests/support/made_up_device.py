@@ -5,12 +5,25 @@ import functools
 import numpy as np
 
 from mlx_redrafter.decoding.planner import StepRead
-from mlx_redrafter.drafting.shape import PLAIN
-from mlx_redrafter.tuning.acceptance_model import FIRST, NEXT
+from mlx_redrafter.drafting.shape import PLAIN, Drafted
+from mlx_redrafter.tuning.acceptance_model import FIRST, NEXT, AcceptanceModel
+from mlx_redrafter.tuning.pair_memory import PairMemory
+from mlx_redrafter.tuning.session import SHAPES
 from mlx_redrafter.tuning.shape_controller import Controller
 from support.costs import made_up
 
 COSTS = made_up(lambda rows: 1 + 0.05 * (rows - 1), lambda w, n: (0.05 + 0.005 * w) * (n - 1))
+PLANS = [PLAIN, *map(Drafted, SHAPES)]
+
+
+def new_memory(costs=COSTS, plans=PLANS):
+    """A pair of which only costs are known."""
+    return PairMemory(costs, AcceptanceModel(), plans)
+
+
+def choice(memory):
+    """What a text that begins now is drafted for with."""
+    return Controller(memory).current.plan
 
 
 def seconds(quality):

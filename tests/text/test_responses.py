@@ -9,7 +9,7 @@ from mlx_redrafter.cli.main import main
 from mlx_redrafter.drafting.lookup import LookupProposer
 from mlx_redrafter.target.probe import verifier_of
 from mlx_redrafter.text.responses import drafted
-from mlx_redrafter.tuning.lookup_controller import ASSUMED
+from mlx_redrafter.tuning.acceptance_model import LOOKUP_ASSUMED
 from mlx_redrafter.tuning.session import session_for
 
 IMPORTS = "import os\nimport sys\n" * 12
@@ -38,11 +38,11 @@ def test_lookup_is_on_where_the_shape_is_chosen(pair):
     """If this fails, a user has to know of lookup to have it; or it comes where a shape was asked for."""
     model, drafter, tokenizer = pair
     known = session_for(verifier_of(model), drafter).memory.lookup
-    before = [known.expected(kind) for kind in range(len(ASSUMED))]
+    before = [known.expected(kind) for kind in range(len(LOOKUP_ASSUMED))]
     *_, last = stream_generate(model, tokenizer, IMPORTS, drafter, max_tokens=64)
     # How many steps look up depends on what they cost here. What lookups would bring is remembered in any case.
     assert (last.lookup_share > 0) == ("by lookup" in drafted(last))
-    assert [known.expected(kind) for kind in range(len(ASSUMED))] != before
+    assert [known.expected(kind) for kind in range(len(LOOKUP_ASSUMED))] != before
     *_, last = stream_generate(model, tokenizer, IMPORTS, drafter, max_tokens=64, shape=DraftShape())
     assert last.lookup_share == 0 and drafted(last) == "by the drafter (mostly chain of 3)"
     *_, last = stream_generate(model, tokenizer, IMPORTS, None, max_tokens=64, lookup="on")

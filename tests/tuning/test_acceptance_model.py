@@ -1,13 +1,23 @@
-"""How many drafts of a shape are expected to be right, from those that were."""
+"""How many drafts of a shape, or tokens of a lookup, are expected to be right, from those that were."""
 
 import itertools
 import json
 
 import pytest
+from support.lookups import AGAIN, Rates, decode, started
 
 from mlx_redrafter.decoding.planner import StepRead
-from mlx_redrafter.drafting.shape import Drafted, DraftShape
-from mlx_redrafter.tuning.acceptance_model import DEPTHS, FIRST, NEXT, AcceptanceModel, RunningShare
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape
+from mlx_redrafter.tuning.acceptance_model import (
+    DEEPEST,
+    DEPTHS,
+    FIRST,
+    LOOKUP_ASSUMED,
+    NEXT,
+    AcceptanceModel,
+    LookupMemory,
+    RunningShare,
+)
 
 CHAIN = Drafted(DraftShape())
 
@@ -197,3 +207,46 @@ def test_a_text_heeds_what_others_teach_meanwhile():
     for _ in range(100):
         other.learn(chain(3))
     assert waiting.expected(shape) > before[0] + 0.5 and waiting.shares()[0][0] > before[1] + 0.2
+
+
+def test_expected_tokens_of_lookups():
+    """If this fails, what lookups bring is added up wrongly."""
+    memory = LookupMemory()
+    for kind, assumed in enumerate(LOOKUP_ASSUMED):
+        right = memory.expected(kind)
+        assert len(right) == DEEPEST + 1 and right[0] == 0
+        assert right[2] == pytest.approx(assumed + assumed**2)
+    for _ in range(2000):
+        memory.learn(3, 4)
+    assert memory.expected(3)[15] == pytest.approx(4, abs=0.3)
+    assert memory.expected(2)[15] == pytest.approx(sum(LOOKUP_ASSUMED[2] ** n for n in range(1, 16)))
+
+
+def test_what_a_grammar_forces_needs_no_lookup():
+    """If this fails, a text with much that is fixed is looked up where the grammar brings the same."""
+    controller = started(AGAIN[:20], Rates(2.0))
+    before = controller.memory.expected(controller.kind)
+    for _ in range(40):  # ten free tokens, of which a lookup brings only those behind the root, and ten forced ones
+        text = controller.index.tokens
+        controller.index.extend(AGAIN[len(text) : len(text) + 20])
+        controller.learn(StepRead(Drafted(DraftShape()), AGAIN[:20], len(text), forced=range(10), certain=10))
+    found = controller.memory.expected(len(LOOKUP_ASSUMED) - 1)
+    assert before[DEEPEST] > 3 and found[10] < 1 and found[DEEPEST] == pytest.approx(found[10] + 5, abs=0.5)
+
+
+def test_only_lookups_that_the_text_has_gone_past_are_judged():
+    """If this fails, a lookup counts as wrong where the text has not got that far, or counts twice."""
+    learnt = []
+    controller = started(AGAIN[:20], Rates(2.0))
+    controller.memory.learn = lambda kind, right, forced: learnt.append(right)
+    decode(controller, AGAIN, 1, accepts=0, plan=PLAIN)
+    assert learnt == []  # the first lookup is of what comes after this step
+    before = len(controller.index.tokens)
+    text = [*AGAIN[: before + 6], 999]
+    for token in text[before : before + 6]:
+        controller.index.extend([token])
+    controller.learn(StepRead(PLAIN, text[before : before + 6], before + 6))
+    assert learnt == []  # six of fifteen, all right so far
+    controller.index.extend([999])
+    controller.learn(StepRead(PLAIN, [999], before + 7))
+    assert learnt == [6, 0]

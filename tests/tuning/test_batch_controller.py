@@ -12,7 +12,7 @@ from mlx_redrafter.tuning.batch_controller import (
     BatchMemory,
     rounded,
 )
-from mlx_redrafter.tuning.shape_controller import kind_of
+from mlx_redrafter.tuning.pair_memory import kind_of
 
 CHAINS = [Drafted(DraftShape(1, n + 1, n)) for n in (1, 3, 7)]
 

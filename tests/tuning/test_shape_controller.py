@@ -1,4 +1,4 @@
-"""Choosing while a text is written, on a made-up device whose clock the tests hold."""
+"""Choosing while a text is written: shapes on a made-up device whose clock the tests hold, lookups where they pay."""
 
 import itertools
 
@@ -7,36 +7,21 @@ import numpy as np
 import pytest
 from support import RANDOM, REPEATING, make_drafter, make_model, plainly
 from support.costs import made_up
-from support.made_up_device import COSTS, Device
+from support.lookups import AGAIN, FRESH, Rates, decode, lookups, started
+from support.made_up_device import COSTS, PLANS, Device, choice, new_memory
 
 from mlx_redrafter.decoding.loop import speculative
 from mlx_redrafter.decoding.planner import StepRead
 from mlx_redrafter.decoding.step import DecodingOptions
-from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
 from mlx_redrafter.drafting.proposers import RecurrentProposer
 from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, Forced, LookedUp
 from mlx_redrafter.target.probe import verifier_of
-from mlx_redrafter.tuning.acceptance_model import DEPTHS, AcceptanceModel
-from mlx_redrafter.tuning.lookup_controller import LookupController
+from mlx_redrafter.tuning.acceptance_model import DEPTHS, LOOKUP_ASSUMED, AcceptanceModel, LookupMemory
 from mlx_redrafter.tuning.session import SHAPES
-from mlx_redrafter.tuning.shape_controller import Controller, PairMemory
+from mlx_redrafter.tuning.shape_controller import Controller
 
-PLANS = [PLAIN, *map(Drafted, SHAPES)]
 CHAIN, TREE = Drafted(DraftShape()), Drafted(DraftShape(4, 5, 7))
 JOINED = Drafted(TREE.shape, with_lookup=True)
-
-
-def new_memory(costs=COSTS, plans=PLANS):
-    return PairMemory(costs, AcceptanceModel(), plans)
-
-
-def choice(memory):
-    """What a text that begins now is drafted for with."""
-    return Controller(memory).current.plan
-
-
-def seconds(memory, plan):
-    return memory.seconds(memory.arm(plan), 128)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -71,28 +56,6 @@ def test_goes_plain_when_drafts_fail_and_comes_back():
     assert 1000 / device.write(1000, 0.75) > 1.5
 
 
-def test_believes_the_clock_more_than_the_table():
-    """Drafted steps take three times what was measured beforehand, as when another program holds the cores."""
-    true = made_up(lambda rows: 1 + 0.05 * (rows - 1), lambda w, n: 3.0, plain=1.0)
-    device = Device(new_memory(), true)
-    device.write(1500, 0.7)
-    assert device.controller.current.plan == PLAIN
-    # And the other way round: nothing should pay, but it does.
-    device = Device(new_memory(made_up(lambda rows: float(rows))))
-    assert choice(device.memory) == PLAIN
-    device.write(2000, 0.8)
-    assert device.controller.current.plan != PLAIN
-
-
-def test_pauses_of_the_reader_are_no_slow_steps():
-    device = Device(new_memory())
-    device.write(400, 0.7)
-    before = seconds(device.memory, device.controller.current.plan)
-    device.write(800, 0.7, pause=lambda: 50.0 if device.rng.random() < 0.2 else 0.0)
-    assert device.controller.current.plan != PLAIN
-    assert seconds(device.memory, device.controller.current.plan) < 1.2 * before
-
-
 def test_a_text_begins_where_the_last_one_ended():
     """If this fails, every text finds out anew what is drafted best; or one that decoded plainly leaves that behind."""
     device = Device(new_memory())
@@ -104,15 +67,6 @@ def test_a_text_begins_where_the_last_one_ended():
     assert device.controller.current.plan == PLAIN and device.memory.current is None
     by_all_texts = Controller(device.memory)
     assert by_all_texts.current == max(device.memory.arms, key=lambda arm: by_all_texts.rate(0, arm))
-
-
-def test_a_clock_that_stands_still():
-    """If this fails, a coarse clock, or one of tests, ends a text."""
-    memory = new_memory()
-    controller = Controller(memory, clock=iter([5.0] * 20 + [4.0] * 20).__next__)
-    for _ in range(40):
-        controller.learn(StepRead(controller.plan(), [1, 1], 128))
-    assert [memory.slowness.of(arm.kind) for arm in memory.arms] == [1.0] * len(memory.arms)
 
 
 def test_few_changes_of_shape():
@@ -213,57 +167,8 @@ def state(memory):
     )
 
 
-def test_lookups_tell_nothing_of_the_drafter():
-    """If this fails, a text that repeats itself makes the drafter look better, or its steps slower."""
-    device = Device(new_memory())
-    device.write(500, 0.7)
-    memory = device.memory
-    controller = Controller(memory, clock=lambda: device.now)
-    before = memory.acceptance.to_dict(), memory.spent, [arm.fit.share(1.0) for arm in memory.arms]
-    times = [memory.seconds(arm, 128) for arm in memory.arms]
-    expected = COSTS.step_seconds(LookedUp(7), 128)
-    for _ in range(40):
-        device.now += 1.5 * expected
-        controller.learn(StepRead(LookedUp(7), [1] * 8, 128))
-    assert (memory.acceptance.to_dict(), memory.spent, [arm.fit.share(1.0) for arm in memory.arms]) == before
-    assert [memory.seconds(arm, 128) for arm in memory.arms] == pytest.approx(times, rel=0.05)
-    # Their own time is learnt, whatever their length.
-    assert 1.15 * expected < memory.lookup_seconds(7, 128) < 1.55 * expected
-    slower = memory.lookup_seconds(3, 128) / COSTS.step_seconds(LookedUp(3), 128)
-    assert slower == pytest.approx(memory.lookup_seconds(7, 128) / expected)
-
-
-def test_trees_that_lookup_joined_tell_nothing_of_the_drafter():
-    """If this fails, tokens that lookup got right count as the drafter's best, or wrong ones as its worst."""
-    memory = new_memory(plans=[PLAIN, TREE])
-    controller, now = Controller(memory, clock=lambda: now), 0.0
-    before = memory.acceptance.to_dict(), memory.arm(TREE).fit.tries, seconds(memory, TREE), memory.spent
-    for _ in range(40):
-        now += 9.0
-        controller.learn(StepRead(JOINED, [1] * 5, 128, path=[0, 5, 6, 7], parents=[0, 0, 1, 2, 3, 0, 5, 6]))
-    after = memory.acceptance.to_dict(), memory.arm(TREE).fit.tries, seconds(memory, TREE), memory.spent
-    assert after == before and memory.steps == 40
-
-
-def test_through_the_real_loop_joined_trees_teach_nothing():
-    """The same of steps that were made: a text that repeats itself, trees that lookup joins, a random drafter."""
-    model, drafter = make_model(), make_drafter()
-    verifier, index = verifier_of(model), TextIndex(REPEATING)
-    memory = new_memory(plans=[TREE])
-    found = LookupController(index, "on", memory.lookup, memory.lookup_seconds)
-    proposer = LookupProposer(RecurrentProposer(drafter, verifier.target.embed), index)
-    options, tokens, plans, before = DecodingOptions(max_tokens=60), [], set(), memory.acceptance.to_dict()
-    for produced in speculative(
-        verifier, proposer, mx.array([REPEATING]), verifier.make_cache(), options, Controller(memory, found)
-    ):
-        tokens += produced.tokens
-        plans.add(produced.plan)
-    assert tokens[:60] == plainly(model, REPEATING, 60)
-    assert plans == {PLAIN, JOINED} and memory.acceptance.to_dict() == before  # PLAIN: the prompt's token
-
-
 def test_a_random_drafter_ends_in_plain_decoding():
-    """The same through the real loop, its clock aside: nothing is accepted, so plain steps it is."""
+    """Through the real loop, its clock aside: nothing is accepted, so plain steps it is."""
     model, drafter = make_model(), make_drafter()
     memory, tokens = new_memory(), []
     verifier = verifier_of(model)
@@ -297,3 +202,77 @@ def test_lookup_is_asked_what_the_step_drafts():
     controller.learn(step)
     assert asked[-1] is step
     assert controller.plan() == LookedUp(5) and asked[-1] == (choice(memory), 77)
+
+
+def test_looks_up_as_far_as_it_pays():
+    """If this fails, long repetitions are gone through a few tokens at a time, or guesses are long ones."""
+    text = FRESH[:40] + AGAIN[:3000]
+    found = decode(started(text[:20], Rates(2.0)), text, 140, accepts=1)
+    assert set(found[:10]) == {CHAIN}  # nothing was there before
+    lengths = [plan.num_draft_tokens for plan in found if isinstance(plan, LookedUp)]
+    assert lengths[0] < 15 and set(lengths[-20:]) == {15}
+    # What a shape that is only being tried would bring is of no matter to the choice.
+    assert not any(lookups(decode(started(AGAIN[:20], Rates(30.0)), AGAIN, 20, accepts=0, plan=PLAIN)))
+    assert not any(lookups(decode(started(text[:20], Rates(30.0)), text, 140, accepts=1)))
+
+
+def test_lookup_weighs_gain_against_cost():
+    """If this fails, auto looks up where that costs speed, or does not where it brings some."""
+    assert all(lookups(decode(started(AGAIN[:20], Rates(2.0)), AGAIN, 60, accepts=1))[-40:])
+    dear = Rates(2.0, slow_lookup=10.0)
+    assert not any(lookups(decode(started(AGAIN[:20], dear), AGAIN, 90, accepts=1)))
+    assert not any(lookups(decode(started(FRESH[:20], Rates(1.0)), FRESH, 60, accepts=1)))
+
+
+def test_lookup_follows_the_text():
+    """If this fails, lookup stays on after the text has stopped repeating itself, or never comes back."""
+    text = AGAIN[:300] + FRESH[:400] + AGAIN[:2000]
+    controller, found, at = started(text[:20], Rates(2.0), longest=3), [], []
+    for _ in range(500):
+        at.append(len(controller.index.tokens))
+        found += lookups(decode(controller, text, 1, accepts=1))
+    shares = [
+        np.mean([one for place, one in zip(at, found, strict=True) if low < place < high])
+        for low, high in ((100, 290), (310, 700), (740, max(at)))
+    ]
+    assert min(shares[0], shares[2]) > 0.8 and shares[1] == 0 and max(at) > 1200
+
+
+def test_lookups_are_no_longer_than_allowed():
+    """If this fails, a fixed shape is no limit to lookup alone."""
+    found = decode(started(AGAIN[:20], Rates(1.0), longest=3), AGAIN, 40, accepts=0, plan=PLAIN)
+    assert set(found[-20:]) == {LookedUp(3)}
+
+
+def test_lookup_joins_trees():
+    """If this fails, auto never puts a branch into a tree, or does where lookup should say nothing right."""
+    rates = Rates(2.0, slow_lookup=100.0)
+    found = decode(started(AGAIN[:20], rates), AGAIN, 80, accepts=1, plan=TREE)
+    assert set(found[-32:]) == {JOINED}
+    assert set(decode(started(FRESH[:20], rates), FRESH, 80, accepts=1, plan=TREE)) == {TREE}
+    # A chain is replaced as a whole or not at all.
+    assert set(decode(started(AGAIN[:20], rates), AGAIN, 80, accepts=1, plan=CHAIN)) == {CHAIN}
+    # Lookups that are always wrong, however much the text looks like one that repeats itself.
+    memory = LookupMemory()
+    for kind in range(len(LOOKUP_ASSUMED)):
+        for _ in range(200):
+            memory.learn(kind, 0)
+    assert started(AGAIN[:20], rates, memory=memory).plan(TREE, 20) == TREE
+
+
+def test_lookup_on_is_wherever_something_is_found():
+    """If this fails, "on" leaves lookups out, or a step that can find nothing pays for rows."""
+    rates = Rates(30.0, slow_lookup=100.0)  # however little it pays
+    repeating, fresh = (started(text, rates, mode="on", longest=3) for text in (REPEATING, list(range(20))))
+    assert repeating.plan(PLAIN, 35) == LookedUp(3) and fresh.plan(PLAIN, 20) == PLAIN
+    for controller in (repeating, fresh):  # the device looks, whatever the host knows so far
+        assert controller.plan(TREE, 35) == JOINED
+        assert controller.plan(CHAIN, 35) == Drafted(CHAIN.shape, with_lookup=True)
+
+
+def test_what_lookups_brought_outlives_texts():
+    """If this fails, every text finds out again what lookup is worth."""
+    memory, dear = LookupMemory(), Rates(3.5)  # what is assumed of lookups does not pay, what is seen of them does
+    fresh = lookups(decode(started(AGAIN[:20], dear, memory=memory), AGAIN, 60, 1))
+    after = lookups(decode(started(AGAIN[:20], dear, memory=memory), AGAIN, 60, 1))
+    assert not fresh[0] and all(fresh[-20:]) and all(after)

@@ -1,12 +1,26 @@
-"""What is the machine's and what is a plan's own, where both make steps take longer than computed."""
+"""What steps of a pair take: what is the machine's and what is a plan's own, and what steps tell nothing of."""
 
 import math
 
+import mlx.core as mx
 import pytest
+from support import REPEATING, make_drafter, make_model, plainly
+from support.costs import made_up
+from support.made_up_device import COSTS, Device, choice, new_memory
 
-from mlx_redrafter.tuning.slowness import TOGETHER, Slowness
+from mlx_redrafter.decoding.loop import speculative
+from mlx_redrafter.decoding.planner import StepRead
+from mlx_redrafter.decoding.step import DecodingOptions
+from mlx_redrafter.drafting.lookup import LookupProposer, TextIndex
+from mlx_redrafter.drafting.proposers import RecurrentProposer
+from mlx_redrafter.drafting.shape import PLAIN, Drafted, DraftShape, LookedUp
+from mlx_redrafter.target.probe import verifier_of
+from mlx_redrafter.tuning.pair_memory import TOGETHER, Slowness
+from mlx_redrafter.tuning.shape_controller import Controller, LookupController
 
 OWN = 0.3
+TREE = Drafted(DraftShape(4, 5, 7))
+JOINED = Drafted(TREE.shape, with_lookup=True)
 
 
 def steps(slowness, plan, ratio, looks=4):
@@ -135,3 +149,87 @@ def test_what_is_the_same_for_all_after_a_pause():
         return math.log(beside(slowness, "chain", "plain"))
 
     assert 0 <= blamed(True) < 0.6 * blamed(False)
+
+
+def seconds(memory, plan):
+    return memory.seconds(memory.arm(plan), 128)
+
+
+def test_believes_the_clock_more_than_the_table():
+    """Drafted steps take three times what was measured beforehand, as when another program holds the cores."""
+    true = made_up(lambda rows: 1 + 0.05 * (rows - 1), lambda w, n: 3.0, plain=1.0)
+    device = Device(new_memory(), true)
+    device.write(1500, 0.7)
+    assert device.controller.current.plan == PLAIN
+    # And the other way round: nothing should pay, but it does.
+    device = Device(new_memory(made_up(lambda rows: float(rows))))
+    assert choice(device.memory) == PLAIN
+    device.write(2000, 0.8)
+    assert device.controller.current.plan != PLAIN
+
+
+def test_pauses_of_the_reader_are_no_slow_steps():
+    device = Device(new_memory())
+    device.write(400, 0.7)
+    before = seconds(device.memory, device.controller.current.plan)
+    device.write(800, 0.7, pause=lambda: 50.0 if device.rng.random() < 0.2 else 0.0)
+    assert device.controller.current.plan != PLAIN
+    assert seconds(device.memory, device.controller.current.plan) < 1.2 * before
+
+
+def test_a_clock_that_stands_still():
+    """If this fails, a coarse clock, or one of tests, ends a text."""
+    memory = new_memory()
+    controller = Controller(memory, clock=iter([5.0] * 20 + [4.0] * 20).__next__)
+    for _ in range(40):
+        controller.learn(StepRead(controller.plan(), [1, 1], 128))
+    assert [memory.slowness.of(arm.kind) for arm in memory.arms] == [1.0] * len(memory.arms)
+
+
+def test_lookups_tell_nothing_of_the_drafter():
+    """If this fails, a text that repeats itself makes the drafter look better, or its steps slower."""
+    device = Device(new_memory())
+    device.write(500, 0.7)
+    memory = device.memory
+    controller = Controller(memory, clock=lambda: device.now)
+    before = memory.acceptance.to_dict(), memory.spent, [arm.fit.share(1.0) for arm in memory.arms]
+    times = [memory.seconds(arm, 128) for arm in memory.arms]
+    expected = COSTS.step_seconds(LookedUp(7), 128)
+    for _ in range(40):
+        device.now += 1.5 * expected
+        controller.learn(StepRead(LookedUp(7), [1] * 8, 128))
+    assert (memory.acceptance.to_dict(), memory.spent, [arm.fit.share(1.0) for arm in memory.arms]) == before
+    assert [memory.seconds(arm, 128) for arm in memory.arms] == pytest.approx(times, rel=0.05)
+    # Their own time is learnt, whatever their length.
+    assert 1.15 * expected < memory.lookup_seconds(7, 128) < 1.55 * expected
+    slower = memory.lookup_seconds(3, 128) / COSTS.step_seconds(LookedUp(3), 128)
+    assert slower == pytest.approx(memory.lookup_seconds(7, 128) / expected)
+
+
+def test_trees_that_lookup_joined_tell_nothing_of_the_drafter():
+    """If this fails, tokens that lookup got right count as the drafter's best, or wrong ones as its worst."""
+    memory = new_memory(plans=[PLAIN, TREE])
+    controller, now = Controller(memory, clock=lambda: now), 0.0
+    before = memory.acceptance.to_dict(), memory.arm(TREE).fit.tries, seconds(memory, TREE), memory.spent
+    for _ in range(40):
+        now += 9.0
+        controller.learn(StepRead(JOINED, [1] * 5, 128, path=[0, 5, 6, 7], parents=[0, 0, 1, 2, 3, 0, 5, 6]))
+    after = memory.acceptance.to_dict(), memory.arm(TREE).fit.tries, seconds(memory, TREE), memory.spent
+    assert after == before and memory.steps == 40
+
+
+def test_through_the_real_loop_joined_trees_teach_nothing():
+    """The same of steps that were made: a text that repeats itself, trees that lookup joins, a random drafter."""
+    model, drafter = make_model(), make_drafter()
+    verifier, index = verifier_of(model), TextIndex(REPEATING)
+    memory = new_memory(plans=[TREE])
+    found = LookupController(index, "on", memory.lookup, memory.lookup_seconds)
+    proposer = LookupProposer(RecurrentProposer(drafter, verifier.target.embed), index)
+    options, tokens, plans, before = DecodingOptions(max_tokens=60), [], set(), memory.acceptance.to_dict()
+    for produced in speculative(
+        verifier, proposer, mx.array([REPEATING]), verifier.make_cache(), options, Controller(memory, found)
+    ):
+        tokens += produced.tokens
+        plans.add(produced.plan)
+    assert tokens[:60] == plainly(model, REPEATING, 60)
+    assert plans == {PLAIN, JOINED} and memory.acceptance.to_dict() == before  # PLAIN: the prompt's token
