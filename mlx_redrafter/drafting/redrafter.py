@@ -58,7 +58,7 @@ class DrafterConfig(HeadConfig):
             rising; the number of all layers stands for the last one, after the final norm. None of
             them: h is the last one alone, as in Apple's weights.
         prefix_window: rows of committed tokens that a row of prefix attention attends to; 0 where there is none.
-        prefix_layers: its layers.
+        prefix_layers: layers of prefix attention; more than one need a window.
         output_norm: z is normalised before O, as targets do; no part of Apple's weights.
         tie_output: O is the target's own output layer, or those of its rows that can be
             drafted; needs exit_dim = hidden_size.
@@ -114,8 +114,8 @@ class DrafterConfig(HeadConfig):
         if (layers := fields.get("context_layers")) is not None and not are_layers(layers):
             raise UserError(f"{source}: context_layers is {layers!r}, expected a list of rising numbers from 1 on")
         values["context_layers"] = tuple(layers or ())
-        for key, usual in (("prefix_window", 0), ("prefix_layers", 1)):
-            values[key] = whole_number({key: usual} | fields, key, usual, source)
+        for key, usual, least in (("prefix_window", 0, 0), ("prefix_layers", 1, 1)):
+            values[key] = whole_number({key: usual} | fields, key, least, source)
         if values["prefix_layers"] > 1 and not values["prefix_window"]:
             raise UserError(f"{source}: prefix_layers is {values['prefix_layers']}, which needs a prefix_window")
         return cls(**values).with_notes(fields, source)

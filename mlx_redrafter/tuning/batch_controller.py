@@ -19,7 +19,7 @@ from mlx_redrafter.drafting.lookup import TextIndex
 from mlx_redrafter.drafting.shape import OFF, ON, PLAIN, Drafted, DraftShape, LookedUp, Plan
 from mlx_redrafter.target.verification import Verifier
 from mlx_redrafter.tuning.acceptance_model import DEEPEST, AcceptanceModel, LookupFollower, LookupMemory
-from mlx_redrafter.tuning.pair_memory import Slowness, kind_of
+from mlx_redrafter.tuning.pair_memory import COARSE, FIRST_GAP, Slowness, kind_of
 from mlx_redrafter.tuning.session import Session, session_for
 from mlx_redrafter.tuning.shape_controller import COUNTS, LOOKUP_BETTER
 from mlx_redrafter.tuning.step_costs import Costs
@@ -30,8 +30,7 @@ UPKEEP = 1.1  # by how much steps with drafts have to be faster than plain ones:
 CLOSE = 0.8  # of the speed in use, from which on a plan is worth a trial; beside plain steps the best one always is
 BURST = 4  # steps of a trial
 OWN = 0.5  # how far (standard deviation of the logarithm) a plan's steps may be from as slow as others'
-FIRST_GAP, LARGEST_GAP = 32, 512  # steps between two trials
-COARSE = 64  # tokens of context that make no difference to a step's time
+LARGEST_GAP = 512  # steps between two trials
 FEW = 3  # tokens of a lookup where it drafts whether that pays or not
 
 

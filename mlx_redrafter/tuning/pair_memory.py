@@ -1,6 +1,6 @@
 """Remembers how steps of a pair go on this device: what a step of each plan takes, and what trials lost.
 
-Knows nothing of which plan is chosen. A step takes what was computed beforehand, times how slow its plan is. Both a
+Chooses nothing itself. A step takes what was computed beforehand, times how slow its plan is. Both a
 slow machine and a slow plan make steps take longer than computed. The machine's part changes all the time and is
 common to whatever is at work; a plan's own part stays. Steps of two plans close to one another tell their own parts
 apart. So a spell in which the machine was slow does not stay with the plan that was in use meanwhile.

@@ -1,7 +1,7 @@
 """Chooses what every step drafts while a text is written, with plain decoding as the floor.
 
-Knows nothing of text. All it goes by is what the host reads anyway: which drafts were
-accepted, and when. The shape with the most expected tokens per second is in use. Now and
+Knows nothing of how drafts are made. All it goes by is what the host reads anyway: the tokens,
+which drafts were accepted, and when. The shape with the most expected tokens per second is in use. Now and
 then another one is tried for a few steps, because what is not tried is not known; trials
 cost a small share of all time, and one that did not help is waited for twice as long. What
 the text has said before takes the shape's place, or joins its tree, where that should bring

@@ -104,6 +104,18 @@ def test_experts(tmp_path, capsys):
     assert found["lacks"] == ["a tokenizer (tokenizer.json or tokenizer.model)"] and not found["runnable"]
 
 
+def test_prefix_attention_is_read_once_per_step(tmp_path, capsys):
+    """If this fails, most of what such a drafter reads is left out."""
+    drafter = make_drafter(hidden=64, vocab=128, exit_dim=64, prefix_window=8, prefix_layers=2)
+    drafter.save(tmp_path / "d")
+    root = [
+        *drafter.input_proj_context.parameters().values(),
+        *(v for _, v in tree_flatten(drafter.prefix.parameters())),
+    ]
+    found = inspected(capsys, tmp_path / "d")
+    assert found["bytes_per_step"] == 3 * drafter.bytes_per_draft_step() + sum(v.nbytes for v in root)
+
+
 def test_drafters(tmp_path, capsys):
     """If this fails, the cost of a drafter is wrong, or one to convert is called ready."""
     drafter = make_drafter(hidden=64, vocab=128, exit_dim=64)
