@@ -22,9 +22,11 @@ FAST := tests/test_architecture.py tests/target tests/drafting tests/decoding te
 test-fast: $(STAMP)
 	$(TESTS) -m "not slow and not model" $(FAST)
 
-# One after the other: some start several processes that need the cores for themselves.
+# Half an hour, and ten minutes for those that start several processes: these need the cores for themselves.
+GROUPS := tests/promises/test_several_ranks.py tests/server/test_together.py
 test-slow: $(STAMP)-torch $(ASSISTANT)
-	$(BIN)/python -m pytest -q -m slow
+	$(TESTS) -m slow $(GROUPS:%=--ignore=%)
+	$(BIN)/python -m pytest -q -m slow $(GROUPS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
