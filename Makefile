@@ -22,7 +22,7 @@ FAST := tests/test_architecture.py tests/target tests/drafting tests/decoding te
 test-fast: $(STAMP)
 	$(TESTS) -m "not slow and not model" $(FAST)
 
-# Half an hour, and ten minutes for those that start several processes: these need the cores for themselves.
+# Half an hour, and about as long for those that start several processes: these need the cores for themselves.
 GROUPS := tests/promises/test_several_ranks.py tests/server/test_together.py
 test-slow: $(STAMP)-torch $(ASSISTANT)
 	$(TESTS) -m slow $(GROUPS:%=--ignore=%)
