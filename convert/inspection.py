@@ -179,8 +179,7 @@ def _has_torch(files: list[pathlib.Path]) -> bool:
 def _weigh_drafter(found: Inspection, head: Drafter) -> None:
     found.parameters, found.weight_types = get_total_parameters(head), _types(head)
     if isinstance(head, RecurrentDrafter):
-        once = ("input_proj_context", "prefix.")  # per step, at the root
-        root = sum(v.nbytes for name, v in tensors(head).items() if name.startswith(once))
+        root = sum(v.nbytes for name, v in tensors(head).items() if name.startswith(head.at_the_root))
         found.bytes_per_step = DRAFT_STEPS * head.bytes_per_draft_step() + root
         found.step = f"for a chain of {DRAFT_STEPS} drafts"
     elif isinstance(head, MtpHead):

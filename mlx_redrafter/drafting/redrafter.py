@@ -150,7 +150,8 @@ class RecurrentDrafter(ScoringDrafter):
 
     method = "redrafter"
     deepest = LONGEST_BEAM - 1
-    unread = ("vocab_map", "input_proj_context", "prefix.")  # once per step of decoding, but for the map
+    at_the_root = ("input_proj_context", "prefix.")  # how the names of weights begin that are read once per step
+    unread = ("vocab_map", *at_the_root)
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
